@@ -1,0 +1,1 @@
+"""Crab+: one audio-visual model for many scene-understanding tasks, with I-LoRA adapters."""

@@ -1,0 +1,1 @@
+"""The AV-UIE v2 layout on disk, its media, and the generated world that fills it."""

@@ -1,0 +1,91 @@
+"""Statements of a reasoning chain, each written from the scene graph and therefore true of it.
+
+    i hear a bell from 2 to 6 .                            a sound and its seconds [start, end)
+    i see a red bell swaying at top left from 2 to 8 .     a thing, what it does, its quadrant, its seconds
+    the red bell sounds .                                  that seen thing is one of those heard
+    both hold from 2 to 6 .                                where the intervals of the two statements before overlap
+    i see no bell .  i hear no bell .                      nothing of that class, at any time
+
+Lists are joined by "and".  Words come from a small closed vocabulary; punctuation stands apart, as a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from crab.data.world import FACE, QUADRANTS, Interval, Scene, Thing
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+
+
+def article(words: str) -> str:
+    """The words with their indefinite article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def noun(thing: Thing) -> str:
+    """Colour and class: "red bell"."""
+    return f"{thing.colour} {thing.name}"
+
+
+def lasting(interval: Interval) -> str:
+    """"from 2 to 6", the end exclusive."""
+    return f"from {interval[0]} to {interval[1]}"
+
+
+def sight(thing: Thing, does: bool = False, times: bool = False) -> str:
+    """A seen thing and its place; a face shows its emotion instead of a motion."""
+    manner = f" showing {thing.emotion}" if thing.name == FACE else f" {thing.motion}" if does else ""
+    return f"{article(noun(thing))}{manner} at {thing.quadrant}" + (f" {lasting(thing.visible)}" if times else "")
+
+
+def sound(thing: Thing, times: bool = True) -> str:
+    """A heard thing; a face is heard as a voice with its emotion."""
+    name = f"a voice showing {thing.emotion}" if thing.name == FACE else article(thing.name)
+    return name + (f" {lasting(thing.sounding)}" if times else "")
+
+
+def see(things: Sequence[Thing], does: bool = False, times: bool = False) -> str:
+    """All of these are seen, in reading order."""
+    return f"i see {' and '.join(sight(t, does, times) for t in by_place(things)) or 'nothing'} ."
+
+
+def hear(things: Sequence[Thing], times: bool = True) -> str:
+    """All of these are heard, in order of their beginning."""
+    return f"i hear {' and '.join(sound(t, times) for t in by_time(things)) or 'nothing'} ."
+
+
+def sounds(thing: Thing) -> str:
+    """This seen thing is the source of a sound."""
+    return f"the {noun(thing)} sounds ."
+
+
+def by_place(things: Sequence[Thing]) -> list[Thing]:
+    """In reading order of their quadrants."""
+    return sorted(things, key=lambda t: QUADRANTS.index(t.quadrant))
+
+
+def by_time(things: Sequence[Thing]) -> list[Thing]:
+    """In order of their sounds, ties by name."""
+    return sorted(things, key=lambda t: (t.sounding, t.name))
+
+
+def overlap(first: Interval | None, second: Interval | None) -> Interval | None:
+    """The seconds in both intervals, or None."""
+    if first is None or second is None:
+        return None
+    start, end = max(first[0], second[0]), min(first[1], second[1])
+    return (start, end) if start < end else None
+
+
+def source(scene: Scene, thing: Thing) -> str:
+    """The chain behind "which of the things I see is the one I hear"."""
+    return f"{hear([thing], times=False)} {see(scene.visible)} {sounds(thing)}"
+
+
+def caption(scene: Scene) -> str:
+    """A whole scene: how many things are seen and heard, then each with place and times."""
+    parts = [f"{NUMBERS[len(scene.visible)]} seen and {NUMBERS[len(scene.sounding)]} heard ."]
+    parts += [see([t], does=True, times=True) for t in by_place(scene.visible)]
+    parts += [hear([t]) for t in by_time(scene.sounding)]
+    return " ".join(parts)

@@ -1,0 +1,158 @@
+"""What can be chosen about an I-LoRA adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from typing import Literal, Optional, Union
+
+from peft.config import PeftConfig
+
+from .registration import ILORA
+
+ROUTERS = ("token", "uniform")
+
+
+def _is_positive_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+@dataclass
+class ILoraConfig(PeftConfig):
+    """Configuration of an [`ILoraModel`].
+
+    The adapted layer computes, with one `A` and `num_heads` matrices `B_i` (Crab+, arXiv 2603.04128)::
+
+        y = W x + scaling * sum_i softmax(R x / router_temperature)_i * B_i A dropout(x)
+
+    where `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. Each field below carries its
+    meaning in its metadata; the published run is r = 128, lora_alpha = 256, num_heads = 3, lora_dropout = 0.1 on the
+    q, k, v, o, gate, up and down projections. Sets given for the module lists are saved sorted, so that the same
+    choice always writes the same bytes.
+
+    Raises:
+        ValueError: a value out of its range; the message names the field.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the shared down-projection A and of every head. At least 1."})
+    lora_alpha: Optional[float] = field(
+        default=None,
+        metadata={"help": "Numerator of the scaling. Has no default: an adapter read with another alpha than it was "
+                          "trained with is silently wrong. Published: 2 * r."},
+    )
+    num_heads: int = field(
+        default=3, metadata={"help": "Number N of up-projections B_i the router chooses between. Published: 3."}
+    )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout probability on the input of A, in [0, 1). The router always reads the undropped "
+                          "input. Published: 0.1."},
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Which nn.Linear modules to adapt. A list matches name endings, a string is a regular "
+                          "expression matched against the whole name, 'all-linear' means every linear module but the "
+                          "output head. In a multimodal model a list also reaches the encoders; use an expression "
+                          "such as r'.*language_model.*(q|v)_proj' for the language model alone. Must be given."},
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Modules to leave out, matched like target_modules; wins over it."}
+    )
+    router: Literal["token", "uniform"] = field(
+        default="token",
+        metadata={"help": "'token': a learned softmax per token and module (published). 'uniform': every head weighs "
+                          "1/num_heads and nothing is learned, the control without routing; its heads get equal "
+                          "gradients, so it can do no more than a plain LoRA of rank r."},
+    )
+    router_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the routing logits; smaller is sharper. Published: 1."}
+    )
+    router_init_std: float = field(
+        default=0.02,
+        metadata={"help": "Standard deviation of the router's normal initialisation. Above 0: with one shared A, zero "
+                          "heads and a zero router every head gets the same gradient for ever."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start the heads at zero, so that a fresh adapter does not change the base. False draws "
+                          "them at random (for tests)."},
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (rank-stabilised LoRA, "
+                          "arXiv 2312.03732)."},
+    )
+    rank_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Name ending or regular expression -> rank, for modules whose rank differs from r. A key "
+                          "that matches no adapted module is an error."},
+    )
+    alpha_pattern: dict = field(
+        default_factory=dict, metadata={"help": "As rank_pattern, for lora_alpha."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Adapt these layer numbers only. Needs target_modules as a list."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Name of the module list that layers_to_transform counts in, if not the first numbered one."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Further modules trained in full and saved with the adapter."}
+    )
+    bias: Literal["none"] = field(
+        default="none", metadata={"help": "Training of the base's biases. Only 'none': the base stays frozen."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = ILORA
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"`{name}` is not a valid regular expression: {value!r} ({error})") from None
+            elif value is not None:
+                setattr(self, name, set(value))
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        def require(fine: bool, name: str, wanted: str) -> None:
+            if not fine:
+                raise ValueError(f"ILoraConfig: `{name}` must be {wanted}, got {getattr(self, name)!r}.")
+
+        require(_is_positive_int(self.r), "r", "a whole number of at least 1")
+        require(_is_positive_int(self.num_heads), "num_heads", "a whole number of at least 1")
+        require(_is_positive_number(self.lora_alpha), "lora_alpha", "given and above 0 (the published run uses 2 * r)")
+        require(self.lora_dropout == 0 or (_is_positive_number(self.lora_dropout) and self.lora_dropout < 1),
+                "lora_dropout", "in [0, 1)")
+        require(self.router in ROUTERS, "router", f"one of {ROUTERS}")
+        require(_is_positive_number(self.router_temperature), "router_temperature", "above 0")
+        require(_is_positive_number(self.router_init_std), "router_init_std",
+                "above 0 (a zero router over zero heads never tells the heads apart)")
+        require(self.bias == "none", "bias", "'none'")
+        require(all(map(_is_positive_int, self.rank_pattern.values())), "rank_pattern", "a map to ranks of at least 1")
+        require(all(map(_is_positive_number, self.alpha_pattern.values())), "alpha_pattern", "a map to alphas above 0")
+        require(self.layers_to_transform is None or not isinstance(self.target_modules, str), "layers_to_transform",
+                "left out when `target_modules` is a string (put the layer numbers into the expression)")
+        require(self.layers_pattern is None or self.layers_to_transform is not None, "layers_pattern",
+                "left out without `layers_to_transform`")
+
+    def to_dict(self) -> dict:
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    @classmethod
+    def check_kwargs(cls, **kwargs):
+        """Refuse a saved configuration with fields this version does not know (PEFT would drop them and go on)."""
+        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"adapter_config.json holds fields that ILoraConfig does not know: {unknown}. "
+                             "Mend the spelling, or use the version of crab that wrote it.")
+        return super().check_kwargs(**kwargs)

@@ -1,0 +1,129 @@
+"""The tuner: puts I-LoRA layers into a model, and holds saved tensors against it."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils.other import get_pattern_key
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .config import ILoraConfig
+from .layer import MERGE_REFUSAL, ILoraLayer, Linear
+from .registration import PREFIX
+
+WRAPPER = "base_model.model."  # what PeftModel puts before the base's own module names
+
+
+class ILoraModel(BaseTuner):
+    """Adapts a model with I-LoRA (Crab+, arXiv 2603.04128); made by `peft.get_peft_model`, not by hand.
+
+    Stricter than PEFT's own tuners where those only warn: a target that is not linear, a pattern key that matches
+    nothing, and saved tensors that are missing, spare or of another shape all raise ValueError naming the module.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = ILoraLayer
+    target_module_mapping: dict[str, list[str]] = {}  # no silent default: which modules are adapted is the study's choice
+
+    def _prepare_model(self, peft_config: ILoraConfig, model: nn.Module) -> None:
+        """Check every target before the first one is replaced, so that a refusal leaves the base as it was."""
+        if peft_config.target_modules == "all-linear":
+            return
+        inside: list[str] = []
+        targets = []
+        for name, module in model.named_modules():
+            if not name or name.startswith(tuple(inside)):
+                continue
+            found = self._check_target_module_exists(peft_config, name)
+            if found and not isinstance(found, _ExcludedModule):
+                _require_linear(module, name)
+                targets.append(name)
+            if isinstance(module, BaseTunerLayer):
+                inside.append(name + ".")
+        for field in ("rank_pattern", "alpha_pattern") if targets else ():
+            for key in getattr(peft_config, field):
+                if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+                    raise ValueError(f"ILoraConfig: `{field}` key {key!r} matches none of the adapted modules "
+                                     f"(for example {targets[0]!r}).")
+
+    def _create_and_replace(self, ilora_config: ILoraConfig, adapter_name: str, target: nn.Module, target_name: str,
+                            parent: nn.Module, current_key: str, **optional_kwargs) -> None:
+        _require_linear(target, current_key)
+        ranks, alphas = ilora_config.rank_pattern, ilora_config.alpha_pattern
+        r = ranks.get(get_pattern_key(ranks.keys(), current_key), ilora_config.r)
+        alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), ilora_config.lora_alpha)
+        if isinstance(target, ILoraLayer):
+            target.update_layer(adapter_name, r, alpha, ilora_config)
+            return
+        new_module = Linear(target, adapter_name, r, alpha, ilora_config)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # a further adapter is not trained until it is made active
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE_REFUSAL)
+
+    def unmerge_adapter(self) -> None:
+        raise ValueError(MERGE_REFUSAL)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """PEFT's selection of what to save, refused when a tensor is absent or not whole (a shard, for instance)."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        expected = _adapter_shapes(model, adapter_name)
+        given = {key.removeprefix(WRAPPER): tuple(value.shape) for key, value in selected.items()}
+        _require_fit(expected, {key: given[key] for key in expected if key in given}, "Cannot save adapter", adapter_name)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """PEFT's renaming of saved tensors, refused when they do not fit the layers of this base one to one."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        known = {key.removeprefix(WRAPPER) for key in model.state_dict()}
+        expected = _adapter_shapes(model, adapter_name)
+        given = {key.removeprefix(WRAPPER): tuple(value.shape) for key, value in remapped.items()}
+        # modules_to_save and resized embeddings belong to the base; PEFT checks their shapes itself
+        given = {key: shape for key, shape in given.items() if key in expected or key not in known}
+        _require_fit(expected, given, "Cannot load adapter", adapter_name)
+        return remapped
+
+
+def _require_linear(module: nn.Module, name: str) -> None:
+    if isinstance(module, ILoraLayer):
+        return
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        raise ValueError(f"I-LoRA adapts nn.Linear modules only, but `target_modules` matches {name!r}, which is a "
+                         f"{type(module).__name__}. Narrow `target_modules` or add it to `exclude_modules`.")
+
+
+def _adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Name in the model's state dict (without PeftModel's prefix) -> shape, of each tensor the adapter should have.
+
+    Computed from the layers' numbers and not from their parameters, which may be sharded.
+    """
+    shapes = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ILoraLayer) or adapter_name not in layer.r:
+            continue
+        name = name.removeprefix(WRAPPER)
+        r, heads = layer.r[adapter_name], layer.num_heads[adapter_name]
+        shapes[f"{name}.ilora_A.{adapter_name}.weight"] = (r, layer.in_features)
+        shapes[f"{name}.ilora_B.{adapter_name}.weight"] = (layer.out_features, heads * r)
+        if isinstance(layer.ilora_router[adapter_name], nn.Linear):
+            shapes[f"{name}.ilora_router.{adapter_name}.weight"] = (heads, layer.in_features)
+    return shapes
+
+
+def _require_fit(expected: dict, given: dict, action: str, adapter_name: str) -> None:
+    faults = [f"missing {key}" for key in expected if key not in given]
+    faults += [f"spare {key}" for key in given if key not in expected]
+    faults += [f"{key} has shape {list(given[key])}, this base and configuration need {list(shape)}"
+               for key, shape in expected.items() if given.get(key, shape) != shape]
+    if faults:
+        more = f" ... and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(f"{action} '{adapter_name}': {'; '.join(faults[:3])}{more}. "
+                         "Its tensors must match the adapted modules one to one; was it made for another base model or "
+                         "with another configuration?")

@@ -1,0 +1,1 @@
+"""The study: encode, train, predict, score, compare and picture; what the notebooks call."""

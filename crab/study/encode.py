@@ -1,0 +1,74 @@
+"""The encode stage: decode every sample's media and run the frozen encoders on it, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from crab import tasks
+from crab.data import records
+from crab.models import omni
+from crab.study.dataset import load_base, write_slot
+from crab.study.pool import run_pool
+
+
+def load_media(record: Mapping, frames: int) -> list[omni.Media]:
+    """Decoded media of a record that `crab.data.records.read` gave, in the order in which the prompt shows them.
+
+    Raises:
+        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    """
+    items = []
+    for item, data in zip(record["media"], records.load(record, frames), strict=True):
+        if item.kind == "video":
+            pictures, seconds = data
+            step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
+            items.append(omni.Media("video", pictures, fps=round(float(1 / step), 6) if step > 0 else 1.0))
+        else:
+            items.append(omni.Media(item.kind, data))
+    return items
+
+
+def encode_slot(root: str | Path, slot: str, split: str, base: str | Path, out: str | Path, limit: int | None = None) -> int:
+    """Encode one slot and split into ``out``; returns the number of samples.
+
+    Args:
+        root: holds ``AVUIE_2``. limit: take only the first so many samples.
+    """
+    found = records.read(root, slot, split)[:limit]
+    if not found:
+        raise ValueError(f"{Path(root) / tasks.json_path(slot, split)}: no records to encode")
+    model, processor = load_base(base)
+    samples = []
+    for record in found:
+        prompt = omni.prepare(processor, load_media(record, tasks.get_slot(slot).frames), tasks.instruction(slot, record))
+        samples.append(omni.encode(model, prompt))
+    write_slot(
+        out,
+        slot,
+        split,
+        samples,
+        [record["id"] for record in found],
+        [tasks.instruction(slot, record) for record in found],
+        # the truth of a test record may stand outside its answer, which then is not there to be learned
+        {f: [tasks.target(slot, record, f) for record in found] if split == "train" else [] for f in tasks.FORMS},
+    )
+    return len(found)
+
+
+def encode_all(
+    root: str | Path,
+    slots: Sequence[str],
+    base: str | Path,
+    out: str | Path,
+    workers: int = 2,
+    limit: int | None = None,
+) -> dict[str, int]:
+    """Encode train and test split of every slot in worker processes; returns samples by ``slot/split``."""
+    jobs = [
+        (f"{slot}/{split}", partial(encode_slot, root, slot, split, base, out, limit))
+        for split in ("train", "test")
+        for slot in slots
+    ]
+    return run_pool(jobs, workers, "encode")

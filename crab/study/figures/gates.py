@@ -1,0 +1,63 @@
+"""What the base can do, and how it got there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from crab.study.figures.style import save, subplots
+
+
+def gate_table(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> pd.DataFrame:
+    """One row a skill: accuracy, the gate, the majority answer, the random-object picker, and n."""
+    table = pd.DataFrame(gates).T.rename_axis("skill").reset_index()
+    table.insert(2, "gate", table["skill"].map(least))
+    return table
+
+
+def gate_bars(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float], path: str | Path) -> Figure:
+    """Accuracy a skill as a bar, with its gate and the two baselines as marks."""
+    table = gate_table(gates, least)
+    figure, axes = subplots(figsize=(9, 0.3 * len(table) + 1.5))
+    sns.barplot(table, x="accuracy", y="skill", color="#9ecae1", ax=axes, label="base")
+    for column, marker, colour in (("majority", "o", "#555555"), ("picker", "D", "#e6550d"), ("gate", "|", "#31a354")):
+        axes.scatter(table[column].astype(float), table["skill"], marker=marker, color=colour, s=60 if marker == "|" else 28,
+                     linewidths=3 if marker == "|" else 1, zorder=3, label={"majority": "majority answer", "picker": "random object", "gate": "gate"}[column])  # fmt: skip
+    axes.set(title="What the base can do: held-out scenes, exact match", xlabel="accuracy", ylabel="", xlim=(0, 1.02))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return save(figure, path)
+
+
+def skill_curves(history: Sequence[Mapping], path: str | Path) -> Figure:
+    """Accuracy on held-out scenes against training step, one line a skill."""
+    rows = [
+        {"step": h["step"], "skill": k, "accuracy": v}
+        for h in history
+        for k, v in h.items()
+        if k not in ("step", "stage", "loss")
+    ]
+    figure, axes = subplots(figsize=(9, 5))
+    sns.lineplot(pd.DataFrame(rows), x="step", y="accuracy", hue="skill", palette="husl", ax=axes)
+    starts = {h["stage"]: h["step"] for h in reversed(history)}
+    for stage, step in starts.items():
+        axes.axvline(step, color="0.8", linewidth=1, zorder=0)
+        axes.text(step, 1.02, stage, fontsize=7, rotation=20)
+    axes.set(xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1))
+    axes.set_title("The staged curriculum", pad=28)
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, fontsize="small", ncol=2)
+    return save(figure, path)
+
+
+def encoder_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> Figure:
+    """Dense losses of the two encoders, smoothed over 20 steps."""
+    figure, panels = subplots(1, len(curves), figsize=(10, 4))
+    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
+        table = pd.DataFrame(curve).rolling(20, min_periods=1).mean()
+        sns.lineplot(table, dashes=False, ax=axes)
+        axes.set(title=f"{name} encoder", xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
+        axes.legend(fontsize="small")
+    return save(figure, path)

@@ -1,0 +1,32 @@
+"""Training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from crab.study.figures.style import save, subplots
+
+
+def loss_curves(records: Sequence[Mapping], path: str | Path) -> Figure:
+    """Loss per answer token against passes over the data, one line a run.
+
+    Args:
+        records: runs' records (``run.json``), with keys run, loss, steps and passes.
+    """
+    rows = [
+        {"run": r["run"], "passes": step / r["steps"] * r["passes"], "loss": loss}
+        for r in records
+        for step, loss in r["loss"]
+    ]
+    figure, axes = subplots(figsize=(8, 4.5))
+    sns.lineplot(pd.DataFrame(rows, columns=["run", "passes", "loss"]), x="passes", y="loss", hue="run", ax=axes)
+    axes.set(
+        title="Training loss", xlabel="passes over the samples", ylabel="cross-entropy per answer token (nats)", yscale="log"
+    )
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, fontsize="small")
+    return save(figure, path)

@@ -1,0 +1,182 @@
+"""Run a stage: execute its notebook with the parameters of its section, and leave a page to read.
+
+``python -m crab.study.notebook STAGE [--profile P] [--method M]`` executes ``notebooks/STAGE.ipynb`` and writes
+
+- ``reports/<profile>/<name>/notebook.ipynb``, the executed notebook, only when every cell succeeded;
+- ``reports/<profile>/pages/<name>.html``, always: where a cell failed, it shows which and why.
+
+The name is the stage's, with ``-<method>`` where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from crab.study import params
+from crab.study.files import aside
+from crab.study.ipynb import nbformat
+from crab.study.paths import root
+
+
+class StageError(RuntimeError):
+    """A notebook's cell failed, or its kernel died."""
+
+
+def page(notebook: Any, title: str, inputs: bool = True) -> str:
+    """The notebook as one self-contained HTML page (images embedded); without its code if not ``inputs``."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(
+        embed_images=True,
+        exclude_input=not inputs,
+        exclude_input_prompt=not inputs,
+        exclude_output_prompt=not inputs,
+    )
+    html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title, "path": str(root())}})
+    return html
+
+
+class _Meter(threading.Thread):
+    """Peak memory of this process' descendants, in GiB, sampled each half second.
+
+    Memory they share counts once (proportional set size) where the system tells, else each time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_asked.wait(0.5):
+            total = 0
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    memory = process.memory_full_info()
+                    total += getattr(memory, "pss", memory.rss)
+                except psutil.Error:
+                    continue  # it has ended meanwhile
+            self.peak = max(self.peak, total / 2**30)
+
+    def stop(self) -> float:
+        self._stop_asked.set()
+        self.join()
+        return self.peak
+
+
+@contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """Kernels import `crab` of this repository, and run this interpreter, not another of the user's."""
+    new = {"PYTHONPATH": str(folder), "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    old = {name: os.environ.get(name) for name in new}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _tidy(notebook: Any) -> None:
+    """Drop papermill's clock times and paths of this machine, which would differ with every run."""
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+
+
+def run(stage: str, profile: str | None = None, method: str | None = None, folder: Path | None = None) -> Path:
+    """Execute the notebook of ``stage``; returns the executed notebook's path.
+
+    Args:
+        stage: name of a notebook in ``notebooks``.
+        profile: of params.yaml; by default the one chosen there.
+        method: for stages run once a method.
+
+    Raises:
+        ValueError: when parameters and notebook do not fit; nothing has run then.
+        StageError: when a cell failed; the page is written, the executed notebook is not.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    folder = folder or root()
+    source = folder / "notebooks" / f"{stage}.ipynb"
+    if not source.is_file():
+        raise ValueError(f"{source}: no such notebook; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
+    everything = params.load(folder)
+    profile = profile or everything["profile"]
+    values = params.section(everything, profile, stage, method)
+    params.check(source, values)
+
+    name = stage if method is None else f"{stage}-{method}"
+    reports = folder / "reports" / profile
+    target, html = reports / name / "notebook.ipynb", reports / "pages" / f"{name}.html"
+    failure: Exception | None = None
+    meter, begin = _Meter(), time.monotonic()
+    meter.start()
+    # apart from the target's folder, which the notebook itself may replace as a whole
+    reports.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=reports) as apart:
+        temporary = Path(apart) / "notebook.ipynb"
+        try:
+            with _environment(folder):
+                papermill.execute_notebook(
+                    source,
+                    temporary,
+                    parameters=values,
+                    kernel_name="python3",
+                    language="python",
+                    cwd=source.parent,
+                    log_output=True,
+                    progress_bar=False,
+                    extra_arguments=["--log-level=40"],  # of the kernel: errors only
+                )
+        except (papermill.exceptions.PapermillExecutionError, DeadKernelError) as error:
+            failure = error
+        notebook = nbformat.read(temporary, as_version=4)
+    _tidy(notebook)
+    notebook.metadata["crab"] = {"seconds": round(time.monotonic() - begin, 1), "peak_gib": round(meter.stop(), 2)}
+    with aside(html) as part:
+        part.write_text(page(notebook, f"{name} ({profile})"))
+    if failure is not None:
+        raise StageError(f"{source.relative_to(folder)}: {failure}\nSee {html.relative_to(folder)}")
+    with aside(target) as part:
+        nbformat.write(notebook, part)
+    return target
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m crab.study.notebook", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", help="name of a notebook in notebooks/, e.g. train")
+    parser.add_argument("--profile", help="of params.yaml; by default the one chosen there")
+    parser.add_argument("--method", help="lora, lora_matched or ilora, for stages run once a method")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    # what the cells say, without papermill's own lines about each cell
+    chatter = ("Executing ", "Ending ", "Input Notebook", "Output Notebook", "Working directory")
+    logging.root.handlers[0].addFilter(lambda record: not record.getMessage().startswith(chatter))
+    try:
+        run(options.stage, options.profile, options.method)
+    except (ValueError, StageError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

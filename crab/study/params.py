@@ -1,0 +1,186 @@
+"""params.yaml: one section a stage and profile, checked against the parameters cell of the stage's notebook.
+
+``python -m crab.study.params show`` names the chosen profile, ``choose PROFILE`` changes it, and
+``defaults`` writes the tiny profile's values into the parameters cells of the notebooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from crab.study.files import aside
+from crab.study.ipynb import nbformat
+from crab.study.paths import root
+
+DEFAULT_PROFILE = "tiny"  # its values are the defaults in the notebooks
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """What was perhaps meant, or all there is."""
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def load(folder: Path | None = None) -> dict[str, Any]:
+    """Contents of params.yaml (YAML 1.2, as DVC reads it: ``5e-3`` is a number).
+
+    Raises:
+        ValueError: when it is missing or malformed, or chooses a profile it does not hold.
+    """
+    path = (folder or root()) / "params.yaml"
+    try:
+        # the pure reader: the C one speaks YAML 1.1, where 5e-3 is text and `no` is False
+        params = YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; take it from git again") from None
+    except YAMLError as error:
+        raise ValueError(f"{path}: malformed YAML; mend it there: {error}") from None
+    if not isinstance(params, dict) or not isinstance(params.get("profiles"), dict):
+        raise ValueError(f"{path}: expected the keys `profile` and `profiles`")
+    check_profile(params, params.get("profile"))
+    return params
+
+
+def check_profile(params: Mapping, profile: Any) -> None:
+    """ValueError unless ``profile`` is one of params.yaml."""
+    if profile not in params["profiles"]:
+        raise ValueError(f"params.yaml: profile {profile!r} is unknown; {_nearest(str(profile), params['profiles'])}")
+
+
+def section(params: Mapping, profile: str, stage: str, method: str | None = None) -> dict[str, Any]:
+    """Parameters the notebook of ``stage`` is run with: its section and ``profile``.
+
+    With a ``method``, also ``method`` and ``settings``, that method's own section.
+    """
+    check_profile(params, profile)
+    sections = params["profiles"][profile]
+    if not isinstance(sections.get(stage), dict):
+        raise ValueError(f"params.yaml: profiles.{profile} has no section {stage!r}; {_nearest(stage, sections)}")
+    values = {"profile": profile, **sections[stage]}
+    if method is not None:
+        methods = sections.get("methods") or {}
+        if method not in methods:
+            raise ValueError(
+                f"params.yaml: profiles.{profile}.methods has no {method!r}; {_nearest(method, methods)}"
+            )
+        values |= {"method": method, "settings": methods[method]}
+    return values
+
+
+def _parameters_cell(path: Path, notebook: Any) -> Any:
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1 or tagged[0].cell_type != "code":
+        raise ValueError(f"{path}: {len(tagged)} cells are tagged `parameters`; tag exactly one code cell")
+    return tagged[0]
+
+
+def defaults(path: Path) -> dict[str, Any]:
+    """Names and default values in the notebook's parameters cell.
+
+    Raises:
+        ValueError: when there is not exactly one such cell, or it holds more than ``name = literal`` lines.
+    """
+    cell = _parameters_cell(path, nbformat.read(path, as_version=4))
+    found: dict[str, Any] = {}
+    for node in ast.parse(cell.source).body:
+        try:
+            (target,) = node.targets if isinstance(node, ast.Assign) else ()
+            found[target.id] = ast.literal_eval(node.value)
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"{path}: line {node.lineno} of the parameters cell is not `name = value`, the value written out"
+            ) from None
+    return found
+
+
+def check(path: Path, values: Mapping[str, Any]) -> None:
+    """Hold ``values`` against the notebook's parameters cell.
+
+    Raises:
+        ValueError: naming the notebook, the parameter and the nearest name, when one is unknown, missing
+            or of another kind than its default (papermill only warns, and runs with the default).
+    """
+    known = defaults(path)
+    where = f"{path.name}, profile {values.get('profile')}"
+    for name in values:
+        if name not in known:
+            missing = [k for k in known if k not in values]
+            raise ValueError(f"{where}: parameter {name!r} is unknown; {_nearest(name, missing or known)}")
+    for name, default in known.items():
+        if name not in values:
+            raise ValueError(f"{where}: parameter {name!r} is missing; add it to the notebook's section of params.yaml")
+        value = values[name]
+        kinds = (int, float) if type(default) is float else type(default)
+        if default is not None and value is not None and (
+            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ValueError(
+                f"{where}: parameter {name!r} is {value!r}; expected {type(default).__name__}, such as {default!r}"
+            )
+
+
+def choose(profile: str, folder: Path | None = None) -> None:
+    """Set ``profile:`` in params.yaml, leaving every other byte as it is."""
+    folder = folder or root()
+    params = load(folder)
+    check_profile(params, profile)
+    if params["profile"] != profile:
+        path = folder / "params.yaml"
+        text = re.sub(r"(?m)^profile:[^#\n]*?(?=\s*(#|$))", f"profile: {profile}", path.read_text(), count=1)
+        with aside(path) as temporary:
+            temporary.write_text(text)
+
+
+def write_defaults(folder: Path | None = None) -> list[str]:
+    """Write the tiny profile's values into the notebooks' parameters cells; returns the names of those changed."""
+    folder = folder or root()
+    params = load(folder)
+    changed = []
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        known = defaults(path)
+        values = section(params, DEFAULT_PROFILE, path.stem, known.get("method"))
+        if values == known:
+            continue
+        notebook = nbformat.read(path, as_version=4)
+        order = [n for n in known if n in values] + [n for n in values if n not in known]
+        _parameters_cell(path, notebook).source = "\n".join(
+            f"{n} = {pformat(values[n], width=100, sort_dicts=False)}" for n in order
+        )
+        with aside(path) as temporary:
+            nbformat.write(notebook, temporary)
+        changed.append(path.name)
+    return changed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m crab.study.params", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("show", help="name the chosen profile")
+    commands.add_parser("choose", help="choose a profile").add_argument("profile")
+    commands.add_parser("defaults", help="write the tiny values into the notebooks' parameters cells")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "choose":
+            choose(options.profile)
+        if options.command == "defaults":
+            print("changed:", ", ".join(write_defaults()) or "nothing")
+        else:
+            print(f"profile: {load()['profile']} (params.yaml)")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Independent jobs in worker processes, which share the cores evenly among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+from tqdm.auto import tqdm
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def _start(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label: str) -> dict[str, Any]:
+    """Run named jobs, started in the order given, with a progress bar.
+
+    Args:
+        jobs: name and picklable callable without arguments.
+        workers: processes; 1 runs the jobs here. Each gets ``cores // workers`` threads, so that
+            results do not depend on how many jobs happen to run at once.
+        label: stands before the progress bar and in errors.
+
+    Returns:
+        Results by name.
+
+    Raises:
+        ValueError: on no workers or on two jobs of one name.
+        RuntimeError: naming the job that failed; jobs not yet started are dropped.
+    """
+    if workers < 1:
+        raise ValueError(f"{label}: workers is {workers}; at least 1 is needed")
+    names = [name for name, _ in jobs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{label}: two jobs have one name: {sorted(n for n in set(names) if names.count(n) > 1)}")
+    results: dict[str, Any] = {}
+    bar = tqdm(total=len(jobs), desc=label, mininterval=1)
+    if workers == 1 or len(jobs) < 2:
+        for name, job in jobs:
+            try:
+                results[name] = job()
+            except Exception as error:
+                raise RuntimeError(f"{label} {name} failed: {error}") from error
+            bar.update()
+        bar.close()
+        return results
+
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Read by the numeric libraries when a spawned worker first imports them.
+    kept = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update({name: str(threads) for name in THREAD_VARIABLES})
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start, (threads,)) as pool:
+            futures = {pool.submit(job): name for name, job in jobs}
+            for future in as_completed(futures):
+                name = futures[future]
+                try:
+                    results[name] = future.result()
+                except Exception as error:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise RuntimeError(f"{label} {name} failed: {error}") from error
+                bar.set_postfix_str(name)
+                bar.update()
+    finally:
+        bar.close()
+        for name, value in kept.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    return results

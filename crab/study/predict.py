@@ -1,0 +1,143 @@
+"""Answers of trained adapters to the test samples: batched greedy generation, one JSON line a sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
+from crab.models import omni
+from crab.study.dataset import Sample, batch, load_base, read_slot
+from crab.study.files import aside, read_json
+from crab.study.pool import run_pool
+from crab.study.runs import Run
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def load_adapter(model, folder: str | Path) -> PeftModel:
+    """Put a saved adapter on a base, for inference.
+
+    Raises:
+        ValueError: when it is missing or damaged, or does not fit the base: PEFT itself only warns
+            about weights that are not there, and goes on with random ones.
+    """
+    folder = Path(folder)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        PeftConfig.from_pretrained(folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder}: missing or damaged adapter ({error}); run the train stage again") from error
+    try:
+        peft_model = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: this adapter does not fit the base ({_short(error)}); train it on this base") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()}
+    if stored != wanted:
+        odd = sorted(name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name))
+        raise ValueError(
+            f"{folder}: this adapter does not fit the base: {len(odd)} weights differ, e.g. {odd[0]} is "
+            f"{stored.get(odd[0])} in the file and {wanted.get(odd[0])} in the model; train it on this base"
+        )
+    return peft_model.eval()
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@torch.no_grad()
+def answer(model, tokenizer, samples: Sequence[Sample], batch_size: int, max_new_tokens: int) -> list[str]:
+    """Greedy answers in the order of ``samples``; batches hold samples of like length, so that little is padding."""
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
+    texts = [""] * len(samples)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        made = batch(model, tokenizer, [samples[i] for i in part])
+        for i, text in zip(part, omni.generate(model, tokenizer, made, max_new_tokens), strict=True):
+            texts[i] = text
+    return texts
+
+
+def predict_run(
+    run: Run,
+    adapter: str | Path,
+    encoded: str | Path,
+    base: str | Path,
+    out: str | Path,
+    slots: Sequence[str],
+    batch_size: int = 32,
+    max_new_tokens: int = 96,
+) -> None:
+    """Predict the test split of each of the run's slots into ``<out>/<run>/<slot>.jsonl``."""
+    model, processor = load_base(base)
+    peft_model = load_adapter(model, adapter)
+    for slot in run.slots(slots):
+        data = read_slot(encoded, slot, "test")
+        texts = answer(peft_model, processor.tokenizer, data.samples, batch_size, max_new_tokens)
+        with aside(Path(out) / run.name / f"{slot}.jsonl") as path, path.open("w") as file:
+            for name, text in zip(data.ids, texts, strict=True):
+                file.write(json.dumps({"id": name, "slot": slot, "text": text}) + "\n")
+
+
+def find_runs(folders: Mapping[str, str | Path]) -> dict[Run, Path]:
+    """Trained runs and their folders, in order of method and name.
+
+    Args:
+        folders: by method, the folder its adapters lie in.
+
+    Raises:
+        ValueError: when a method has none.
+    """
+    found = {}
+    for method, folder in folders.items():
+        names = sorted(path.parent for path in Path(folder).glob("*/run.json"))
+        if not names:
+            raise ValueError(f"{folder}: no trained run of {method}; run the train stage")
+        found |= {Run.parse(path.name): path for path in names}
+    return found
+
+
+def predict_all(
+    runs: Mapping[Run, Path],
+    encoded: str | Path,
+    base: str | Path,
+    out: str | Path,
+    slots: Sequence[str],
+    batch_size: int = 32,
+    max_new_tokens: int = 96,
+    workers: int = 2,
+) -> None:
+    """Predict all runs (run -> adapter folder) in worker processes, the longest first."""
+    jobs = [
+        (run.name, partial(predict_run, run, folder, encoded, base, out, list(slots), batch_size, max_new_tokens))
+        for run, folder in sorted(runs.items(), key=lambda item: -len(item[0].slots(slots)))
+    ]
+    run_pool(jobs, workers, "predict")
+
+
+def slots_of(found: Mapping[Run, Path]) -> list[str]:
+    """Slots the runs were trained on, in the order of the first run that has them."""
+    slots: dict[str, None] = {}
+    for run in sorted(found, key=lambda run: run.setting):  # joint before single
+        slots |= dict.fromkeys(read_json(found[run] / "run.json")["slots"])
+    return list(slots)
+
+
+def joint_run(found: Mapping[Run, Path], form: str) -> Run:
+    """The joint run of lowest seed, of this form of answer where there is one.
+
+    Raises:
+        ValueError: when none of the runs is joint.
+    """
+    joint = [run for run in found if run.setting == "joint"]
+    if not joint:
+        raise ValueError(f"no joint run among {[run.name for run in found]}; add one to the method's runs")
+    return min(joint, key=lambda run: (run.form != form, run.seed))

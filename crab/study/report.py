@@ -1,0 +1,121 @@
+"""The report of a profile: ``index.html``, which leads with the result, and a page for each notebook.
+
+``python -m crab.study.report [--profile P]`` reads only the executed notebooks. A cell tagged ``result`` is
+lifted onto the index, outputs only: what the notebook calls its result is shown nowhere else anew. Pages show
+the prose and comments of today's notebooks around the recorded outputs, so that mending a sentence runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+from crab.study import params
+from crab.study.files import aside, aside_folder
+from crab.study.ipynb import nbformat
+from crab.study.notebook import page
+from crab.study.paths import root
+from crab.study.sources import FOLDER, code_cells
+
+# In the order a reader wants them: the claim, what it rests on, why, and how it was made.
+ORDER = ("transfer", "evaluate", "routing", "features", "base", "train", "encode", "build")
+
+
+def executed(folder: Path, profile: str) -> dict[str, Any]:
+    """Executed notebooks by name, in `ORDER`, others last."""
+
+    def place(name: str) -> tuple[int, str]:
+        stage = name.partition("-")[0]
+        return (ORDER.index(stage) if stage in ORDER else len(ORDER)), name
+
+    paths = {p.parent.name: p for p in (folder / "reports" / profile).glob("*/notebook.ipynb")}
+    if not paths:
+        raise ValueError(f"reports/{profile}: no executed notebook; run dvc repro")
+    return {name: nbformat.read(paths[name], as_version=4) for name in sorted(paths, key=place)}
+
+
+def refreshed(run: Any, now: Any, name: str = "notebook") -> Any:
+    """The executed notebook ``run`` with the prose and comments of ``now``.
+
+    Left as it is where the code differs: outputs are shown only beside the code that made them.
+    """
+    injected = [c for c in run.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    before = [c for c in run.cells if c.cell_type == "code" and c not in injected]
+    bare = copy.deepcopy(run)
+    bare.cells = before
+    if code_cells(bare, name) != code_cells(now, name):
+        return run
+    result, recorded = copy.deepcopy(now), iter(before)
+    result.metadata, result.cells = run.metadata, []
+    for cell in now.cells:
+        cell = copy.deepcopy(cell)
+        result.cells.append(cell)
+        if cell.cell_type == "code":
+            old = next(recorded)
+            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+            if "parameters" in cell.metadata.get("tags", []):
+                result.cells += injected
+    return result
+
+
+def _stages(notebooks: dict[str, Any]) -> str:
+    rows = ["| notebook | wall time | peak memory |", "|---|---:|---:|"]
+    total = 0.0
+    for name, notebook in notebooks.items():
+        cost = notebook.metadata.get("crab", {})
+        seconds = cost.get("seconds", 0.0)
+        total += seconds
+        rows.append(f"| [{name}](pages/{name}.html) | {seconds:.0f} s | {cost.get('peak_gib', 0):.2f} GiB |")
+    rows.append(f"| all | {total / 60:.1f} min | |")
+    return "\n".join(rows)
+
+
+def index(notebooks: dict[str, Any], profile: str) -> Any:
+    """The front page as a notebook: results of each stage in `ORDER`, then what each stage cost."""
+    cells = [nbformat.v4.new_markdown_cell(f"# The Crab+ study, profile `{profile}`")]
+    for name, notebook in notebooks.items():
+        outputs = [
+            output
+            for cell in notebook.cells
+            if cell.cell_type == "code" and "result" in cell.metadata.get("tags", [])
+            for output in cell.outputs
+            if output.output_type in ("display_data", "execute_result")
+        ]
+        if outputs:
+            cells.append(nbformat.v4.new_markdown_cell(f"## {name.capitalize()}\n\n[How it was made](pages/{name}.html)"))
+            cells.append(nbformat.v4.new_code_cell("", outputs=outputs))
+    cells.append(nbformat.v4.new_markdown_cell("## All notebooks\n\n" + _stages(notebooks)))
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def write(profile: str | None = None, folder: Path | None = None) -> Path:
+    """Write ``index.html`` and ``pages``; returns the index's path."""
+    folder = folder or root()
+    profile = profile or params.load(folder)["profile"]
+    reports = folder / "reports" / profile
+    notebooks = executed(folder, profile)
+    with aside_folder(reports / "pages") as pages:
+        for name, notebook in notebooks.items():
+            now = folder / FOLDER / "notebooks" / f"{name.partition('-')[0]}.ipynb"
+            if now.is_file():
+                notebook = refreshed(notebook, nbformat.read(now, as_version=4), name)
+            (pages / f"{name}.html").write_text(page(notebook, f"{name} ({profile})"))
+    with aside(reports / "index.html") as part:
+        part.write_text(page(index(notebooks, profile), f"Crab+ ({profile})", inputs=False))
+    return reports / "index.html"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m crab.study.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", help="of params.yaml; by default the one chosen there")
+    try:
+        print(write(parser.parse_args(arguments).profile))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

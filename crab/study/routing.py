@@ -1,0 +1,138 @@
+"""What the routers of a joint I-LoRA adapter do: who is sent where, by slot, layer and kind of token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from crab.ilora import record_routing
+from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
+from crab.study.files import aside, write_json
+from crab.study.predict import answer, load_adapter
+from crab.study.spread import spread
+
+COLUMNS = ["slot", "layer", "segment", "head", "weight", "entropy", "tokens"]
+
+
+def entropy(weights: np.ndarray) -> np.ndarray:
+    """Shannon entropy over the last axis, as a share of its maximum: 0 one head alone, 1 all alike."""
+    weights = np.asarray(weights, float)
+    if weights.shape[-1] < 2:
+        return np.zeros(weights.shape[:-1])
+    logs = np.log(np.where(weights > 0, weights, 1.0))
+    return -(weights * logs).sum(-1) / np.log(weights.shape[-1])
+
+
+def mutual_information(gates: np.ndarray) -> float:
+    """Mutual information in bits between slot and head, slots equally frequent.
+
+    Args:
+        gates: [slots, heads], the mean routing weights of each slot, taken as P(head | slot).
+
+    Returns:
+        H(head) - H(head | slot): 0 when the slots are routed alike, at most log2 of the smaller number.
+    """
+    gates = np.asarray(gates, float)
+
+    def bits(p: np.ndarray) -> np.ndarray:
+        return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
+
+    return float(max(0.0, bits(gates.mean(0)) - bits(gates).mean()))
+
+
+def layer_of(module: str) -> int:
+    """Number of the language model's layer a module lies in."""
+    found = re.search(r"\.layers\.(\d+)\.", module)
+    if found is None:
+        raise ValueError(f"{module}: not inside a numbered layer")
+    return int(found[1])
+
+
+@torch.no_grad()
+def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_tokens: int) -> list[dict]:
+    """Routing of one slot's samples with the answers the model itself gives them.
+
+    Returns:
+        Rows of layer, segment, head, weight (mean over tokens and the layer's modules), entropy (mean of each
+        token's own, as a share of the maximum) and tokens.
+    """
+    texts = answer(model, tokenizer, samples, batch_size, max_new_tokens)
+    sums: dict[tuple[int, int], list] = {}
+    for start in range(0, len(samples), batch_size):
+        part = slice(start, start + batch_size)
+        made = batch(model, tokenizer, samples[part], texts[part])
+        kinds = segments(model.config, made).cpu().numpy()
+        with record_routing(model) as routing:
+            model(
+                inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
+                position_ids=made["position_ids"], use_cache=False,
+            )  # fmt: skip
+        for module, steps in routing.items():
+            (weights,) = (step.numpy().astype(float) for step in steps)
+            for kind in range(len(SEGMENTS)):
+                here = weights[kinds == kind]
+                total = sums.setdefault((layer_of(module), kind), [0.0, 0.0, 0])
+                total[0] = total[0] + here.sum(0)
+                total[1] += entropy(here).sum()
+                total[2] += len(here)
+    return [
+        {"layer": layer, "segment": SEGMENTS[kind], "head": head, "weight": weight / count, "entropy": own / count, "tokens": count}
+        for (layer, kind), (total, own, count) in sorted(sums.items(), key=lambda item: item[0])
+        if count
+        for head, weight in enumerate(total)
+    ]  # fmt: skip
+
+
+def routing(
+    adapter: str | Path,
+    encoded: str | Path,
+    base: str | Path,
+    slots: Sequence[str],
+    out: str | Path,
+    samples: int = 200,
+    batch_size: int = 32,
+    max_new_tokens: int = 48,
+) -> tuple[pd.DataFrame, dict]:
+    """Record the routing of an I-LoRA adapter on test samples, spread evenly over the slots.
+
+    Writes ``routing.csv`` and ``metrics.json`` to ``out``.
+
+    Args:
+        adapter: folder of a joint I-LoRA run. samples: in all, at least one a slot.
+
+    Returns:
+        Table (`COLUMNS`), and a summary: mean entropy, mean weight of each head, and the mutual information in
+        bits between slot and head, on average over layers, for each segment.
+    """
+    model, processor = load_base(base)
+    peft_model = load_adapter(model, adapter)
+    rows = []
+    for slot in slots:
+        data = read_slot(encoded, slot, "test")
+        chosen = [data.samples[i] for i in spread(len(data), max(1, samples // len(slots)))]
+        found = record_slot(peft_model, processor.tokenizer, chosen, batch_size, max_new_tokens)
+        rows += [{"slot": slot, **row} for row in found]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    summary = summarise(table)
+    with aside(Path(out) / "routing.csv") as path:
+        table.to_csv(path, index=False, float_format="%.6g")
+    write_json(Path(out) / "metrics.json", summary)
+    return table, summary
+
+
+def summarise(table: pd.DataFrame) -> dict:
+    """Numbers for `routing`, from its table."""
+    information: dict[str, list[float]] = {}
+    for (segment, _), part in table.groupby(["segment", "layer"], sort=False):
+        gates = part.pivot(index="slot", columns="head", values="weight").to_numpy()
+        information.setdefault(segment, []).append(mutual_information(gates))
+    return {
+        "mean_entropy": round(float(table["entropy"].mean()), 4),
+        "head_weight": [round(float(w), 4) for w in table.groupby("head")["weight"].mean()],
+        "slot_head_information_bits": {name: round(float(np.mean(v)), 4) for name, v in information.items()},
+    }

@@ -1,0 +1,207 @@
+"""Scores from prediction files and the test records alone: no model, no torch.
+
+Predictions lie at ``<predictions>/<run>/<slot>.jsonl``, one ``{"id", "slot", "text"}`` a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from crab import tasks
+from crab.data import media, records
+from crab.study.files import aside, write_json
+from crab.study.resample import bootstrap_means, interval
+from crab.study.runs import Run
+
+COLUMNS = [
+    "run", "family", "seed", "slot", "metric", "primary", "value", "low", "high", "chance",
+    "n_expected", "n_found", "n_scored", "n_unparsable",
+]  # fmt: skip
+SAMPLE_COLUMNS = ["run", "family", "seed", "slot", "id", "score"]
+
+
+def read_predictions(path: str | Path, slot: str) -> dict[str, str]:
+    """Answers by sample id.
+
+    Raises:
+        ValueError: naming file and line when the file is missing, a line malformed, an id given twice,
+            or a line belongs to another slot.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such prediction file; run the evaluate stage for this run and slot")
+    texts: dict[str, str] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            sample, owner, text = row["id"], row["slot"], row["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: expected an object with id, slot and text ({error!r}); predict again"
+            ) from None
+        if owner != slot:
+            raise ValueError(f"{path}:{number}: a line of slot {owner!r} in a file of {slot!r}; predict again")
+        if sample in texts:
+            raise ValueError(f"{path}:{number}: id {sample!r} appears twice; predict again")
+        texts[sample] = text
+    return texts
+
+
+def _true_mask(record: Mapping) -> Any:
+    return media.read_mask(record["mask"])
+
+
+def _cut_mask(record: Mapping, box, points) -> Any:
+    from crab.study.segment import grabcut  # OpenCV is loaded only where a slot needs a mask
+
+    (image,) = (item for item in record["media"] if item.kind == "image")
+    return grabcut(media.read_image(image.path), box, points)
+
+
+def masks_of(slot: str) -> dict[str, tasks.Masks]:
+    """Keyword arguments that `crab.tasks.score` needs for a slot: ``masks`` for the pixel-level ones, else none."""
+    return {"masks": tasks.Masks(_true_mask, _cut_mask)} if tasks.get_slot(slot).module == "segmentation" else {}
+
+
+def score_run(
+    run: Run,
+    slot: str,
+    test: Sequence[Mapping],
+    texts: Mapping[str, str],
+    chance: float,
+    masks: Mapping[str, tasks.Masks] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[list[dict], list[dict]]:
+    """Scores of one run on one slot.
+
+    Args:
+        test: the slot's test records, all of them. texts: raw answers by sample id.
+        chance: score of the best constant answer. masks: see `masks_of`.
+
+    Returns:
+        Rows of the score table, one a metric (`COLUMNS`; chance and the 95 % bootstrap interval over
+        samples only for the primary one), and one row a sample (`SAMPLE_COLUMNS`).
+
+    Raises:
+        ValueError: when a prediction is missing, or one is of no record.
+    """
+    try:
+        result = tasks.score(slot, test, texts, **(masks or {}))
+    except ValueError as error:
+        raise ValueError(f"{run.name}: {error}; predict again") from error
+    low, high = interval(bootstrap_means(result["per_sample"], resamples, seed))
+    head = {"run": run.name, "family": run.family, "seed": run.seed, "slot": slot}
+    counts = {name: result[name] for name in COLUMNS if name.startswith("n_")}
+    rows = []
+    for metric, value in result["metrics"].items():
+        first = metric == tasks.get_slot(slot).metric
+        extra = {"low": low, "high": high, "chance": chance} if first else {}
+        rows.append({**head, "metric": metric, "primary": first, "value": float(value), **extra, **counts})
+    samples = [
+        {**head, "id": name, "score": float(value)}
+        for name, value in zip(result["ids"], result["per_sample"], strict=True)
+    ]
+    return rows, samples
+
+
+def score_all(
+    runs: Sequence[Run],
+    slots: Sequence[str],
+    data: str | Path,
+    predictions: str | Path,
+    out: str | Path,
+    metrics: str | Path | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Score every run on its slots.
+
+    Args:
+        runs: what must be there; a missing prediction file is an error.
+        slots: test slots of the joint runs.
+        data: root that holds ``AVUIE_2``.
+        out: folder for ``scores.csv`` and ``samples.csv``, which `crab.study.transfer` reads.
+        metrics: where to write the nested summary for ``dvc metrics show``.
+
+    Returns:
+        Score table (`COLUMNS`) and per-sample scores (`SAMPLE_COLUMNS`).
+    """
+    rows, samples = [], []
+    pairs = [(run, slot) for slot in slots for run in runs if slot in run.slots(slots)]
+    known: dict[str, tuple] = {}
+    for run, slot in tqdm(pairs, desc="score", mininterval=1):
+        if slot not in known:
+            test, masks = records.read(data, slot, "test"), masks_of(slot)
+            known[slot] = test, masks, tasks.chance(slot, test, **masks)
+        test, masks, chance = known[slot]
+        texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
+        of_run, of_samples = score_run(run, slot, test, texts, chance, masks, resamples, seed)
+        rows += of_run
+        samples += of_samples
+    table, tidy = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(samples, columns=SAMPLE_COLUMNS)
+    for name, frame in (("scores", table), ("samples", tidy)):
+        with aside(Path(out) / f"{name}.csv") as path:
+            frame.to_csv(path, index=False, float_format="%.6g")
+    if metrics is not None:
+        write_json(metrics, summary(table))
+    return table, tidy
+
+
+def load(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The two tables `score_all` wrote to ``folder``; a missing one is a ValueError."""
+    frames = []
+    for name, columns in (("scores", COLUMNS), ("samples", SAMPLE_COLUMNS)):
+        path = Path(folder) / f"{name}.csv"
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; run the evaluate stage")
+        frame = pd.read_csv(path)
+        if list(frame.columns) != columns:
+            raise ValueError(f"{path}: columns {list(frame.columns)} are not {columns}; run the evaluate stage again")
+        frames.append(frame)
+    return frames[0], frames[1]
+
+
+def summary(table: pd.DataFrame) -> dict:
+    """Nested metrics, ``{family: {slot: {score, low, high, chance, unparsable}, mean}}``, means over seeds."""
+    first = table[table["primary"].astype(bool)]
+    nested: dict[str, dict] = {}
+    for (family, slot), part in first.groupby(["family", "slot"], sort=False):
+        mean = part[["value", "low", "high", "chance"]].mean()
+        nested.setdefault(family, {})[slot] = {
+            "score": round(float(mean["value"]), 4),
+            "low": round(float(mean["low"]), 4),
+            "high": round(float(mean["high"]), 4),
+            "chance": round(float(mean["chance"]), 4),
+            "unparsable": int(part["n_unparsable"].sum()),
+        }
+    for values in nested.values():
+        values["mean"] = round(sum(v["score"] for v in values.values()) / len(values), 4)
+    return nested
+
+
+def score_grid(table: pd.DataFrame) -> pd.DataFrame:
+    """Primary scores, a row a slot and a column a family of runs (mean over seeds), chance beside them."""
+    first = table[table["primary"].astype(bool)]
+    slots, families = list(dict.fromkeys(first["slot"])), list(dict.fromkeys(first["family"]))
+    grid = first.pivot_table(index="slot", columns="family", values="value").reindex(index=slots, columns=families)
+    grid.insert(0, "chance", first.groupby("slot")["chance"].first())
+    grid.insert(0, "metric", first.groupby("slot")["metric"].first())
+    return grid.rename_axis(columns=None).round(3)
+
+
+def examples(data: str | Path, predictions: str | Path, run: Run, slots: Sequence[str], each: int = 1) -> pd.DataFrame:
+    """The first answers of a run beside what they were asked and the truth."""
+    rows = []
+    for slot in slots:
+        texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
+        for record in records.read(data, slot, "test")[:each]:
+            truth = "the mask" if "mask" in record else str(tasks.truth(slot, record))
+            rows.append({"slot": slot, "asked": tasks.instruction(slot, record), "truth": truth, "answer": texts[record["id"]]})
+    return pd.DataFrame(rows)

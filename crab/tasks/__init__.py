@@ -1,0 +1,29 @@
+"""The unified interface of AV-UIE v2: what each slot asks, how it is answered, read and scored.
+
+Pure Python and NumPy. :mod:`crab.tasks.registry` names the slots, :mod:`crab.tasks.interface` holds
+the functions that work for all of them; one module for each form of answer does the rest.
+"""
+
+from .interface import (
+    FORMS,
+    answer,
+    chance,
+    corpus,
+    instruction,
+    parse,
+    sample_id,
+    sample_scores,
+    score,
+    tags,
+    target,
+    truth,
+)
+from .registry import BENCHMARKS, FOLDER, SLOTS, SPLITS, MediaItem, Slot, get_slot, json_path, media_paths
+from .segmentation import Masks, mask_path
+from .spatial import SIZE
+
+__all__ = [
+    "BENCHMARKS", "FOLDER", "FORMS", "Masks", "MediaItem", "SIZE", "SLOTS", "SPLITS", "Slot",
+    "answer", "chance", "corpus", "get_slot", "instruction", "json_path", "mask_path", "media_paths",
+    "parse", "sample_id", "sample_scores", "score", "tags", "target", "truth",
+]

@@ -1,0 +1,224 @@
+import pickle
+import re
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from crab.data import media
+from crab.data.media import MediaError
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+
+
+def snr(clean, noisy):
+    return 10 * np.log10(np.mean(clean**2) / np.mean((clean - noisy) ** 2))
+
+
+def blocks(count, size=224):
+    """Frames of 16-pixel grey-to-colour blocks, each frame different."""
+    rng = np.random.default_rng(0)
+    return np.repeat(np.repeat(rng.integers(40, 200, (count, size // 16, size // 16, 3)), 16, 1), 16, 2).astype(np.uint8)
+
+
+def tone(seconds, rate, hertz=440):
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
+
+
+def test_a_video_survives_the_round_trip(tmp_path):
+    frames = blocks(20)
+    media.write_video(tmp_path / "v.mp4", frames, 2)
+    read, times = media.read_video(tmp_path / "v.mp4", 20)
+    assert read.shape == (20, 224, 224, 3) and read.dtype == np.uint8
+    assert psnr(read, frames) > 30
+    np.testing.assert_allclose(times, np.arange(20) / 2)
+
+
+@pytest.mark.parametrize("count, expected", [
+    (10, np.arange(10) + 0.5),  # two frames a second: the second of each pair begins at the middle
+    (4, [1.0, 3.5, 6.0, 8.5]),  # middles 1.25, 3.75, 6.25, 8.75; a frame shows until the next one begins
+    (1, [5.0]),
+])
+def test_frames_are_those_on_display_at_the_middles_and_their_times_are_their_own(tmp_path, count, expected):
+    frames = blocks(20)
+    media.write_video(tmp_path / "v.mp4", frames, 2)
+    read, times = media.read_video(tmp_path / "v.mp4", count)
+    np.testing.assert_allclose(times, expected)
+    for picture, second in zip(read, times, strict=True):
+        nearest = min(range(20), key=lambda i: np.abs(frames[i].astype(float) - picture).mean())
+        assert nearest == second * 2
+
+
+def test_uneven_time_stamps_are_the_files_own(tmp_path):
+    path = tmp_path / "v.mp4"
+    stamps = [0, 100, 900, 1000, 2900, 3000]  # milliseconds
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1000)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for stamp, picture in zip(stamps, blocks(6, 64), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = stamp
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    _, times = media.read_video(path, 3)  # about 3 s: middles near 0.5, 1.5, 2.5
+    np.testing.assert_allclose(times, [0.1, 1.0, 1.0], atol=1e-6)
+
+
+def test_an_avi_without_presentation_times(tmp_path):
+    path = tmp_path / "v.avi"
+    frames = blocks(20)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4, bit_rate=4_000_000)
+        stream.width = stream.height = 224
+        stream.pix_fmt = "yuv420p"
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    read, times = media.read_video(path, 5)
+    np.testing.assert_allclose(times, np.arange(5) + 0.5)
+    assert psnr(read, frames[2::4]) > 25
+
+
+def test_a_clip_with_too_few_frames_repeats_some(tmp_path):
+    media.write_video(tmp_path / "v.mp4", blocks(2), 1)
+    read, times = media.read_video(tmp_path / "v.mp4", 4)
+    np.testing.assert_allclose(times, [0, 0, 1, 1])
+    assert (read[0] == read[1]).all()
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    frames, wave = blocks(6), tone(1, 16000)
+    for name in ("a", "b"):
+        media.write_video(tmp_path / f"{name}.mp4", frames, 2)
+        media.write_audio(tmp_path / f"{name}.mp3", wave)
+        media.write_audio(tmp_path / f"{name}.wav", wave)
+        media.write_image(tmp_path / f"{name}.jpg", frames[0])
+        media.write_mask(tmp_path / f"{name}.png", frames[0, :, :, 0] > 99)
+    for suffix in ("mp4", "mp3", "wav", "jpg", "png"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 10  # nothing left beside them
+
+
+@pytest.mark.parametrize("suffix, floor", [(".wav", 60), (".mp3", 20)])
+def test_sound_survives_the_round_trip(tmp_path, suffix, floor):
+    wave = tone(3, 16000)
+    media.write_audio(tmp_path / f"a{suffix}", wave)
+    read = media.read_audio(tmp_path / f"a{suffix}")
+    assert read.dtype == np.float32 and read.shape == wave.shape  # mp3's encoder delay is cut off again
+    assert snr(wave, read) > floor
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_other_rates_and_channels_become_16_khz_mono(tmp_path, rate):
+    wave = tone(2, rate)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, 0 * wave], 1), rate)
+    read = media.read_audio(tmp_path / "a.wav")
+    assert read.shape == (32000,)
+    middle = slice(1000, -1000)  # the filter's edges
+    assert snr(tone(2, 16000)[middle] / 2, read[middle]) > 35
+
+
+def test_a_window_of_sound(tmp_path):
+    wave = np.concatenate([np.zeros(16000), tone(1, 16000), np.zeros(8000)])
+    media.write_audio(tmp_path / "a.wav", wave)
+    np.testing.assert_allclose(media.read_audio(tmp_path / "a.wav", 1, 2), wave[16000:32000], atol=1e-4)
+    assert media.read_audio(tmp_path / "a.wav", 2, 3).shape == (8000,)  # cut at the end
+
+
+def test_the_sound_of_a_video_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(1, 44100)[None].astype(np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    read = media.read_audio(path)
+    assert abs(len(read) - 16000) < 1500  # aac pads
+    assert np.abs(np.fft.rfft(read[:16000])).argmax() == pytest.approx(440, abs=8)
+
+
+def test_images_and_masks(tmp_path):
+    picture = blocks(1)[0]
+    media.write_image(tmp_path / "a.jpg", picture)
+    assert psnr(media.read_image(tmp_path / "a.jpg"), picture) > 30
+    Image.fromarray(picture).convert("L").resize((640, 360)).save(tmp_path / "b.png")
+    assert media.read_image(tmp_path / "b.png").shape == (224, 224, 3)
+    mask = np.zeros((224, 224), bool)
+    mask[10:50, 20:30] = True
+    media.write_mask(tmp_path / "m.png", mask)
+    assert (media.read_mask(tmp_path / "m.png") == mask).all()
+    Image.fromarray(np.where(mask[..., None], [0, 128, 0], 0).astype(np.uint8)).save(tmp_path / "rgb.png")
+    assert (media.read_mask(tmp_path / "rgb.png") == mask).all()
+    Image.fromarray(mask).resize((448, 448), Image.Resampling.NEAREST).save(tmp_path / "big.png")
+    assert (media.read_mask(tmp_path / "big.png") == mask).all()
+
+
+def spoil(folder):
+    """One bad file for each fault."""
+    media.write_video(folder / "good.mp4", blocks(20), 2)
+    whole = (folder / "good.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    with av.open(str(folder / "good.mp4")) as source, av.open(
+        str(folder / "front.mp4"), "w", options={"movflags": "faststart"}
+    ) as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    whole = (folder / "front.mp4").read_bytes()
+    (folder / "front.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").touch()
+    (folder / "empty.wav").touch()
+    soundfile.write(folder / "zero.wav", np.zeros(0), 16000)
+    media.write_audio(folder / "sound.wav", tone(1, 16000))
+    media.write_audio(folder / "sound.mp3", tone(1, 16000))
+    soundfile.write(folder / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
+    (folder / "text.wav").write_text("not sound")
+    (folder / "text.png").write_text("not an image")
+    media.write_image(folder / "image.png", blocks(1)[0])
+    (folder / "cut.png").write_bytes((folder / "image.png").read_bytes()[:200])
+
+
+@pytest.mark.parametrize("read, name, fault", [
+    (lambda p: media.read_video(p, 10), "missing.mp4", "does not exist"),
+    (lambda p: media.read_video(p, 10), ".", "is a folder"),
+    (lambda p: media.read_video(p, 10), "cut.mp4", "cannot be decoded as video"),
+    (lambda p: media.read_video(p, 10), "front.mp4", "truncated"),
+    (lambda p: media.read_video(p, 10), "empty.mp4", "cannot be decoded as video"),
+    (lambda p: media.read_video(p, 10), "sound.mp3", "no video stream"),
+    (media.read_audio, "missing.wav", "does not exist"),
+    (media.read_audio, "empty.wav", "is empty"),
+    (media.read_audio, "zero.wav", "zero length"),
+    (media.read_audio, "text.wav", "cannot be decoded as sound"),
+    (media.read_audio, "nan.wav", "not numbers"),
+    (media.read_audio, "good.mp4", "no sound stream"),
+    (lambda p: media.read_audio(p, 1, 2), "sound.wav", "no sound between"),
+    (media.read_image, "missing.png", "does not exist"),
+    (media.read_image, "text.png", "cannot be decoded as an image"),
+    (media.read_mask, "cut.png", "cannot be decoded as an image"),
+])
+def test_bad_media_is_named_with_its_mend(tmp_path, read, name, fault):
+    spoil(tmp_path)
+    with pytest.raises(MediaError, match=fault) as caught:
+        read(tmp_path / name)
+    assert re.match(rf"{re.escape(str(tmp_path / name))}: .+; .+", str(caught.value), re.S)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # crosses a process pool
+
+
+def test_nothing_half_written_stays(tmp_path):
+    frames = [*blocks(2), np.zeros((10, 10, 3), np.uint8)]
+    with pytest.raises(ValueError, match="a frame is"):
+        media.write_video(tmp_path / "v.mp4", frames, 2)
+    for path, wave in (("a.ogg", tone(1, 8000)), ("a.wav", np.zeros(0)), ("a.wav", np.zeros((2, 5)))):
+        with pytest.raises(ValueError, match=re.escape(path)):
+            media.write_audio(tmp_path / path, wave)
+    with pytest.raises(ValueError, match="first frame"):
+        media.write_video(tmp_path / "v.mp4", [], 2)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,99 @@
+"""Files that say the same thing in two places agree: parameters, stages, dependencies."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import nbformat
+import pytest
+from ruamel.yaml import YAML
+from toys import REPOSITORY, STAGES
+
+from crab.study import params
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+LOADED = params.load(REPOSITORY)
+PROFILES = list(LOADED["profiles"])
+METHODS = ["lora", "lora_matched", "ilora"]
+
+
+def read_yaml(name: str):
+    return YAML(typ="safe", pure=True).load(REPOSITORY / name)
+
+
+def test_every_stage_has_a_notebook_and_every_notebook_a_stage():
+    assert {p.stem for p in NOTEBOOKS} == set(STAGES)
+    assert set(read_yaml("dvc.yaml")["stages"]) == {*STAGES, "sources", "report"}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_hold_the_same_sections_and_no_other(profile):
+    assert set(LOADED["profiles"][profile]) == {*STAGES, "methods"}
+    assert list(LOADED["profiles"][profile]["methods"]) == METHODS
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_parameters_cell_matches_its_section(path, profile):
+    for method in METHODS if path.stem == "train" else [None]:
+        params.check(path, params.section(LOADED, profile, path.stem, method))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_defaults_are_the_tiny_profile(path):
+    found = params.defaults(path)
+    expected = params.section(LOADED, params.DEFAULT_PROFILE, path.stem, found.get("method"))
+    assert found == expected, "run: python -m crab.study.params defaults"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_clean_and_short(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, "strip outputs: nbstripout notebooks/*.ipynb"
+            assert len(cell.source.splitlines()) <= 15, cell.source
+            assert not re.search(r"^\s*[!%]", cell.source, re.M), cell.source
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_runs_its_notebook_with_its_section(stage):
+    found = read_yaml("dvc.yaml")["stages"][stage]
+    assert found["matrix"]["profile"] == ["${profile}"]
+    assert found["cmd"].startswith(f"python -m crab.study.notebook {stage} --profile ${{item.profile}}")
+    assert f".stage/{stage}.json" in found["deps"]
+    wanted = {f"profiles.${{item.profile}}.{stage}"}
+    if stage == "train":
+        assert found["matrix"]["method"] == METHODS
+        wanted.add("profiles.${item.profile}.methods.${item.method}")
+    # evaluate and others may name `methods` too: they know of all runs
+    assert wanted <= set(found["params"]) <= wanted | {"profiles.${item.profile}.methods"}
+
+
+def test_base_is_made_from_the_vocabulary_of_the_data_alone_and_kept_in_git():
+    found = read_yaml("dvc.yaml")["stages"]["base"]
+    assert found["deps"] == [".stage/base.json", "data/${item.profile}/dataset/vocabulary.json"]
+    assert all(out[next(iter(out))] == {"cache": False} for out in found["outs"])
+
+
+def project():
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def test_conda_environment_holds_the_same_packages():
+    environment = read_yaml("environment.yml")["dependencies"]
+    pip = environment[-1]["pip"]
+    wanted = project()["dependencies"] + project()["optional-dependencies"]["dev"]
+    assert sorted(p for p in pip if not p.startswith("-")) == sorted(wanted)
+    assert "-c constraints.txt" in pip and "-e ." in pip
+    assert "python=3.11" in environment
+
+
+def test_every_package_is_locked_exactly_and_for_any_index():
+    lines = [x for x in (REPOSITORY / "constraints.txt").read_text().splitlines() if not x.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
+    locked = {re.sub(r"[-_.]+", "-", n).lower(): v for n, v in (line.split("==") for line in lines)}
+    assert "torchvision" not in locked  # its wheels for other builds of torch break peft's import
+    for wanted in project()["dependencies"] + project()["optional-dependencies"]["dev"]:
+        name, _, version = wanted.partition("==")
+        assert locked[name.replace(".", "-")] == (version or locked[name.replace(".", "-")])

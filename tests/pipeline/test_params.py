@@ -1,0 +1,96 @@
+"""Parameters: what is unknown, missing or of another kind is refused before anything runs."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+from nbformat.v4 import new_notebook
+from toys import code, write_notebook
+
+from crab.study import params
+
+
+def test_section_joins_stage_method_and_profile(repository):
+    values = params.section(params.load(repository), "tiny", "stage", "ilora")
+    assert values == {
+        "profile": "tiny", "passes": 8, "rate": 1, "method": "ilora", "settings": {"r": 4, "num_heads": 3},
+    }  # fmt: skip
+
+
+def test_numbers_are_read_as_dvc_reads_them(repository):
+    assert params.section(params.load(repository), "smoke", "stage")["rate"] == 0.005
+
+
+@pytest.mark.parametrize(
+    ("profile", "stage", "method", "said"),
+    [
+        ("tinny", "stage", None, "did you mean 'tiny'"),
+        ("tiny", "stag", None, "did you mean 'stage'"),
+        ("tiny", "stage", "ilorra", "did you mean 'ilora'"),
+        ("smoke", "stage", "ilora", "profiles.smoke.methods"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(repository, profile, stage, method, said):
+    with pytest.raises(ValueError, match=said):
+        params.section(params.load(repository), profile, stage, method)
+
+
+@pytest.mark.parametrize("text", ["profile: [", "profiles: {}", "profile: x\nprofiles: {y: {}}", ""])
+def test_malformed_files_are_refused(repository, text):
+    (repository / "params.yaml").write_text(text)
+    with pytest.raises(ValueError, match="params.yaml"):
+        params.load(repository)
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        params.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pases": 8, "passes": None}, r"toy.ipynb, profile tiny: parameter 'pases' is unknown; did you mean 'passes'"),
+        ({"passes": None}, "'passes' is missing"),
+        ({"extra": 1}, "'extra' is unknown"),
+        ({"passes": "8"}, "expected int"),
+        ({"passes": True}, "expected int"),
+        ({"passes": 8.5}, "expected int"),
+        ({"rate": "5e-3"}, "expected float"),
+        ({"slots": "ave"}, "expected list"),
+    ],
+)
+def test_check_refuses(repository, change, said):
+    good = {"profile": "tiny", "passes": 8, "rate": 0.1, "slots": ["ave"]}
+    path = write_notebook(repository, "toy", good)
+    params.check(path, good)
+    bad = {k: v for k, v in {**good, **change}.items() if v is not None}
+    with pytest.raises(ValueError, match=said):
+        params.check(path, bad)
+
+
+def test_check_takes_a_whole_number_for_a_real_one_and_anything_for_none(repository):
+    path = write_notebook(repository, "toy", {"profile": "tiny", "rate": 0.1, "limit": None})
+    params.check(path, {"profile": "tiny", "rate": 1, "limit": 5})
+
+
+@pytest.mark.parametrize("cells", [[], [code("a = 1", "parameters"), code("b = 1", "parameters")], [code("a = f()", "parameters")], [code("import os", "parameters")]])
+def test_parameters_cell_must_be_one_and_plain(tmp_path, cells):
+    nbformat.write(new_notebook(cells=cells), tmp_path / "toy.ipynb")
+    with pytest.raises(ValueError, match="toy.ipynb"):
+        params.defaults(tmp_path / "toy.ipynb")
+
+
+def test_choose_changes_one_word(repository):
+    before = (repository / "params.yaml").read_text()
+    params.choose("smoke", repository)
+    assert (repository / "params.yaml").read_text() == before.replace("profile: tiny  # chosen", "profile: smoke  # chosen")
+    with pytest.raises(ValueError, match="did you mean 'smoke'"):
+        params.choose("smok", repository)
+
+
+def test_defaults_are_written_into_the_cell(repository):
+    path = write_notebook(repository, "stage", {"profile": "tiny", "passes": 1, "old": 0})
+    assert params.write_defaults(repository) == ["stage.ipynb"]
+    assert params.defaults(path) == {"profile": "tiny", "passes": 8, "rate": 1}
+    assert params.write_defaults(repository) == []

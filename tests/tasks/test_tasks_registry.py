@@ -1,0 +1,68 @@
+"""The registry against the published layout."""
+
+import pytest
+
+from crab import tasks
+
+
+def paths(slot, **record):
+    return [(m.kind, m.path) for m in tasks.media_paths(slot, record)]
+
+
+def test_media_of_each_kind_in_the_order_of_the_prompt():
+    assert paths("ave", video_path="a.mp4", audio_path="b.wav") == [
+        ("video", "AVUIE_2/ave/video/a.mp4"), ("audio", "AVUIE_2/ave/audio/b.wav")]
+    assert paths("a2v", video1_path="1.mp4", video2_path="2.mp4", audio_path="a.mp3") == [
+        ("audio", "AVUIE_2/a2v/audio/a.mp3"), ("video", "AVUIE_2/a2v/video/1.mp4"), ("video", "AVUIE_2/a2v/video/2.mp4")]
+    assert paths("v2a", video_path="v.mp4", audio1_path="1.wav", audio2_path="2.wav") == [
+        ("video", "AVUIE_2/v2a/video/v.mp4"), ("audio", "AVUIE_2/v2a/audio/1.wav"), ("audio", "AVUIE_2/v2a/audio/2.wav")]
+
+
+@pytest.mark.parametrize("field", ["image_path", "visual_path"])
+@pytest.mark.parametrize("slot", ["s4", "arig"])
+def test_image_slots_share_the_media_of_s4(slot, field):
+    record = {field: "AVS/v1s/c/frames/3.jpg", "audio_path": "AVS/v1s/c/audio.wav"}
+    image, audio = tasks.media_paths(slot, record)
+    assert (image.kind, image.path, image.second) == ("image", "AVUIE_2/s4/AVS/v1s/c/frames/3.jpg", None)
+    assert (audio.kind, audio.path, audio.second) == ("audio", "AVUIE_2/s4/AVS/v1s/c/audio.wav", 3)
+    assert tasks.media_paths(slot, record | {"frame_idx": 4})[1].second == 4
+    assert tasks.mask_path(slot, record) == "AVUIE_2/s4/AVS/v1s/c/labels_rgb/3.png"
+
+
+@pytest.mark.parametrize("bad", ["../x.mp4", "/x.mp4", "a/../../x.mp4", "", "..\\x.mp4", "a\0b", None, 3, "."])
+def test_a_path_may_not_leave_its_folder(bad):
+    with pytest.raises(ValueError, match="video_path"):
+        tasks.media_paths("ave", {"id": "x", "video_path": bad, "audio_path": "b.wav"})
+
+
+def test_a_missing_path_or_second_is_named():
+    with pytest.raises(ValueError, match="audio_path"):
+        tasks.media_paths("ave", {"video_path": "a.mp4"})
+    with pytest.raises(ValueError, match="frame_idx"):
+        tasks.media_paths("s4", {"image_path": "frames/first.jpg", "audio_path": "a.wav"})
+
+
+def test_an_unknown_slot_is_an_error_with_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'cremad'.*ave.*avcap"):
+        tasks.get_slot("crema")
+    with pytest.raises(ValueError, match="unknown slot ''"):
+        tasks.parse("", "x")
+
+
+def test_splits_and_fields():
+    assert tasks.json_path("ks", "test") == "AVUIE_2/ks/test.json"
+    assert tasks.get_slot("arig").fields("test") == (
+        "visual_path", "audio_path", "a_obj", "top_left", "bottom_right", "frame_idx")
+    assert tasks.get_slot("cremad").frames == 4 and tasks.get_slot("s4").frames == 1
+    for slot, split in (("avcap", "test"), ("ave", "val")):
+        with pytest.raises(ValueError, match=f"{slot} has no split '{split}'"):
+            tasks.json_path(slot, split)
+
+
+@pytest.mark.parametrize("slot", sorted(tasks.SLOTS))
+def test_every_entry_is_whole(slot):
+    entry = tasks.get_slot(slot)
+    assert entry.name == slot and entry.media_slot in tasks.SLOTS
+    assert entry.answer_field in entry.train_fields
+    assert set(entry.truth_fields) <= set(entry.test_fields)
+    assert entry.test == (entry.metric is not None)
