@@ -59,7 +59,7 @@ def train_base(
     seconds["encoding"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    pretrain.initialize_content_match(model)
+    pretrain.initialize_from_words(model)
     model.model.language_model.requires_grad_(True)
     model.lm_head.requires_grad_(True)
     plan = pretrain.Curriculum(seed=seed, **language)

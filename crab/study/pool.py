@@ -24,8 +24,7 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
 
     Args:
         jobs: name and picklable callable without arguments.
-        workers: processes; 1 runs the jobs here. Each gets ``cores // workers`` threads, so that
-            results do not depend on how many jobs happen to run at once.
+        workers: processes, each with ``cores // workers`` threads. One worker, or one job, runs here.
         label: stands before the progress bar and in errors.
 
     Returns:

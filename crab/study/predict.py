@@ -88,7 +88,7 @@ def predict_run(
 
 
 def find_runs(folders: Mapping[str, str | Path]) -> dict[Run, Path]:
-    """Trained runs and their folders, in order of method and name.
+    """Trained runs and their folders: by method as given, single runs before joint ones, then by name.
 
     Args:
         folders: by method, the folder its adapters lie in.
@@ -98,10 +98,10 @@ def find_runs(folders: Mapping[str, str | Path]) -> dict[Run, Path]:
     """
     found = {}
     for method, folder in folders.items():
-        names = sorted(path.parent for path in Path(folder).glob("*/run.json"))
-        if not names:
+        runs = {Run.parse(path.parent.name): path.parent for path in Path(folder).glob("*/run.json")}
+        if not runs:
             raise ValueError(f"{folder}: no trained run of {method}; run the train stage")
-        found |= {Run.parse(path.name): path for path in names}
+        found |= {run: runs[run] for run in sorted(runs, key=lambda run: (run.setting == "joint", run.name))}
     return found
 
 

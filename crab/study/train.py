@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import peft
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+import crab.ilora
 from crab.ilora import ILoraConfig
 from crab.models import omni
 from crab.study.dataset import SlotData, batch, load_base, read_slot
@@ -107,8 +110,16 @@ def base_digest(base: str | Path) -> str:
 
 
 def run_key(run: Run, options: Mapping[str, Any], data: Sequence[SlotData], base: str | Path) -> str:
-    """Hash of the parameters, the data and the base: equal keys mean equal results."""
-    what = {"run": run.name, "options": options, "data": [d.digest for d in data], "base": base_digest(base)}
+    """Hash of the parameters, the data, the base and the code that trains: equal keys mean equal results."""
+    sources = [*sorted(Path(crab.ilora.__file__).parent.glob("*.py")), Path(omni.__file__), Path(__file__)]
+    what = {
+        "run": run.name,
+        "options": options,
+        "data": [d.digest for d in data],
+        "base": base_digest(base),
+        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources],
+        "versions": [torch.__version__, transformers.__version__, peft.__version__],
+    }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -11,6 +11,9 @@ from nbformat.v4 import new_markdown_cell, new_output
 from ruamel.yaml import YAML
 from toys import STAGES, clone, ran, sh, toy_clone
 
+from crab.data.vocabulary import vocabulary
+from crab.study.files import write_json
+
 pytestmark = pytest.mark.slow
 
 METHODS = ("lora", "lora_matched", "ilora")

@@ -124,3 +124,32 @@ def test_adapter_that_does_not_fit(encoded, base, tmp_path):
     (folder / predict.WEIGHTS).write_bytes(b"half")
     with pytest.raises(ValueError, match="damaged"):
         predict.load_adapter(load_base(base)[0], folder)
+
+
+def test_finding_runs(tmp_path):
+    with pytest.raises(ValueError, match="no trained run of ilora"):
+        predict.find_runs({"ilora": tmp_path})
+    for name, slots in (("joint-ilora-bare", ["ave", "ks"]), ("joint-ilora-explicit", ["ave", "ks"]), ("single-ilora-bare-ks", ["ks"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"slots": slots}))
+    found = predict.find_runs({"ilora": tmp_path})
+    assert [run.name for run in found] == ["single-ilora-bare-ks", "joint-ilora-bare", "joint-ilora-explicit"]
+    assert predict.slots_of(found) == ["ave", "ks"]
+    assert predict.joint_run(found, "explicit").name == "joint-ilora-explicit"
+    with pytest.raises(ValueError, match="no joint run"):
+        predict.joint_run({run: path for run, path in found.items() if run.slot}, "bare")
+
+
+def test_damaged_encoding_is_named(tmp_path, encoded):
+    import shutil
+
+    shutil.copytree(encoded / "ks", tmp_path / "ks")
+    path = tmp_path / "ks" / "train.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="train.safetensors.*encode stage"):
+        read_slot(tmp_path, "ks", "train")
+    with pytest.raises(ValueError, match="test.json.*malformed"):
+        (tmp_path / "ks" / "test.json").write_text("{")
+        read_slot(tmp_path, "ks", "test")
+    with pytest.raises(ValueError, match="no such file"):
+        read_slot(tmp_path, "ave", "train")

@@ -32,6 +32,8 @@ def transfer_bars(table: pd.DataFrame, path: str | Path) -> Figure:
         axes.axvline(0, color="black", linewidth=1)
         axes.set(title=name.replace(" vs ", "\nvs "), xlabel="difference in score")
     grid[0][0].invert_yaxis()
+    widest = max(0.05, table[["low", "high"]].abs().max().max())
+    grid[0][0].set_xlim(-1.05 * widest, 1.05 * widest)  # zero in the middle, and noise is not blown up
     handles = [Patch(color=colour, label=verdict) for verdict, colour in VERDICTS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle("Transfer: joint training against single-task training")

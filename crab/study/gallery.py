@@ -1,0 +1,193 @@
+"""What a built data root holds: sizes, label frequencies and one sample of each slot."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from crab import tasks
+from crab.data import records
+from crab.data.media import RATE
+from crab.study.figures.style import save, subplots
+
+_MOST = 20  # labels shown of a slot
+_SHOWN = 4  # frames shown of a sample
+_MARK, _TIME = "#e8006f", "#3b7dd8"
+_KIND = {"audio": "heard", "visual": "seen"}
+
+
+def sizes(summary: Mapping) -> pd.DataFrame:
+    """One row a slot and split, from what `crab.data.generate.build` returns: records, scenes, files, MiB."""
+    rows = [
+        {"slot": name, "stands for": tasks.get_slot(name).dataset, "family": tasks.get_slot(name).family, "split": split,
+         "records": n["records"], "scenes": n["scenes"], "files": n["files"], "MiB": n["bytes"] / 2**20}
+        for name, splits in summary["slots"].items() for split, n in splits.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _present(root: str | Path) -> list[tasks.Slot]:
+    found = [slot for slot in tasks.SLOTS.values() if (Path(root) / tasks.json_path(slot, "train")).is_file()]
+    if not found:
+        raise ValueError(f"{root}: no slot has a train.json under {tasks.FOLDER}; run the build stage (dvc repro build)")
+    return found
+
+
+def _labels(slot: tasks.Slot, record: Mapping) -> Iterator[tuple[str, str]]:
+    """(label, how it shows) of a record: one, or for video parsing one an event."""
+    if slot.module == "video_parsing":
+        yield from ((event.event, _KIND[event.modality]) for event in tasks.truth(slot, record))
+    elif slot.module == "temporal":
+        yield tasks.truth(slot, record).event, ""
+    elif slot.module in ("spatial", "segmentation"):
+        yield record["a_obj"], ""
+    elif slot.module != "captioning":
+        yield str(tasks.parse(slot, record[slot.answer_field])), ""
+
+
+def label_table(root: str | Path) -> pd.DataFrame:
+    """How often each label occurs in the train records: slot, label, kind ("heard", "seen" or ""), count."""
+    rows = [
+        (slot.name, label, kind)
+        for slot in _present(root)
+        for record in records.read(root, slot.name, "train")
+        for label, kind in _labels(slot, record)
+    ]
+    table = pd.DataFrame(rows, columns=["slot", "label", "kind"])
+    return table.groupby(["slot", "label", "kind"], sort=False).size().rename("count").reset_index()
+
+
+def label_counts(root: str | Path, path: str | Path) -> Figure:
+    """A panel a slot, a bar a label: how often it occurs in the train records, the commonest first."""
+    table = label_table(root)
+    slots = list(dict.fromkeys(table["slot"]))
+    shown = {}
+    for name in slots:
+        totals = table[table["slot"] == name].groupby("label")["count"].sum()
+        # commonest first, ties by name
+        shown[name] = sorted(totals.index, key=lambda label: (-totals[label], label))[:_MOST]
+    columns = min(3, len(slots))
+    rows = [slots[i : i + columns] for i in range(0, len(slots), columns)]
+    heights = [max(len(shown[name]) for name in row) + 3 for row in rows]
+    figure, grid = subplots(len(rows), columns, figsize=(4.2 * columns, 0.24 * sum(heights) + 0.6), squeeze=False, height_ratios=heights)
+    for axes in grid.flat[len(slots) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.flat, slots):
+        part = table[table["slot"] == name]
+        kinds = sorted(part["kind"].unique())
+        sns.barplot(
+            part, x="count", y="label", order=shown[name], hue="kind", hue_order=kinds, ax=axes, errorbar=None,
+            palette=[_TIME, "#e6a23c"][: len(kinds)], legend=len(kinds) > 1,
+        )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(title=f"{name}: {tasks.get_slot(name).family}", xlabel="events" if len(kinds) > 1 else "records", ylabel="")
+        if len(kinds) > 1:
+            sns.move_legend(axes, "lower right", title=None, fontsize="small", framealpha=1)
+    figure.suptitle("Labels of the train records")
+    return save(figure, path)
+
+
+def samples(root: str | Path, path: str | Path) -> Figure:
+    """The first train record of each slot: four of its frames, its sound, what is asked and the explicit answer.
+
+    Drawn from the answer: the box and the points; on the sound, the seconds it names (for video parsing,
+    heard events are shaded, seen ones a bar above).
+    """
+    slots = _present(root)
+    figure, grid = subplots(len(slots), _SHOWN + 1, figsize=(14, 3.1 * len(slots)), squeeze=False, width_ratios=[1] * _SHOWN + [2])
+    # room for the words below and the name above each row
+    edge = 0.8 / (3.1 * len(slots))
+    figure.get_layout_engine().set(h_pad=0.02, hspace=0.33, rect=(0, edge, 1, 1 - 1.5 * edge))
+    for slot, row in zip(slots, grid, strict=True):
+        record = records.read(root, slot.name, "train")[0]
+        _pictures(row[:_SHOWN], slot, record)
+        _sounds(row[_SHOWN], slot, record)
+        row[0].text(
+            0, 1.16, f"{slot.name}   ({slot.family}; {slot.dataset})", transform=row[0].transAxes, weight="bold", fontsize=12
+        ).set_in_layout(False)
+        words = {"asked": tasks.instruction(slot, record), "answer": tasks.target(slot, record, "explicit")}
+        lines = [textwrap.fill(f"{k}: {v}", 140, subsequent_indent=" " * 8) for k, v in words.items()]
+        row[0].text(0, -0.07, "\n".join(lines), transform=row[0].transAxes, va="top", fontsize=10).set_in_layout(False)
+    figure.suptitle("One train record of each slot")
+    return save(figure, path)
+
+
+def _pictures(row: np.ndarray, slot: tasks.Slot, record: Mapping) -> None:
+    """Frames in the axes of a row, shared by the record's videos; a lone image first plain, then with its answer."""
+    media = [(i.kind, m) for i, m in zip(record["media"], records.load(record, slot.frames), strict=True) if i.kind != "audio"]
+    panels: list[tuple[str, np.ndarray]] = []
+    for number, (kind, medium) in enumerate(media, 1):
+        if kind == "image":
+            panels += [("frame", medium), ("answer drawn", medium)]
+            continue
+        pictures, times = medium
+        which = f"video {number}, " if len(media) > 1 else ""
+        chosen = np.linspace(0, len(pictures) - 1, _SHOWN // len(media)).round().astype(int)
+        panels += [(f"{which}{times[i]:.1f} s", pictures[i]) for i in chosen]
+    for axes in row:
+        axes.axis("off")
+    for axes, (title, picture) in zip(row, panels, strict=False):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=10, pad=3)
+    if slot.module in ("spatial", "segmentation"):
+        _draw_place(row[1], tasks.truth(slot, record))
+
+
+def _draw_place(axes: Axes, place) -> None:
+    box, points = place if isinstance(place[0], tuple) else (place, ())
+    x1, y1, x2, y2 = box
+    # a pixel's centre is at whole coordinates, a box's edge between pixels
+    axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=_MARK, linewidth=2.5))
+    for x, y in points:
+        axes.plot(x, y, "o", color="white", markeredgecolor=_MARK, markersize=6, markeredgewidth=1.5)
+
+
+def _sounds(axes: Axes, slot: tasks.Slot, record: Mapping) -> None:
+    """Each sound as its range of values over time, one above the other, drawn to one scale."""
+    loaded = records.load(record, 1)
+    found = [(item, m) for item, m in zip(record["media"], loaded, strict=True) if item.kind == "audio"]
+    ends, loudest = [], max(float(np.abs(wave).max()) for _, wave in found) or 1.0
+    for number, (item, wave) in enumerate(found):
+        start = item.second or 0
+        bins = np.array_split(wave / loudest * 0.6, min(600, len(wave)))
+        times = start + np.linspace(0, len(wave) / RATE, len(bins))
+        middle = -2.2 * number
+        axes.fill_between(times, [middle + b.min() for b in bins], [middle + b.max() for b in bins], color="0.35", linewidth=0.4)
+        ends += [start, start + len(wave) / RATE]
+    _draw_times(axes, slot, record)
+    axes.set(xlim=(min(ends), max(ends)), ylim=(-2.2 * len(found) + 1.1, 1.1))
+    axes.set_xticks(np.linspace(min(ends), max(ends), 6))
+    axes.set_yticks([-2.2 * n for n in range(len(found))], [f"sound {n + 1}" if len(found) > 1 else "" for n in range(len(found))])
+    axes.set_xlabel("seconds", fontsize=10, labelpad=1)
+    axes.tick_params(labelsize=9, pad=1)
+    axes.grid(axis="y", visible=False)
+    axes.set_title("sound", fontsize=10, pad=3)
+
+
+def _draw_times(axes: Axes, slot: tasks.Slot, record: Mapping) -> None:
+    """The seconds that an answer names: shaded what is heard (or both), a bar at the top for what is seen."""
+    if slot.module == "temporal":
+        event = tasks.truth(slot, record)
+        axes.axvspan(event.start, event.end, color=_TIME, alpha=0.25, linewidth=0)
+        axes.text(event.start + 0.1, -0.98, f"{event.event}, seen and heard", fontsize=9, color=_TIME, weight="bold")
+    if slot.module == "video_parsing":
+        lines = {"audio": 0, "visual": 0}  # one line of words an event
+        for event in tasks.truth(slot, record):
+            below = 0.2 * lines[event.modality]
+            lines[event.modality] += 1
+            heard = event.modality == "audio"
+            colour, height = (_TIME, -1.04 + below) if heard else (_MARK, 0.86 - below)
+            if heard:
+                axes.axvspan(event.start, event.end, color=_TIME, alpha=0.2, linewidth=0)
+            else:
+                axes.plot([event.start, event.end], [height + 0.16] * 2, color=_MARK, linewidth=2, solid_capstyle="butt")
+            axes.text(event.start + 0.1, height, f"{event.event} {_KIND[event.modality]}", fontsize=8, color=colour, weight="bold")
