@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from crab.data import render, world
 from crab.data.world import sample_scene
 from crab.models import omni, perception, pretrain, probes
 
@@ -26,6 +33,7 @@ def train_base(
     encoders: Mapping[str, Any],
     language: Mapping[str, Any],
     workers: int = 1,
+    checkpoints: str | Path | None = None,
 ) -> tuple[Any, Any, dict]:
     """Train a base on its own scenes: first the encoders on dense targets, then the language model by stages.
 
@@ -38,42 +46,78 @@ def train_base(
         encoders: arguments of `crab.models.perception.train_encoders`.
         language: fields of `crab.models.pretrain.Curriculum`.
         workers: processes that render.
+        checkpoints: a folder that keeps each finished phase under a hash of what decides it, so that a
+            killed run, or one that missed a gate, repeats only what is not there.
 
     Returns:
         (model, processor, report) with the report's keys ``encoders`` (loss curves), ``history``
         (accuracy a skill at each check), ``gates`` (final accuracy, majority and picker a skill),
         ``parameters`` and ``seconds`` by phase.
     """
-    began = time.perf_counter()
     processor = omni.build_processor(sorted({*words, *probes.words()}), tags, size)
     model = omni.build_model(processor, size, seed)
     scene_of = lambda i: sample_scene(FIRST_SCENE + i, seed)  # noqa: E731
-    curves = perception.train_encoders(model, processor, scene_of, scenes, seed=seed, workers=workers, **encoders)
-    seconds = {"encoders": time.perf_counter() - began}
+    decides = [sorted(words), sorted(tags), seed, scenes, dict(size), dict(encoders), _code()]
 
-    began = time.perf_counter()
+    def see_and_hear() -> dict:
+        return perception.train_encoders(model, processor, scene_of, scenes, seed=seed, workers=workers, **encoders)
+
+    curves, perceiving = _phase(model, checkpoints, "encoders", decides, see_and_hear)
     model.requires_grad_(False)
-    bank = pretrain.Bank(model, processor, [scene_of(i) for i in range(scenes)], seed, workers)
-    unseen = [scene_of(scenes + i) for i in range(held_out)]
-    held = pretrain.Bank(model, processor, unseen, seed + 1, workers, through_files=True)
-    seconds["encoding"] = time.perf_counter() - began
+    held: list[pretrain.Bank] = []
 
-    began = time.perf_counter()
-    pretrain.initialize_from_words(model)
-    model.model.language_model.requires_grad_(True)
-    model.lm_head.requires_grad_(True)
-    plan = pretrain.Curriculum(seed=seed, **language)
-    history = pretrain.train_language_model(model, processor, bank, held, plan)
-    seconds["language model"] = time.perf_counter() - began
+    def unseen() -> pretrain.Bank:
+        if not held:
+            found = [scene_of(scenes + i) for i in range(held_out)]
+            held.append(pretrain.Bank(model, processor, found, seed + 1, workers, through_files=True))
+        return held[0]
 
+    def speak() -> list[dict]:
+        bank = pretrain.Bank(model, processor, [scene_of(i) for i in range(scenes)], seed, workers)
+        pretrain.initialize_from_words(model)
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+        plan = pretrain.Curriculum(seed=seed, **language)
+        return pretrain.train_language_model(model, processor, bank, unseen(), plan)
+
+    history, speaking = _phase(model, checkpoints, "language", [*decides, held_out, dict(language)], speak)
     report = {
         "encoders": curves,
         "history": history,
-        "gates": final_gates(model, processor, held, seed),
+        "gates": final_gates(model, processor, unseen(), seed),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "seconds": {"encoders": perceiving, "language model": speaking},
     }
     return model.eval(), processor, report
+
+
+def _phase(model, folder: str | Path | None, name: str, decides: list, train) -> tuple[Any, float]:
+    """Run ``train()`` on the model, or take what it left; returns (its record, the seconds it took)."""
+    path = None
+    if folder is not None:
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        path = Path(folder) / f"{name}-{key}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["record"])
+            model.load_state_dict(load_file(path))
+            return record["value"], record["seconds"]
+    began = time.perf_counter()
+    value = train()
+    seconds = round(time.perf_counter() - began, 1)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".partial")
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        save_file(state, part, metadata={"record": json.dumps({"value": value, "seconds": seconds})})
+        os.replace(part, path)
+    return value, seconds
+
+
+def _code() -> str:
+    """Digest of the code that decides what a base learns."""
+    files = (omni, perception, pretrain, probes, render, world)
+    return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in files)).hexdigest()
 
 
 def final_gates(model, processor, held: pretrain.Bank, seed: int) -> dict[str, dict[str, float]]:

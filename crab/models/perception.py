@@ -3,7 +3,7 @@
 Captions alone teach encoders too little. Here every visual token is asked what stands in its
 quadrant (name, colour, motion, expression, position, box, and in which of its two frames), and
 every audio token what sounds during it. The answers are scored by inner product with the language
-model's word embeddings, ``logit(word) = s * <token, E[word]>``, so that a word and what it
+model's word embeddings, ``logit(word) = <token, E[word]>``, so that a word and what it
 names share a direction: the language model can then select a thing by its name with the attention
 that also copies text.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from crab.data import render
@@ -71,11 +71,15 @@ class DenseHeads(nn.Module):
     """Read dense targets off tokens by inner product with word embeddings.
 
     Args:
-        embedding: the language model's embedding, trained here with the encoders.
+        embedding: the language model's embedding. It stays as it is: random directions, nearly
+            orthogonal, which sight and sound can both align to; trained along, it would drift away
+            from whichever was trained first.
         word_id: maps a word to its row.
+        sharpness: of edges and presence. At 1 they would take as much of a token as its words do; the
+            sharper they are read, the less of it they need, and the more its name stands out.
     """
 
-    def __init__(self, embedding: nn.Embedding, word_id, scale: float = 4.0):
+    def __init__(self, embedding: nn.Embedding, word_id, sharpness: float = 4.0):
         super().__init__()
         self.embedding = embedding
         self.ids = {
@@ -89,14 +93,14 @@ class DenseHeads(nn.Module):
             "bin": [word_id(w) for w in BINS],
         }
         width = embedding.embedding_dim
-        self.scale = scale
+        self.sharpness = sharpness
         self.edge = nn.Linear(width, PAIR * 4 * width, bias=False)
         self.present = nn.Linear(width, PAIR)
         self.sound_bias = nn.Parameter(torch.full((len(CLASSES) + 1,), -2.0))
 
     def logits(self, tokens: torch.Tensor, words: str) -> torch.Tensor:
         rows = self.embedding.weight[torch.tensor(self.ids[words], device=tokens.device)]
-        return self.scale * tokens @ rows.T
+        return tokens @ rows.T
 
     def visual_loss(self, tokens: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses of tokens [B, side * side, width] against :func:`visual_targets` batched to [B, 4, ...]."""
@@ -115,10 +119,10 @@ class DenseHeads(nn.Module):
         loss["row"] = ce(self.logits(flat, "row"), torch.where(some, (quadrant // 2).expand(B, -1), silent))
         loss["column"] = ce(self.logits(flat, "column"), torch.where(some, (quadrant % 2).expand(B, -1), silent))
         loss["modality"] = ce(self.logits(flat, "modality")[some], torch.zeros_like(at["name"][some]))
-        loss["present"] = F.binary_cross_entropy_with_logits(self.present(flat), at["present"])
+        loss["present"] = F.binary_cross_entropy_with_logits(self.sharpness * self.present(flat), at["present"])
         seen = at["present"].bool()
         edges = self.edge(flat).view(B, cells, PAIR, 4, width)[seen]
-        loss["box"] = ce(self.logits(edges, "bin"), at["box"][seen])
+        loss["box"] = ce(self.sharpness * self.logits(edges, "bin"), at["box"][seen])
         return loss
 
     def audio_loss(self, tokens: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -224,15 +228,18 @@ class _LinearPatches(nn.Module):
 
 def train_encoders(model, processor, scene_of, count: int, *, visual_steps: int, audio_steps: int, batch_size: int,
                    learning_rate: float, seed: int, workers: int = 1) -> dict[str, list[dict[str, float]]]:
-    """Train vision tower, audio tower and word embeddings on dense targets; returns the loss curves."""
+    """Train vision and audio tower on dense targets, word embeddings set to length 1; returns the loss curves."""
     word_id = processor.tokenizer.convert_tokens_to_ids
-    heads = DenseHeads(model.get_input_embeddings(), word_id).to(model.device)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight.div_(embedding.weight.norm(dim=1, keepdim=True).clamp_min(1e-6))
+    heads = DenseHeads(embedding, word_id).to(model.device)
     curves = {}
     embed = model.model.visual.patch_embed
     convolution, embed.proj = embed.proj, _LinearPatches(embed.proj)
     jobs = (("visual", model.model.visual, visual_steps, False), ("audio", model.model.audio_tower, audio_steps, True))
     for label, tower, steps, audio in jobs:
-        parameters = [*tower.parameters(), *heads.parameters()]  # heads hold the embedding
+        parameters = [*tower.parameters(), *(p for p in heads.parameters() if p is not embedding.weight)]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
         data = Views(scene_of, processor, count, batch_size, steps, audio, seed)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from crab.data import media, render
 from crab.data.world import SECONDS, Scene
@@ -32,10 +32,10 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def initialize_from_words(model, norm: float = 5.0) -> None:
-    """Give all word embeddings one length, that of media tokens' order, and start the head from them.
+    """Give all word embeddings the length of media tokens' order, and start the head from them.
 
-    Dense training leaves words it used about 1 long, others 0.2, and media tokens 7 to 20; the first
-    layers' outputs would drown a short word, and with it the name of what is to be selected.
+    Media tokens come out 7 to 20 long; beside them the first layers' outputs would drown a word of
+    length 1, and with it the name of what is to be selected.
     """
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
@@ -405,7 +405,8 @@ def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Cu
             mean_loss = torch.stack(running).mean().item()
             running = []
             plan.history.append({"step": step + 1, "stage": STAGES[stage][0], "loss": mean_loss, **accuracy})
-            bar.set_postfix(stage=STAGES[stage][0], loss=f"{mean_loss:.3f}")
+            below = [f"{k} {v:.2f}" for k, v in sorted(accuracy.items(), key=lambda item: item[1]) if v < plan.gate]
+            bar.write(f"step {step + 1}, {STAGES[stage][0]}, loss {mean_loss:.3f}; under the gate: {', '.join(below) or 'none'}")
             ready = all(accuracy.get(s, 0) >= plan.gate for s in STAGES[stage][1])
             if stage + 1 < len(STAGES) and (ready or since >= plan.stage_steps):
                 stage, since = stage + 1, 0

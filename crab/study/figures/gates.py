@@ -25,7 +25,8 @@ def gate_bars(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, floa
     figure, axes = subplots(figsize=(9, 0.3 * len(table) + 1.5))
     sns.barplot(table, x="accuracy", y="skill", color="#9ecae1", ax=axes, label="base")
     for column, marker, colour in (("majority", "o", "#555555"), ("picker", "D", "#e6550d"), ("gate", "|", "#31a354")):
-        axes.scatter(table[column].astype(float), table["skill"], marker=marker, color=colour, s=60 if marker == "|" else 28,
+        known = table.dropna(subset=column)
+        axes.scatter(known[column].astype(float), known["skill"], marker=marker, color=colour, s=60 if marker == "|" else 28,
                      linewidths=3 if marker == "|" else 1, zorder=3, label={"majority": "majority answer", "picker": "random object", "gate": "gate"}[column])  # fmt: skip
     axes.set(title="What the base can do: held-out scenes, exact match", xlabel="accuracy", ylabel="", xlim=(0, 1.02))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
