@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +61,12 @@ def train_base(
     decides = [sorted(words), sorted(tags), seed, scenes, dict(size), dict(encoders), _code()]
 
     def see_and_hear() -> dict:
-        return perception.train_encoders(model, processor, scene_of, scenes, seed=seed, workers=workers, **encoders)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads - workers))  # rendering takes the rest
+        try:
+            return perception.train_encoders(model, processor, scene_of, scenes, seed=seed, workers=workers, **encoders)
+        finally:
+            torch.set_num_threads(threads)
 
     curves, perceiving = _phase(model, checkpoints, "encoders", decides, see_and_hear)
     model.requires_grad_(False)
