@@ -67,6 +67,13 @@ def audio_targets(scene: Scene, tokens: int) -> dict[str, np.ndarray]:
     return {"present": present, "emotion": emotion}
 
 
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over targets that say something; 0 where none does, of which the mean would not be a number."""
+    if not (target != omni.IGNORE).any():
+        return logits.sum() * 0.0
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=omni.IGNORE)
+
+
 class DenseHeads(nn.Module):
     """Read dense targets off tokens by inner product with word embeddings.
 
@@ -110,19 +117,16 @@ class DenseHeads(nn.Module):
         quadrant = (half[:, None] * 2 + half[None, :]).reshape(-1).to(tokens.device)
         flat = tokens
         at = {k: v[:, quadrant] for k, v in target.items()}
-        ce = lambda logits, y: F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=omni.IGNORE)  # noqa: E731
-        loss = {k: ce(self.logits(flat, k), at[k]) for k in ("name", "colour", "motion")}
-        if (at["emotion"] != omni.IGNORE).any():
-            loss["emotion"] = ce(self.logits(flat, "emotion"), at["emotion"])
+        loss = {k: cross_entropy(self.logits(flat, k), at[k]) for k in ("name", "colour", "motion", "emotion")}
         some = at["name"] != NAMES.index(NOTHING)
         silent = torch.full_like(some, omni.IGNORE, dtype=torch.long)
-        loss["row"] = ce(self.logits(flat, "row"), torch.where(some, (quadrant // 2).expand(B, -1), silent))
-        loss["column"] = ce(self.logits(flat, "column"), torch.where(some, (quadrant % 2).expand(B, -1), silent))
-        loss["modality"] = ce(self.logits(flat, "modality")[some], torch.zeros_like(at["name"][some]))
+        loss["row"] = cross_entropy(self.logits(flat, "row"), torch.where(some, (quadrant // 2).expand(B, -1), silent))
+        loss["column"] = cross_entropy(self.logits(flat, "column"), torch.where(some, (quadrant % 2).expand(B, -1), silent))
+        loss["modality"] = cross_entropy(self.logits(flat, "modality"), torch.where(some, torch.zeros_like(silent), silent))
         loss["present"] = F.binary_cross_entropy_with_logits(self.sharpness * self.present(flat), at["present"])
         seen = at["present"].bool()
         edges = self.edge(flat).view(B, cells, PAIR, 4, width)[seen]
-        loss["box"] = ce(self.sharpness * self.logits(edges, "bin"), at["box"][seen])
+        loss["box"] = cross_entropy(self.sharpness * self.logits(edges, "bin"), at["box"][seen])
         return loss
 
     def audio_loss(self, tokens: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,10 +134,9 @@ class DenseHeads(nn.Module):
         present = self.logits(tokens, "name")[..., :-1] + self.sound_bias
         loss = {"sound": F.binary_cross_entropy_with_logits(present, target["present"]) * 3}
         some = target["present"].any(-1)
-        loss["modality"] = F.cross_entropy(self.logits(tokens, "modality")[some], torch.ones_like(target["emotion"][some]))
-        voiced = target["emotion"] != omni.IGNORE
-        if voiced.any():
-            loss["voice"] = F.cross_entropy(self.logits(tokens, "emotion")[voiced], target["emotion"][voiced])
+        heard = torch.where(some, torch.ones_like(target["emotion"]), torch.full_like(target["emotion"], omni.IGNORE))
+        loss["modality"] = cross_entropy(self.logits(tokens, "modality"), heard)
+        loss["voice"] = cross_entropy(self.logits(tokens, "emotion"), target["emotion"])
         return loss
 
 

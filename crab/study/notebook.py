@@ -94,7 +94,13 @@ def _environment(folder: Path) -> Iterator[None]:
 
 
 def _tidy(notebook: Any) -> None:
-    """Drop papermill's clock times and paths of this machine, which would differ with every run."""
+    """Drop papermill's clock times and paths of this machine, which would differ with every run.
+
+    Of each progress bar only the last state stays: a page is read when all is over.
+    """
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pprint import pformat
+from textwrap import fill
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -143,6 +144,15 @@ def choose(profile: str, folder: Path | None = None) -> None:
             temporary.write_text(text)
 
 
+def _literal(value: Any) -> str:
+    """A value as Python source, in few lines: `pformat` gives each key of a long dict its own."""
+    filled = fill(repr(value), width=110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    try:
+        return filled if ast.literal_eval(filled) == value else pformat(value, width=100, sort_dicts=False)
+    except SyntaxError:  # broken inside a string
+        return pformat(value, width=100, sort_dicts=False)
+
+
 def write_defaults(folder: Path | None = None) -> list[str]:
     """Write the tiny profile's values into the notebooks' parameters cells; returns the names of those changed."""
     folder = folder or root()
@@ -156,7 +166,7 @@ def write_defaults(folder: Path | None = None) -> list[str]:
         notebook = nbformat.read(path, as_version=4)
         order = [n for n in known if n in values] + [n for n in values if n not in known]
         _parameters_cell(path, notebook).source = "\n".join(
-            f"{n} = {pformat(values[n], width=100, sort_dicts=False)}" for n in order
+            f"{n} = {_literal(values[n])}" for n in order
         )
         with aside(path) as temporary:
             nbformat.write(notebook, temporary)

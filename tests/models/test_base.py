@@ -1,0 +1,149 @@
+"""What the base is taught must be true of the scene, and packing must not change what a prompt sees."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from crab.data.world import FACE, QUADRANTS, SECONDS, Scene, Thing, sample_scene
+from crab.models import base, omni, perception, pretrain, probes
+
+BELL = Thing("bell", "red", "still", (56, 56), (24, 32), (2, 8), (3, 5))
+DRUM = Thing("drum", "blue", "swaying", (168, 56), (32, 24), (0, 10), None)
+FLUTE = Thing("flute", "green", "still", (56, 168), (24, 24), None, (6, 9))
+SCENE = Scene(0, 0, (BELL, DRUM, FLUTE))
+
+
+def test_probes_of_a_scene_worked_by_hand():
+    said = {}
+    for seed in range(200):
+        for p in probes.clip_probes(SCENE, np.random.default_rng(seed)):
+            assert said.setdefault(p.question, p.answer) == p.answer
+    expected = {
+        "is the bell visible ?": "yes", "is the flute visible ?": "no", "is the flute heard ?": "yes", "is the drum heard ?": "no",
+        "what colour is the bell ?": "red", "how does the drum move ?": "swaying", "where is the bell ?": "top left",
+        "when is the bell visible ?": "from 2 to 8", "when is the flute heard ?": "from 6 to 9",
+        "box of the bell at 4 ?": "32 24 80 88", "box of the drum at 0 ?": "128 32 192 80", "box of the drum at 1 ?": "144 32 208 80",
+        "what is at top right ?": "drum", "what is at bottom left ?": "nothing", "what is heard at 4 ?": "bell",
+        "what is heard at 5 ?": "nothing", "which visible thing is heard ?": "bell", "where is the thing that is heard ?": "top left",
+        "how many things are visible ?": "two", "how many things are heard ?": "two", "which is heard first ?": "bell",
+    }  # fmt: skip
+    assert {q: said.get(q) for q in expected} == expected
+    assert "box of the bell at 1 ?" not in said  # not visible then
+
+
+def test_picker_is_the_share_of_things_that_fit():
+    (probe,) = [p for p in probes.clip_probes(SCENE, np.random.default_rng(0)) if p.skill == "which sounds"]
+    assert sorted(probe.picked) == ["bell", "drum"]
+
+
+def test_all_probe_words_are_in_the_vocabulary(processor):
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        scene = sample_scene(i)
+        asked = [*probes.clip_probes(scene, rng), *probes.still_probes(scene, int(rng.integers(SECONDS)), rng)]
+        texts = [t for p in asked for t in (p.question, p.answer)] + [probes.caption(scene)]
+        for text in texts:
+            assert omni.UNKNOWN not in processor.tokenizer.tokenize(text), text
+
+
+def test_dense_targets_of_a_pair_of_seconds():
+    target = perception.visual_targets(SCENE, 1)  # seconds 1 and 2: the bell appears in the second of them
+    names = [perception.NAMES[i] for i in target["name"]]
+    assert dict(zip(QUADRANTS, names)) == {
+        "top left": "bell", "top right": "drum", "bottom left": "nothing", "bottom right": "nothing",
+    }  # fmt: skip
+    assert target["present"].tolist() == [[0, 1], [1, 1], [0, 0], [0, 0]]
+    assert (target["box"][0, 0] == omni.IGNORE).all() and (target["box"][0, 1] * 8).tolist() == [32, 24, 80, 88]
+    heard = perception.audio_targets(SCENE, 20)["present"]
+    assert heard[:, perception.NAMES.index("bell")].nonzero()[0].tolist() == [6, 7, 8, 9]
+    assert heard.sum() == 4 + 6
+
+
+@pytest.fixture(scope="module")
+def bank(model, processor):
+    return pretrain.Bank(model, processor, [sample_scene(i) for i in range(6)], seed=0)
+
+
+def test_packed_questions_see_what_each_alone_sees(model, processor, bank):
+    packer = pretrain.Packer(model, processor)
+    asked = [probes.Probe("a", "is the bell visible ?", "yes"), probes.Probe("b", "what is heard at 4 ?", "drum")]
+    media = [("video", 2), ("audio", 2)]
+    with torch.no_grad():
+        together, _, _ = packer.logits(packer.pack([pretrain.Row(media, asked)], bank))
+        apart = [packer.logits(packer.pack([pretrain.Row(media, [p])], bank))[0] for p in asked]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_question_is_the_prompt_the_tasks_use(model, processor, bank):
+    """The curriculum's template and the task prompts must be one and the same sequence and positions."""
+    scene = bank.scenes[1]
+    from crab.data import render
+
+    media = [omni.Media("video", render.frames(scene)[1::2], fps=1.0), omni.Media("audio", render.waveform(scene))]
+    sample = omni.encode(model, omni.prepare(processor, media, "is the bell visible ?"))
+    packer = pretrain.Packer(model, processor)
+    row = pretrain.Row([("video", 1), ("audio", 1)], [probes.Probe("a", "is the bell visible ?", "yes")])
+    packed = packer.pack([row], bank)
+    length = len(sample["input_ids"])
+    assert packed["ids"][0, :length].tolist() == sample["input_ids"].tolist()
+    assert torch.equal(packed["position_ids"][:, 0, :length], sample["position_ids"])
+    stored = torch.cat([bank.tokens["video"][1], bank.tokens["audio"][1]]).float()
+    torch.testing.assert_close(stored, sample["features"], rtol=1e-2, atol=1e-2)  # half precision
+
+
+def test_bank_through_files_is_close_to_the_rendered_one(model, processor, bank):
+    files = pretrain.Bank(model, processor, bank.scenes[:2], seed=0, through_files=True)
+    for kind in ("video", "image"):
+        a, b = files.tokens[kind].float(), bank.tokens[kind][:2].float()
+        assert torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() > 0.95
+
+
+def test_matching_scenes_share_no_sound(model, processor, bank):
+    more = pretrain.Bank.__new__(pretrain.Bank)
+    more.scenes = [sample_scene(i) for i in range(50)]
+    sampler = pretrain.Sampler(more, ["a"], np.random.default_rng(0))
+    for _ in range(20):
+        i, j = sampler._matching()
+        for own, other in ((i, j), (j, i)):
+            sounding = {t.name for t in more.scenes[own].visible if t.sounding}
+            assert sounding and not sounding & {t.name for t in more.scenes[other].things}
+
+
+def test_accuracy_of_a_model_that_says_nothing_right_is_zero(model, processor, bank):
+    sampler = pretrain.Sampler(bank, pretrain.vocabulary(processor), np.random.default_rng(0))
+    sampler.weights = {"visible": 1.0, "copy": 1.0}
+    report = pretrain.probe_accuracy(pretrain.Packer(model, processor), sampler, contexts=8)
+    assert set(report) == {"visible", "copy"} and report["visible"]["accuracy"] <= report["visible"]["majority"]
+    assert math.isclose(report["visible"]["majority"], 0.5, abs_tol=0.35)
+
+
+def test_missed_gates_are_named_and_unknown_ones_refused():
+    gates = {"visible": {"accuracy": 0.8}, "copy": {"accuracy": 0.95}}
+    base.require(gates, {"copy": 0.9})
+    with pytest.raises(RuntimeError, match=r"visible: accuracy 0.800 is under its gate of 0.9"):
+        base.require(gates, {"visible": 0.9, "copy": 0.9})
+    with pytest.raises(ValueError, match="no skill visibel"):
+        base.require(gates, {"visibel": 0.9})
+
+
+def test_finished_phases_are_not_repeated(tmp_path, size):
+    options = dict(
+        seed=3, scenes=6, held_out=4, size=size, workers=0, checkpoints=tmp_path,
+        encoders=dict(visual_steps=1, audio_steps=1, batch_size=2, learning_rate=1e-3),
+        language=dict(steps=2, stage_steps=1, gate=0.9, batch_size=2, learning_rate=1e-3, check_every=1),
+    )  # fmt: skip
+    first, _, report = base.train_base(["bell"], [], **options)
+    kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    second, _, again = base.train_base(["bell"], [], **options)
+    assert kept == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} and len(kept) == 2
+    assert report == again
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    base.train_base(["bell"], [], **{**options, "language": {**options["language"], "steps": 3}})
+    assert len(list(tmp_path.iterdir())) == 3  # the encoders are taken up, the language model is another
+
+
+def test_face_probe_asks_for_the_expression():
+    face = Thing(FACE, "red", "still", (56, 56), (40, 40), (0, 10), (0, 10), emotion="fear")
+    assert [p.answer for p in probes.face_probes(face)] == ["fear"]
