@@ -52,7 +52,8 @@ def test_notebooks_are_clean_and_short(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None, "strip outputs: nbstripout notebooks/*.ipynb"
-            assert len(cell.source.splitlines()) <= 15, cell.source
+            longest = 25 if "parameters" in cell.metadata.get("tags", []) else 15  # parameters are data, not logic
+            assert len(cell.source.splitlines()) <= longest, cell.source
             assert not re.search(r"^\s*[!%]", cell.source, re.M), cell.source
 
 
