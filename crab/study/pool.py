@@ -28,7 +28,7 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
         label: stands before the progress bar and in errors.
 
     Returns:
-        Results by name.
+        Results by name, in the order of the jobs.
 
     Raises:
         ValueError: on no workers or on two jobs of one name.
@@ -71,4 +71,4 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
         bar.close()
         for name, value in kept.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    return results
+    return {name: results[name] for name in names}  # in the order of the jobs, not of their ends
