@@ -22,6 +22,8 @@ import soundfile
 from PIL import Image, UnidentifiedImageError
 from scipy.signal import resample_poly
 
+from crab.data.files import aside
+
 SIZE = 224  # side of every frame, image and mask, pixels
 RATE = 16_000  # sample rate of every sound handed to a model, Hz
 
@@ -217,7 +219,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     shape = np.shape(first)
     if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
         raise ValueError(f"{path}: the first frame has shape {shape}; give at least one of [even H, even W, 3]")
-    with _aside(path) as aside, av.open(str(aside), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+    with aside(path) as part, av.open(str(part), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=dict(_H264))
         stream.height, stream.width, stream.pix_fmt = *shape[:2], "yuv420p"
         stream.codec_context.thread_count = 1
@@ -237,11 +239,11 @@ def write_audio(path: str | os.PathLike, wave: np.ndarray, rate: int = RATE) -> 
     suffix = Path(path).suffix
     if suffix not in (".wav", ".mp3"):
         raise ValueError(f"{path}: sound is written as .wav or .mp3, not {suffix!r}")
-    with _aside(path) as aside:
+    with aside(path) as part:
         if suffix == ".wav":
-            soundfile.write(aside, pcm, rate, subtype="PCM_16", format="WAV")
+            soundfile.write(part, pcm, rate, subtype="PCM_16", format="WAV")
         else:
-            _write_mp3(aside, pcm, rate)
+            _write_mp3(part, pcm, rate)
 
 
 def _write_mp3(path: Path, pcm: np.ndarray, rate: int) -> None:
@@ -258,24 +260,11 @@ def _write_mp3(path: Path, pcm: np.ndarray, rate: int) -> None:
 def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Write uint8 [H, W, 3] RGB as .jpg (quality 92, full chroma) or .png."""
     options = {"quality": 92, "subsampling": 0} if Path(path).suffix in (".jpg", ".jpeg") else {}
-    with _aside(path) as aside:
-        Image.fromarray(np.asarray(picture, dtype=np.uint8)).save(aside, **options)
+    with aside(path) as part:
+        Image.fromarray(np.asarray(picture, dtype=np.uint8)).save(part, **options)
 
 
 def write_mask(path: str | os.PathLike, mask: np.ndarray) -> None:
     """Write bool [H, W] as a black and white .png."""
-    with _aside(path) as aside:
-        Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("1").save(aside)
-
-
-@contextlib.contextmanager
-def _aside(path) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to `path` on success, removed on failure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as part:
+        Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("1").save(part)

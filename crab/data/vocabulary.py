@@ -6,24 +6,17 @@ stays as it is when those change.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from functools import cache
 
 from crab import tasks
 from crab.data.annotate import VIEWS, view
+from crab.data.words import split
 from crab.data.world import LATTICE, SECONDS, SIZE
 
-# Where a word-level tokenizer parts what white space does not: tags, numbers and marks stand alone.
-_PIECE = re.compile(r"(</?[a-z]+>|\d+|[^\w\s<>/]|[<>/])")
 # Labels take turns and the rarest word comes once in some 100 records of one slot and oftener in others: twice what
 # any word needs. A build checks that nothing is missing.
 _RECORDS = 200
-
-
-def split(text: str) -> list[str]:
-    """The words of a text: ``"<range>2,6</range>"`` gives ``["<range>", "2", ",", "6", "</range>"]``."""
-    return [piece for part in text.split() for piece in _PIECE.split(part) if piece]
 
 
 def words(slot: str, records: Iterable[dict]) -> set[str]:

@@ -143,7 +143,7 @@ def sample_thing(
     return Thing(name=name, visible=visible, sounding=sounding, **{**drawn, **fixed})
 
 
-def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.15) -> Scene:
+def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
     """A scene with no task in mind: what the base model is trained on.
 
     One to three visible things of different classes, each silent or sounding for an interval, and

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import get_pattern_key
 from torch import nn

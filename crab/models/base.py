@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from crab.data import render, world
+from crab.data import files, render, world
 from crab.data.world import sample_scene
-from crab.models import omni, perception, pretrain, probes
+from crab.models import bank, curriculum, omni, optimize, packing, perception, probes
+from crab.models.bank import Bank
 
 #: The base draws its scenes from this number on; records of the data start at `crab.data.staging.BASE_IDS`.
 FIRST_SCENE = 0
+#: Precision of the weights on disk: half of it is half a repository's growth at each new base.
+KEPT_AS = torch.float16
 
 
 def train_base(
@@ -45,20 +47,22 @@ def train_base(
             latter pass through the media files' codecs, as the data does.
         size: shapes of the model; see `crab.models.omni.build_model`.
         encoders: arguments of `crab.models.perception.train_encoders`.
-        language: fields of `crab.models.pretrain.Curriculum`.
+        language: fields of `crab.models.curriculum.Curriculum`.
         workers: processes that render.
         checkpoints: a folder that keeps each finished phase under a hash of what decides it, so that a
             killed run, or one that missed a gate, repeats only what is not there.
 
     Returns:
-        (model, processor, report) with the report's keys ``encoders`` (loss curves), ``history``
+        (model, processor, report); the model's weights are rounded to `KEPT_AS` before they are gated.
+        The report has the keys ``encoders`` (loss curves), ``history``
         (accuracy a skill at each check), ``gates`` (final accuracy, majority and picker a skill),
         ``parameters`` and ``seconds`` by phase.
     """
     processor = omni.build_processor(sorted({*words, *probes.words()}), tags, size)
     model = omni.build_model(processor, size, seed)
     scene_of = lambda i: sample_scene(FIRST_SCENE + i, seed)  # noqa: E731
-    decides = [sorted(words), sorted(tags), seed, scenes, dict(size), dict(encoders), _code()]
+    decides = [sorted(words), sorted(tags), seed, scenes, dict(size), dict(encoders)]
+    sensing, speech = (omni, optimize, perception, render, world), (bank, curriculum, packing, probes)
 
     def see_and_hear() -> dict:
         threads = torch.get_num_threads()
@@ -68,25 +72,27 @@ def train_base(
         finally:
             torch.set_num_threads(threads)
 
-    curves, perceiving = _phase(model, checkpoints, "encoders", decides, see_and_hear)
+    curves, perceiving = _phase(model, checkpoints, "encoders", [*decides, _code(*sensing)], see_and_hear)
     model.requires_grad_(False)
-    held: list[pretrain.Bank] = []
+    _round(model)  # the language model learns from, and is gated on, what the kept encoders give
+    held: list[Bank] = []
 
-    def unseen() -> pretrain.Bank:
+    def unseen() -> Bank:
         if not held:
             found = [scene_of(scenes + i) for i in range(held_out)]
-            held.append(pretrain.Bank(model, processor, found, seed + 1, workers, through_files=True))
+            held.append(Bank(model, processor, found, seed + 1, workers, through_files=True))
         return held[0]
 
     def speak() -> list[dict]:
-        bank = pretrain.Bank(model, processor, [scene_of(i) for i in range(scenes)], seed, workers)
-        pretrain.initialize_from_words(model)
+        seen = Bank(model, processor, [scene_of(i) for i in range(scenes)], seed, workers)
+        curriculum.initialize_from_words(model)
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
-        plan = pretrain.Curriculum(seed=seed, **language)
-        return pretrain.train_language_model(model, processor, bank, unseen(), plan)
+        plan = curriculum.Curriculum(seed=seed, **language)
+        return curriculum.train_language_model(model, processor, seen, unseen(), plan)
 
-    history, speaking = _phase(model, checkpoints, "language", [*decides, held_out, dict(language)], speak)
+    history, speaking = _phase(model, checkpoints, "language", [*decides, held_out, dict(language), _code(*sensing, *speech)], speak)
+    _round(model)
     report = {
         "encoders": curves,
         "history": history,
@@ -112,25 +118,29 @@ def _phase(model, folder: str | Path | None, name: str, decides: list, train) ->
     value = train()
     seconds = round(time.perf_counter() - began, 1)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".partial")
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
-        save_file(state, part, metadata={"record": json.dumps({"value": value, "seconds": seconds})})
-        os.replace(part, path)
+        with files.aside(path) as part:
+            save_file(state, part, metadata={"record": json.dumps({"value": value, "seconds": seconds})})
     return value, seconds
 
 
-def _code() -> str:
-    """Digest of the code that decides what a base learns."""
-    files = (omni, perception, pretrain, probes, render, world)
-    return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in files)).hexdigest()
+def _round(model) -> None:
+    """Round the weights to the precision in which they are kept, so that what is gated is what is kept."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(KEPT_AS))
 
 
-def final_gates(model, processor, held: pretrain.Bank, seed: int) -> dict[str, dict[str, float]]:
+def _code(*modules) -> str:
+    """Digest of the code that decides what a phase learns."""
+    return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in modules)).hexdigest()
+
+
+def final_gates(model, processor, held: Bank, seed: int) -> dict[str, dict[str, float]]:
     """Every skill on held-out scenes, each beside the majority answer and the random-object picker."""
-    checker = pretrain.Sampler(held, pretrain.vocabulary(processor), np.random.default_rng(seed + 2))
-    checker.weights = {s: 1.0 for s in pretrain.skills_until(len(pretrain.STAGES) - 1)}
-    return pretrain.probe_accuracy(pretrain.Packer(model, processor), checker, contexts=4 * len(held.scenes))
+    checker = curriculum.Sampler(held, curriculum.vocabulary(processor), np.random.default_rng(seed + 2))
+    checker.weights = {s: 1.0 for s in curriculum.skills_until(len(curriculum.STAGES) - 1)}
+    return curriculum.probe_accuracy(packing.Packer(model, processor), checker, contexts=4 * len(held.scenes))
 
 
 def missed(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> list[str]:

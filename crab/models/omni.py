@@ -30,6 +30,8 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from crab.data.words import PIECE
+
 #: The linear layers of the language model; a plain list of names would also hit both encoders.
 LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -124,7 +126,7 @@ def build_tokenizer(words: Sequence[str], tags: Sequence[str] = ()) -> PreTraine
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(Regex(r"</?[a-z]+>|\d+|[^\w\s<>/]|[<>/]"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PIECE), behavior="isolated"),
         ]
     )
     fast = PreTrainedTokenizerFast(
@@ -222,9 +224,9 @@ def build_model(processor: Qwen2_5OmniProcessor, size: dict, seed: int) -> Qwen2
     return model
 
 
-def save(path: str | Path, model, processor) -> None:
-    """Write weights (safetensors), configuration, tokenizer and processor settings to a folder."""
-    model.save_pretrained(path)
+def save(path: str | Path, model, processor, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights (safetensors, in ``dtype``), configuration, tokenizer and processor settings to a folder."""
+    model.save_pretrained(path, state_dict={k: v.to(dtype) for k, v in model.state_dict().items()})
     processor.tokenizer.save_pretrained(path)
     processor.image_processor.save_pretrained(path)
     processor.feature_extractor.save_pretrained(Path(path) / "audio")
@@ -295,32 +297,37 @@ def prepare(processor, media: Sequence[Media], instruction: str) -> BatchFeature
 
 
 @torch.no_grad()
-def encode(model, inputs: BatchFeature) -> dict[str, torch.Tensor]:
-    """The frozen encoders' work on one prepared sample.
+def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
+    """The frozen encoders' work on prepared samples, one pass an encoder for all of them.
 
     Returns:
-        ``input_ids`` [L]; ``position_ids`` [3, L]; ``features`` [P, hidden], one row a placeholder
-        token in prompt order; ``is_media`` [L], True where a feature goes.
+        For each prompt ``input_ids`` [L]; ``position_ids`` [3, L]; ``features`` [P, hidden], one row a
+        placeholder token in prompt order; ``is_media`` [L], True where a feature goes.
     """
-    ids = inputs["input_ids"]
-    config = model.config
-    features = torch.zeros(ids.shape[1], config.get_text_config().hidden_size)
-    visual_id = {"pixel_values": config.image_token_id, "pixel_values_videos": config.video_token_id}
-    if "pixel_values" in inputs:
-        out = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-        features[ids[0] == visual_id["pixel_values"]] = torch.cat(tuple(out.pooler_output)).float()
-    if "pixel_values_videos" in inputs:
-        out = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
-        features[ids[0] == visual_id["pixel_values_videos"]] = torch.cat(tuple(out.pooler_output)).float()
-    lengths = None
-    if "input_features" in inputs:
-        mask = inputs["feature_attention_mask"]
-        lengths = mask.sum(-1)
-        out = model.get_audio_features(inputs["input_features"], mask, return_dict=True)
-        features[ids[0] == config.audio_token_id] = out.last_hidden_state.float()
-    positions = prompt_positions(model, inputs, lengths)
-    is_media = media_mask(config, ids[0])
-    return {"input_ids": ids[0], "position_ids": positions, "features": features[is_media], "is_media": is_media}
+    config, device = model.config, model.device
+    lengths = [p["input_ids"].shape[1] for p in prompts]
+    ids = torch.cat([p["input_ids"][0] for p in prompts])
+    features = torch.zeros(len(ids), config.get_text_config().hidden_size)
+
+    def joined(*keys: str) -> list[torch.Tensor]:
+        return [torch.cat([p[k] for p in prompts if k in p]).to(device) for k in keys]
+
+    if any("pixel_values" in p for p in prompts):
+        out = model.get_image_features(*joined("pixel_values", "image_grid_thw"), return_dict=True)
+        features[ids == config.image_token_id] = torch.cat(tuple(out.pooler_output)).float().cpu()
+    if any("pixel_values_videos" in p for p in prompts):
+        out = model.get_video_features(*joined("pixel_values_videos", "video_grid_thw"), return_dict=True)
+        features[ids == config.video_token_id] = torch.cat(tuple(out.pooler_output)).float().cpu()
+    if any("input_features" in p for p in prompts):
+        out = model.get_audio_features(*joined("input_features", "feature_attention_mask"), return_dict=True)
+        features[ids == config.audio_token_id] = out.last_hidden_state.float().cpu()
+    samples = []
+    for prompt, own, rows in zip(prompts, ids.split(lengths), features.split(lengths), strict=True):
+        heard = prompt["feature_attention_mask"].sum(-1) if "feature_attention_mask" in prompt else None
+        is_media = media_mask(config, own)
+        positions = prompt_positions(model, prompt, heard)
+        samples.append({"input_ids": own, "position_ids": positions, "features": rows[is_media], "is_media": is_media})
+    return samples
 
 
 def media_mask(config, ids: torch.Tensor) -> torch.Tensor:

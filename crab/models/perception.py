@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from crab.data import render
 from crab.data.world import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, QUADRANTS, SECONDS, SIZE, Scene
 from crab.models import omni
+from crab.models.optimize import MuonAdamW, warm_up_then_decay
 
 NOTHING = "nothing"
 NAMES = (*CLASSES, FACE, NOTHING)
@@ -56,7 +56,10 @@ def visual_targets(scene: Scene, second: int) -> dict[str, np.ndarray]:
 
 
 def audio_targets(scene: Scene, tokens: int) -> dict[str, np.ndarray]:
-    """Sound events a token: present [tokens, 9] for classes and the voice, emotion [tokens]."""
+    """Sound events a token: present [tokens, 9] for classes and the voice, emotion [tokens], second [tokens].
+
+    The second is asked where something sounds; -100 elsewhere, and for emotion where no voice does.
+    """
     present = np.zeros((tokens, len(CLASSES) + 1), np.float32)
     emotion = np.full(tokens, omni.IGNORE)
     for thing in scene.sounding:
@@ -64,7 +67,8 @@ def audio_targets(scene: Scene, tokens: int) -> dict[str, np.ndarray]:
         present[first:last, NAMES.index(thing.name)] = 1
         if thing.emotion:
             emotion[first:last] = EMOTIONS.index(thing.emotion)
-    return {"present": present, "emotion": emotion}
+    second = np.where(present.any(1), np.arange(tokens) * SECONDS // tokens, omni.IGNORE)
+    return {"present": present, "emotion": emotion, "second": second}
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -98,6 +102,7 @@ class DenseHeads(nn.Module):
             "column": [word_id(w) for w in SIDES[1]],
             "modality": [word_id("visible"), word_id("heard")],
             "bin": [word_id(w) for w in BINS],
+            "second": [word_id(str(s)) for s in range(SECONDS)],
         }
         width = embedding.embedding_dim
         self.sharpness = sharpness
@@ -136,6 +141,7 @@ class DenseHeads(nn.Module):
         some = target["present"].any(-1)
         heard = torch.where(some, torch.ones_like(target["emotion"]), torch.full_like(target["emotion"], omni.IGNORE))
         loss["modality"] = cross_entropy(self.logits(tokens, "modality"), heard)
+        loss["second"] = cross_entropy(self.logits(tokens, "second"), target["second"])
         loss["voice"] = cross_entropy(self.logits(tokens, "emotion"), target["emotion"])
         return loss
 
@@ -183,6 +189,8 @@ class Views(torch.utils.data.IterableDataset):
         if rng.random() < 0.3:  # one second alone, as the image slots hear it
             seconds = rng.integers(SECONDS, size=len(scenes))
             targets = [{k: v[s : s + 1] for k, v in audio_targets(x, SECONDS).items()} for x, s in zip(scenes, seconds)]
+            for target in targets:
+                target["second"][:] = omni.IGNORE  # a lone second does not tell which it is
             rate = omni.SAMPLE_RATE
             mel = log_mel(self.processor, [w[s * rate : (s + 1) * rate] for w, s in zip(waves, seconds)])
             tokens = mel.shape[-1] // 4
@@ -242,9 +250,8 @@ def train_encoders(model, processor, scene_of, count: int, *, visual_steps: int,
     convolution, embed.proj = embed.proj, _LinearPatches(embed.proj)
     jobs = (("visual", model.model.visual, visual_steps, False), ("audio", model.model.audio_tower, audio_steps, True))
     for label, tower, steps, audio in jobs:
-        parameters = [*tower.parameters(), *(p for p in heads.parameters() if p is not embedding.weight)]
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+        read_out = [p for p in heads.parameters() if p is not embedding.weight]
+        optimizer = MuonAdamW(tower, read_out, learning_rate, warm_up_then_decay(steps, steps // 20 or 1, 0.6))
         data = Views(scene_of, processor, count, batch_size, steps, audio, seed)
         loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
         curve = []
@@ -254,11 +261,7 @@ def train_encoders(model, processor, scene_of, count: int, *, visual_steps: int,
                 losses = heads.audio_loss(hear(model, inputs), target)
             else:
                 losses = heads.visual_loss(see(model, inputs), target)
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            optimizer.step(sum(losses.values()))
             curve.append({k: v.item() for k, v in losses.items()})
         curves[label] = curve
     embed.proj = convolution

@@ -68,11 +68,15 @@ def clip_probes(scene: Scene, rng: np.random.Generator) -> list[Probe]:
         ("colour", "what colour is the {t.name} ?", lambda t: t.colour),
         ("motion", "how does the {t.name} move ?", lambda t: t.motion),
         ("position", "where is the {t.name} ?", lambda t: t.quadrant),
-        ("time seen", "when is the {t.name} visible ?", lambda t: _interval(t.visible)),
     ):
         out += _select(skill, question, answer, seen, rng)
+    # Half of all things are seen throughout; mostly the others are asked about, of whom there is more to say.
+    passing = [t for t in seen if t.visible != (0, SECONDS)]
+    timed = passing if passing and rng.random() < 0.8 else seen
+    out += _select("time seen", "when is the {t.name} visible ?", lambda t: _interval(t.visible), timed, rng)
     out += _select("time heard", "when is the {t.name} heard ?", lambda t: _interval(t.sounding), heard, rng)
     second = int(rng.integers(SECONDS))
+    out += _select("seen at", f"is the {{t.name}} visible at {second} ?", lambda t: "yes" if t.seen_at(second) else "no", timed, rng)
     now = [t for t in seen if t.seen_at(second)]
     out += _select("box", f"box of the {{t.name}} at {second} ?", lambda t: _numbers(t.box(second)), now, rng)
     out += [_at(seen, rng), *_heard_at(heard, second)]
@@ -130,9 +134,16 @@ def still_probes(scene: Scene, second: int, rng: np.random.Generator) -> list[Pr
     return out
 
 
-def face_probes(face: Thing) -> list[Probe]:
-    """What a few frames of a face and its voice answer."""
-    return [Probe("emotion", "how does the face feel ?", face.emotion)]
+def pair_probes(first: Scene, second: Scene, what: str, rng: np.random.Generator) -> list[Probe]:
+    """Which of two videos shows, or which of two sounds has, a thing that is in one of them only.
+
+    Args:
+        what: ``video`` or ``sound``.
+    """
+    names = [{t.name for t in (scene.visible if what == "video" else scene.sounding)} for scene in (first, second)]
+    only = [*((n, "first") for n in sorted(names[0] - names[1])), *((n, "second") for n in sorted(names[1] - names[0]))]
+    verb = {"video": "shows", "sound": "is"}[what]
+    return [Probe(f"{what} of", f"which {what} {verb} the {n} ?", answer) for n, answer in (only[i] for i in rng.permutation(len(only))[:2])]
 
 
 def shares_sound(a: Scene, b: Scene) -> bool:
@@ -150,13 +161,9 @@ def caption(scene: Scene) -> str:
 
 
 def copy_probe(vocabulary: Sequence[str], rng: np.random.Generator) -> Probe:
-    """Repeat some words, or name the one that follows a given word: text alone, any word there is."""
-    words = [vocabulary[i] for i in rng.choice(len(vocabulary), size=int(rng.integers(2, 8)), replace=False)]
-    text = " ".join(words)
-    if rng.random() < 0.6:
-        return Probe("copy", f"repeat {text} .", text)
-    i = int(rng.integers(len(words) - 1))
-    return Probe("follow", f"in {text} . what follows {words[i]} ?", words[i + 1])
+    """Repeat some words: text alone, any word there is."""
+    text = " ".join(vocabulary[i] for i in rng.choice(len(vocabulary), size=int(rng.integers(2, 8)), replace=False))
+    return Probe("copy", f"repeat {text} .", text)
 
 
 def words() -> set[str]:
@@ -165,8 +172,8 @@ def words() -> set[str]:
 
     text = (
         "is the visible heard yes no what colour how does move where when box of at nothing which thing that are "
-        "how many things first second face feel repeat in follows do sight and sound match video matches from to "
-        "never voice describe , . ? "
+        "how many things first second face feel repeat do sight and sound match video matches from to "
+        "never voice describe shows , . ? "
     )
     closed = [*CLASSES, *COLOURS, *MOTIONS, *EMOTIONS, *NUMBER_WORDS, FACE, *" ".join(QUADRANTS).split()]
     return {*text.split(), *closed, *map(str, range(SECONDS + 1)), *map(str, range(0, 225, 8))}

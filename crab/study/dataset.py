@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from crab.data.files import aside, read_json, write_json
 from crab.models import omni
-from crab.study.files import aside, read_json, write_json
 
 SEGMENTS = ("text", "video", "audio", "answer")
 PADDING = -1

@@ -12,6 +12,9 @@ from crab.models import omni
 from crab.study.dataset import load_base, write_slot
 from crab.study.pool import run_pool
 
+#: Samples that go through the encoders together; their decoded media are in memory at once.
+BATCH = 16
+
 
 def load_media(record: Mapping, frames: int) -> list[omni.Media]:
     """Decoded media of a record that `crab.data.records.read` gave, in the order in which the prompt shows them.
@@ -40,10 +43,11 @@ def encode_slot(root: str | Path, slot: str, split: str, base: str | Path, out: 
     if not found:
         raise ValueError(f"{Path(root) / tasks.json_path(slot, split)}: no records to encode")
     model, processor = load_base(base)
-    samples = []
-    for record in found:
-        prompt = omni.prepare(processor, load_media(record, tasks.get_slot(slot).frames), tasks.instruction(slot, record))
-        samples.append(omni.encode(model, prompt))
+    samples, frames = [], tasks.get_slot(slot).frames
+    for first in range(0, len(found), BATCH):
+        batch = found[first : first + BATCH]
+        prompts = [omni.prepare(processor, load_media(r, frames), tasks.instruction(slot, r)) for r in batch]
+        samples += omni.encode(model, prompts)
     write_slot(
         out,
         slot,

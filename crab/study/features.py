@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from crab.data.files import aside, write_json
 from crab.study.dataset import batch, load_base, read_slot
-from crab.study.files import aside, write_json
 from crab.study.predict import load_adapter
 from crab.study.spread import spread
 

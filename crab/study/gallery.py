@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -109,8 +110,9 @@ def samples(root: str | Path, path: str | Path) -> Figure:
     figure.get_layout_engine().set(h_pad=0.02, hspace=0.33, rect=(0, edge, 1, 1 - 1.5 * edge))
     for slot, row in zip(slots, grid, strict=True):
         record = records.read(root, slot.name, "train")[0]
-        _pictures(row[:_SHOWN], slot, record)
-        _sounds(row[_SHOWN], slot, record)
+        loaded = list(zip(record["media"], records.load(record, slot.frames), strict=True))
+        _pictures(row[:_SHOWN], slot, record, [(item.kind, m) for item, m in loaded if item.kind != "audio"])
+        _sounds(row[_SHOWN], slot, record, [(item, wave) for item, wave in loaded if item.kind == "audio"])
         row[0].text(
             0, 1.16, f"{slot.name}   ({slot.family}; {slot.dataset})", transform=row[0].transAxes, weight="bold", fontsize=12
         ).set_in_layout(False)
@@ -121,9 +123,8 @@ def samples(root: str | Path, path: str | Path) -> Figure:
     return save(figure, path)
 
 
-def _pictures(row: np.ndarray, slot: tasks.Slot, record: Mapping) -> None:
+def _pictures(row: np.ndarray, slot: tasks.Slot, record: Mapping, media: list[tuple[str, Any]]) -> None:
     """Frames in the axes of a row, shared by the record's videos; a lone image first plain, then with its answer."""
-    media = [(i.kind, m) for i, m in zip(record["media"], records.load(record, slot.frames), strict=True) if i.kind != "audio"]
     panels: list[tuple[str, np.ndarray]] = []
     for number, (kind, medium) in enumerate(media, 1):
         if kind == "image":
@@ -151,10 +152,8 @@ def _draw_place(axes: Axes, place) -> None:
         axes.plot(x, y, "o", color="white", markeredgecolor=_MARK, markersize=6, markeredgewidth=1.5)
 
 
-def _sounds(axes: Axes, slot: tasks.Slot, record: Mapping) -> None:
+def _sounds(axes: Axes, slot: tasks.Slot, record: Mapping, found: list[tuple[Any, np.ndarray]]) -> None:
     """Each sound as its range of values over time, one above the other, drawn to one scale."""
-    loaded = records.load(record, 1)
-    found = [(item, m) for item, m in zip(record["media"], loaded, strict=True) if item.kind == "audio"]
     ends, loudest = [], max(float(np.abs(wave).max()) for _, wave in found) or 1.0
     for number, (item, wave) in enumerate(found):
         start = item.second or 0

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
+from crab.data.files import aside
 from crab.study import params
-from crab.study.files import aside
 from crab.study.ipynb import nbformat
 from crab.study.paths import root
 

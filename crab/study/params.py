@@ -20,7 +20,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from crab.study.files import aside
+from crab.data.files import aside
 from crab.study.ipynb import nbformat
 from crab.study.paths import root
 

@@ -12,9 +12,9 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
+from crab.data.files import aside, read_json
 from crab.models import omni
 from crab.study.dataset import Sample, batch, load_base, read_slot
-from crab.study.files import aside, read_json
 from crab.study.pool import run_pool
 from crab.study.runs import Run
 

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from crab.data.files import aside, aside_folder
 from crab.study import params
-from crab.study.files import aside, aside_folder
 from crab.study.ipynb import nbformat
 from crab.study.notebook import page
 from crab.study.paths import root

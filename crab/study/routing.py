@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from crab.data.files import aside, write_json
 from crab.ilora import record_routing
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
-from crab.study.files import aside, write_json
 from crab.study.predict import answer, load_adapter
 from crab.study.spread import spread
 

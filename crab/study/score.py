@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from crab import tasks
 from crab.data import media, records
-from crab.study.files import aside, write_json
+from crab.data.files import aside, write_json
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crab.study.files import aside, aside_folder, write_json
+from crab.data.files import aside, aside_folder, write_json
 from crab.study.ipynb import nbformat
 from crab.study.paths import root
 

@@ -25,10 +25,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import crab.ilora
+from crab.data.files import aside_folder, read_json, write_json
 from crab.ilora import ILoraConfig
 from crab.models import omni
 from crab.study.dataset import SlotData, batch, load_base, read_slot
-from crab.study.files import aside_folder, read_json, write_json
 from crab.study.pool import run_pool
 from crab.study.runs import Run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from crab.study.files import aside, write_json
+from crab.data.files import aside, write_json
 from crab.study.resample import bootstrap_means, interval
 
 COLUMNS = [

@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crab.data.world import FACE, QUADRANTS, SECONDS, Scene, Thing, sample_scene
-from crab.models import base, omni, perception, pretrain, probes
+from crab.models import base, curriculum, omni, packing, perception, probes
+from crab.models.bank import Bank
 
 BELL = Thing("bell", "red", "still", (56, 56), (24, 32), (2, 8), (3, 5))
 DRUM = Thing("drum", "blue", "swaying", (168, 56), (32, 24), (0, 10), None)
@@ -23,7 +25,7 @@ def test_probes_of_a_scene_worked_by_hand():
     expected = {
         "is the bell visible ?": "yes", "is the flute visible ?": "no", "is the flute heard ?": "yes", "is the drum heard ?": "no",
         "what colour is the bell ?": "red", "how does the drum move ?": "swaying", "where is the bell ?": "top left",
-        "when is the bell visible ?": "from 2 to 8", "when is the flute heard ?": "from 6 to 9",
+        "when is the bell visible ?": "from 2 to 8", "is the bell visible at 1 ?": "no", "is the bell visible at 2 ?": "yes", "when is the flute heard ?": "from 6 to 9",
         "box of the bell at 4 ?": "32 24 80 88", "box of the drum at 0 ?": "128 32 192 80", "box of the drum at 1 ?": "144 32 208 80",
         "what is at top right ?": "drum", "what is at bottom left ?": "nothing", "what is heard at 4 ?": "bell",
         "what is heard at 5 ?": "nothing", "which visible thing is heard ?": "bell", "where is the thing that is heard ?": "top left",
@@ -63,16 +65,16 @@ def test_dense_targets_of_a_pair_of_seconds():
 
 @pytest.fixture(scope="module")
 def bank(model, processor):
-    return pretrain.Bank(model, processor, [sample_scene(i) for i in range(6)], seed=0)
+    return Bank(model, processor, [sample_scene(i) for i in range(6)], seed=0)
 
 
 def test_packed_questions_see_what_each_alone_sees(model, processor, bank):
-    packer = pretrain.Packer(model, processor)
+    packer = packing.Packer(model, processor)
     asked = [probes.Probe("a", "is the bell visible ?", "yes"), probes.Probe("b", "what is heard at 4 ?", "drum")]
     media = [("video", 2), ("audio", 2)]
     with torch.no_grad():
-        together, _, _ = packer.logits(packer.pack([pretrain.Row(media, asked)], bank))
-        apart = [packer.logits(packer.pack([pretrain.Row(media, [p])], bank))[0] for p in asked]
+        together, _, _ = packer.logits(packer.pack([packing.Row(media, asked)], bank))
+        apart = [packer.logits(packer.pack([packing.Row(media, [p])], bank))[0] for p in asked]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
 
 
@@ -82,9 +84,9 @@ def test_a_packed_question_is_the_prompt_the_tasks_use(model, processor, bank):
     from crab.data import render
 
     media = [omni.Media("video", render.frames(scene)[1::2], fps=1.0), omni.Media("audio", render.waveform(scene))]
-    sample = omni.encode(model, omni.prepare(processor, media, "is the bell visible ?"))
-    packer = pretrain.Packer(model, processor)
-    row = pretrain.Row([("video", 1), ("audio", 1)], [probes.Probe("a", "is the bell visible ?", "yes")])
+    (sample,) = omni.encode(model, [omni.prepare(processor, media, "is the bell visible ?")])
+    packer = packing.Packer(model, processor)
+    row = packing.Row([("video", 1), ("audio", 1)], [probes.Probe("a", "is the bell visible ?", "yes")])
     packed = packer.pack([row], bank)
     length = len(sample["input_ids"])
     assert packed["ids"][0, :length].tolist() == sample["input_ids"].tolist()
@@ -94,16 +96,16 @@ def test_a_packed_question_is_the_prompt_the_tasks_use(model, processor, bank):
 
 
 def test_bank_through_files_is_close_to_the_rendered_one(model, processor, bank):
-    files = pretrain.Bank(model, processor, bank.scenes[:2], seed=0, through_files=True)
+    files = Bank(model, processor, bank.scenes[:2], seed=0, through_files=True)
     for kind in ("video", "image"):
         a, b = files.tokens[kind].float(), bank.tokens[kind][:2].float()
         assert torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() > 0.95
 
 
 def test_matching_scenes_share_no_sound(model, processor, bank):
-    more = pretrain.Bank.__new__(pretrain.Bank)
+    more = Bank.__new__(Bank)
     more.scenes = [sample_scene(i) for i in range(50)]
-    sampler = pretrain.Sampler(more, ["a"], np.random.default_rng(0))
+    sampler = curriculum.Sampler(more, ["a"], np.random.default_rng(0))
     for _ in range(20):
         i, j = sampler._matching()
         for own, other in ((i, j), (j, i)):
@@ -112,9 +114,9 @@ def test_matching_scenes_share_no_sound(model, processor, bank):
 
 
 def test_accuracy_of_a_model_that_says_nothing_right_is_zero(model, processor, bank):
-    sampler = pretrain.Sampler(bank, pretrain.vocabulary(processor), np.random.default_rng(0))
+    sampler = curriculum.Sampler(bank, curriculum.vocabulary(processor), np.random.default_rng(0))
     sampler.weights = {"visible": 1.0, "copy": 1.0}
-    report = pretrain.probe_accuracy(pretrain.Packer(model, processor), sampler, contexts=8)
+    report = curriculum.probe_accuracy(packing.Packer(model, processor), sampler, contexts=8)
     assert set(report) == {"visible", "copy"} and report["visible"]["accuracy"] <= report["visible"]["majority"]
     assert math.isclose(report["visible"]["majority"], 0.5, abs_tol=0.35)
 
@@ -134,16 +136,49 @@ def test_finished_phases_are_not_repeated(tmp_path, size):
         encoders=dict(visual_steps=1, audio_steps=1, batch_size=2, learning_rate=1e-3),
         language=dict(steps=2, stage_steps=1, gate=0.9, batch_size=2, learning_rate=1e-3, check_every=1),
     )  # fmt: skip
-    first, _, report = base.train_base(["bell"], [], **options)
+    first, processor_of_first, report = base.train_base(["bell"], [], **options)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     second, _, again = base.train_base(["bell"], [], **options)
     assert kept == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} and len(kept) == 2
     assert report == again
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    omni.save(tmp_path / "kept", first, processor_of_first, base.KEPT_AS)
+    kept_model, _ = omni.load(tmp_path / "kept")  # what was gated, to the bit
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), kept_model.state_dict().values(), strict=True))
+    assert {v.dtype for v in load_file(tmp_path / "kept/model.safetensors").values()} == {base.KEPT_AS}
     base.train_base(["bell"], [], **{**options, "language": {**options["language"], "steps": 3}})
-    assert len(list(tmp_path.iterdir())) == 3  # the encoders are taken up, the language model is another
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # the encoders are taken up, the language model is another
 
 
-def test_face_probe_asks_for_the_expression():
+def test_a_face_is_asked_for_its_expression():
     face = Thing(FACE, "red", "still", (56, 56), (40, 40), (0, 10), (0, 10), emotion="fear")
-    assert [p.answer for p in probes.face_probes(face)] == ["fear"]
+    asked = probes.clip_probes(Scene(0, 0, (face,)), np.random.default_rng(0))
+    assert [p.answer for p in asked if p.skill == "emotion"] == ["fear"]
+
+
+def test_pair_probes_name_what_only_one_of_two_scenes_holds():
+    other = Scene(1, 0, (BELL, Thing("horn", "red", "still", (56, 168), (24, 24), (0, 10), (1, 4))))
+    said = {what: {} for what in ("video", "sound")}
+    for what, answers in said.items():
+        for seed in range(50):
+            answers.update({p.question: p.answer for p in probes.pair_probes(SCENE, other, what, np.random.default_rng(seed))})
+    # the bell is seen and heard in both; the flute is heard only
+    assert said["video"] == {"which video shows the drum ?": "first", "which video shows the horn ?": "second"}
+    assert said["sound"] == {"which sound is the flute ?": "first", "which sound is the horn ?": "second"}
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(model):
+    from crab.models.optimize import MuonAdamW
+
+    lm = model.model.language_model
+    optimizer = MuonAdamW(lm.layers, [*lm.embed_tokens.parameters()], 0.1, lambda step: 0.5**step)
+    muon, adamw = ({id(p) for group in o.param_groups for p in group["params"]} for o in optimizer.optimizers)
+    assert {id(p) for p in lm.layers.parameters() if p.ndim == 2} == muon and id(lm.embed_tokens.weight) in adamw
+    assert {group["lr"] for o in optimizer.optimizers for group in o.param_groups} == {0.1}
+
+
+@pytest.mark.parametrize("step, factor", [(0, 0.01), (49, 0.5), (100, 1.0), (200, 1.0), (250, 0.5), (300, 0.02)])
+def test_schedule(step, factor):
+    from crab.models.optimize import warm_up_then_decay
+
+    assert warm_up_then_decay(300)(step) == pytest.approx(factor)

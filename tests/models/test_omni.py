@@ -34,7 +34,7 @@ def inputs(request, processor):
 
 
 def test_cached_embeddings_give_the_whole_models_logits(model, processor, inputs):
-    batch = omni.collate(model, processor.tokenizer, [omni.encode(model, inputs)])
+    batch = omni.collate(model, processor.tokenizer, omni.encode(model, [inputs]))
     with torch.no_grad():
         cached = model(
             inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]
@@ -44,7 +44,7 @@ def test_cached_embeddings_give_the_whole_models_logits(model, processor, inputs
 
 def test_batched_left_padded_generation_says_what_each_alone_says(model, processor):
     prepared = [omni.prepare(processor, media(k), "what is heard ?") for k in ("va", "is", "avv")]
-    batch = omni.collate(model, processor.tokenizer, [omni.encode(model, p) for p in prepared])
+    batch = omni.collate(model, processor.tokenizer, omni.encode(model, prepared))
     assert (batch["attention_mask"][:, -1] == 1).all() and (batch["attention_mask"][1, 0] == 0)
     together = omni.generate(model, processor.tokenizer, batch, max_new_tokens=8)
     for text, one in zip(together, prepared, strict=True):
@@ -53,7 +53,7 @@ def test_batched_left_padded_generation_says_what_each_alone_says(model, process
 
 
 def test_labels_are_the_answer_and_its_end_alone(model, processor):
-    sample = omni.encode(model, omni.prepare(processor, media("is"), "what is heard ?"))
+    (sample,) = omni.encode(model, [omni.prepare(processor, media("is"), "what is heard ?")])
     batch = omni.collate(model, processor.tokenizer, [sample, sample], ["<answer>bell</answer>", "top left"])
     learned = [row[row != omni.IGNORE].tolist() for row in batch["labels"]]
     said = [processor.tokenizer.convert_ids_to_tokens(ids) for ids in learned]

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from toys import STAGES, clone, ran, sh, toy_clone
 
 from crab.data.vocabulary import vocabulary
-from crab.study.files import write_json
+from crab.data.files import write_json
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def test_outputs_prose_comments_and_strangers_retrain_nothing(settled):
     notebook.cells[-1].outputs = [new_output("stream", text="saved in JupyterLab")]
     nbformat.write(notebook, path)
     (settled / "crab/study/stranger.py").write_text("x = 1\n")
-    edit(settled / "crab/study/files.py", '"""Writing aside', '"""Other words: writing aside')
+    edit(settled / "crab/data/files.py", '"""Writing aside', '"""Other words: writing aside')
     assert ran(sh(settled, "dvc", "repro")) == ["sources"]
 
     notebook.cells.append(new_markdown_cell("A better sentence."))

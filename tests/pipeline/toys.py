@@ -26,7 +26,7 @@ OUTS = {
 }
 
 WORK = """
-from crab.study.files import write_json
+from crab.data.files import write_json
 from crab.study.paths import Paths
 paths = Paths(profile)
 name = {name}

@@ -28,10 +28,10 @@ def test_encoded_as_the_model_reads_it(world, base, tmp_path):
         assert data.ids == [r["id"] for r in found]
         assert data.targets["explicit"] == [tasks.target(slot, r, "explicit") for r in found]
         media = load_media(found[1], tasks.get_slot(slot).frames)
-        fresh = omni.encode(model, omni.prepare(processor, media, tasks.instruction(slot, found[1])))
+        (fresh,) = omni.encode(model, [omni.prepare(processor, media, tasks.instruction(slot, found[1]))])
         assert torch.equal(data.samples[1]["input_ids"], fresh["input_ids"])
         assert torch.equal(data.samples[1]["position_ids"], fresh["position_ids"])
-        assert torch.equal(data.samples[1]["features"], fresh["features"].half())
+        torch.testing.assert_close(data.samples[1]["features"], fresh["features"].half(), rtol=2e-3, atol=2e-3)  # alone here, in a batch there
     assert set(overview(tmp_path, SLOTS)["slot"]) == set(examples(tmp_path, SLOTS)["slot"]) == set(SLOTS)
 
 

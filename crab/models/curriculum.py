@@ -1,0 +1,254 @@
+"""Train the language model of a small base by stages, each advanced by its gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from crab.models import probes
+from crab.models.bank import Bank
+from crab.models.optimize import MuonAdamW, warm_up_then_decay
+from crab.models.packing import Packer, Row
+from crab.models.probes import Probe
+
+#: Skills in the order they are taught. A stage keeps all earlier ones in the mix.
+STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("text", ("copy",)),
+    ("presence", ("visible", "heard")),
+    ("selection", ("position", "colour", "motion", "at", "emotion", "seen at", "heard at", "still position", "still colour", "still heard")),
+    ("space and time", ("still box", "box", "time seen", "time heard", "count seen", "count heard", "order", "video of", "sound of")),
+    ("binding", ("which sounds", "where sounds", "still sounds", "still box sounds", "match", "which video", "which sound")),
+    ("describing", ("caption",)),
+)
+
+
+def initialize_from_words(model, norm: float = 5.0) -> None:
+    """Give all word embeddings the length of media tokens' order, and start the head from them.
+
+    Media tokens come out 7 to 20 long; beside them the first layers' outputs would drown a word of
+    length 1, and with it the name of what is to be selected.
+    """
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        unit = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        weight.copy_(norm * unit)
+        model.lm_head.weight.copy_(0.3 * unit)  # at length 1 the first losses are 11, far above a uniform guess
+
+
+class Sampler:
+    """Draws packed rows of one context kind from a bank.
+
+    Args:
+        weights: skill -> how likely a probe of that skill is kept; 0 or missing leaves it out.
+        vocabulary: words for copying.
+    """
+
+    def __init__(self, bank: Bank, vocabulary: list[str], rng: np.random.Generator, per_row: int = 8):
+        self.bank, self.vocabulary, self.rng, self.per_row = bank, vocabulary, rng, per_row
+        self.weights: dict[str, float] = {}
+
+    def contexts(self) -> dict[str, float]:
+        """Context kinds the present weights can use, with their shares of the steps."""
+        heaviest = lambda skills: max((self.weights.get(s, 0) for s in skills), default=0)  # noqa: E731
+        return {kind: share * heaviest(skills) for kind, (share, _, skills) in CONTEXTS.items()}
+
+    def rows(self, kind: str, count: int) -> list[Row]:
+        """About ``count`` rows' worth of one kind; short ones come in larger numbers."""
+        return [getattr(self, f"_{kind}")() for _ in range(round(count * CONTEXTS[kind][1]))]
+
+    def _keep(self, drawn: list[Probe]) -> list[Probe]:
+        weight = np.array([self.weights.get(p.skill, 0.0) * RARE.get(p.skill, 1.0) for p in drawn])
+        order = self.rng.random(len(drawn)) ** (1 / np.maximum(weight, 1e-9))  # weighted sampling without replacement
+        order[weight == 0] = -1
+        return [drawn[i] for i in np.argsort(-order)[: self.per_row] if order[i] >= 0]
+
+    def _index(self) -> int:
+        return int(self.rng.integers(len(self.bank.scenes)))
+
+    def _text(self) -> Row:
+        return Row([], self._keep([probes.copy_probe(self.vocabulary, self.rng) for _ in range(self.per_row)]))
+
+    def _clip(self) -> Row:
+        i = self._index()
+        return Row([("video", i), ("audio", i)], self._keep(probes.clip_probes(self.bank.scenes[i], self.rng)))
+
+    def _still(self) -> Row:
+        i = self._index()
+        drawn = probes.still_probes(self.bank.scenes[i], int(self.bank.seconds[i]), self.rng)
+        return Row([("image", i), ("second", i)], self._keep(drawn))
+
+    def _caption(self) -> Row:
+        i = self._index()
+        return Row([("video", i), ("audio", i)], [Probe("caption", "describe the scene .", probes.caption(self.bank.scenes[i]))])
+
+    def _matching(self) -> tuple[int, int]:
+        """A scene in which something is seen and heard, and another that does not hold it."""
+        scenes = self.bank.scenes
+        while True:
+            i, j = self._index(), self._index()
+            clear = lambda a, b: probes.shares_sound(scenes[a], scenes[a]) and not probes.shares_sound(scenes[a], scenes[b])  # noqa: E731
+            if clear(i, j) and clear(j, i):
+                return i, j
+
+    def _match(self) -> Row:
+        i, j = self._matching()
+        same = self.rng.random() < 0.5
+        probe = Probe("match", "do sight and sound match ?", "yes" if same else "no")
+        return Row([("video", i), ("audio", i if same else j)], [probe])
+
+    def _pair(self) -> Row:
+        """Two videos and a sound, or two sounds and a video; what stands alone comes first, as in the tasks."""
+        i, j = self._matching()
+        first = self.rng.random() < 0.5
+        a, b = (i, j) if first else (j, i)
+        scenes = self.bank.scenes[a], self.bank.scenes[b]
+        answer = "first" if first else "second"
+        if self.rng.random() < 0.5:
+            asked = [Probe("which video", "which video matches the sound ?", answer), *probes.pair_probes(*scenes, "video", self.rng)]
+            return Row([("audio", i), ("video", a), ("video", b)], self._keep(asked))
+        asked = [Probe("which sound", "which sound matches the video ?", answer), *probes.pair_probes(*scenes, "sound", self.rng)]
+        return Row([("video", i), ("audio", a), ("audio", b)], self._keep(asked))
+
+
+#: Context kind -> share of the steps, rows beside the batch size, and the skills asked in it.
+CONTEXTS: dict[str, tuple[float, float, tuple[str, ...]]] = {
+    "text": (0.2, 1, ("copy",)),
+    "clip": (1.0, 1, (
+        "visible", "heard", "colour", "motion", "position", "time seen", "time heard", "box", "at", "seen at", "heard at",
+        "which sounds", "where sounds", "count seen", "count heard", "order", "emotion")),
+    "still": (0.6, 1, ("still position", "still colour", "still heard", "still box", "still sounds", "still box sounds")),
+    "match": (0.6, 3, ("match",)),
+    "pair": (0.8, 2, ("which video", "which sound", "video of", "sound of")),
+    "caption": (0.3, 1, ("caption",)),
+}  # fmt: skip
+
+#: Questions that few scenes answer, and how much oftener one is kept when a scene does.
+RARE = {"emotion": 4.0, "box": 2.0, "still box": 2.0, "time heard": 2.0, "time seen": 2.0, "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still box sounds": 3.0, "still sounds": 2.0,
+        "which video": 3.0, "which sound": 3.0}  # fmt: skip
+
+
+@torch.no_grad()
+def probe_accuracy(packer: Packer, sampler: Sampler, contexts: int, batch: int = 32) -> dict[str, dict[str, float]]:
+    """Exact-match accuracy a skill, with the majority answer and the random-object picker beside it.
+
+    An answer counts only when every token, end included, is the greedy choice given those before
+    it, which is when greedy decoding would produce it.
+    """
+    right: dict[str, list[bool]] = {}
+    said: dict[str, list[str]] = {}
+    picker: dict[str, list[float]] = {}
+    was_training = packer.model.training
+    packer.model.eval()
+    shares = {k: v for k, v in sampler.contexts().items() if v > 0}
+    for kind in shares:
+        for first in range(0, contexts, batch):
+            rows = [r for r in sampler.rows(kind, min(batch, contexts - first)) if r.probes]
+            packed = packer.pack(rows, sampler.bank)
+            logits, target, where = packer.logits(packed)
+            hit = logits.argmax(-1) == target
+            width = packed["ids"].shape[1]
+            blocks = packed["block"].flatten()[where].tolist()
+            owner = (where // width).tolist()
+            ok: dict[tuple[int, int], bool] = {}
+            for h, r, b in zip(hit.tolist(), owner, blocks, strict=True):
+                ok[r, b] = ok.get((r, b), True) and h
+            for (r, b), good in ok.items():
+                probe = rows[r].probes[b - 1]
+                right.setdefault(probe.skill, []).append(good)
+                said.setdefault(probe.skill, []).append(probe.answer)
+                if probe.picked:
+                    picker.setdefault(probe.skill, []).append(np.mean([p == probe.answer for p in probe.picked]))
+    packer.model.train(was_training)
+    report = {}
+    for skill, hits in right.items():
+        answers = said[skill]
+        majority = max(map(answers.count, set(answers))) / len(answers)
+        report[skill] = {
+            "accuracy": float(np.mean(hits)),
+            "majority": majority,
+            "picker": float(np.mean(picker[skill])) if skill in picker else None,
+            "n": len(hits),
+        }
+    return report
+
+
+@dataclass
+class Curriculum:
+    """How long and how hard: steps, learning rate, and when a stage is done.
+
+    Attributes:
+        gate: accuracy every skill of a stage must reach before the next begins.
+        stage_steps: most steps a stage may take before the next begins regardless.
+        steps: all steps; the learning rate decays over the last third, all skills in the mix.
+    """
+
+    steps: int
+    stage_steps: int
+    gate: float
+    batch_size: int
+    learning_rate: float
+    check_every: int
+    seed: int
+    per_row: int = 8
+    history: list[dict] = field(default_factory=list)
+
+
+def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Curriculum) -> list[dict]:
+    """Run the staged curriculum; returns one record a check: step, stage, loss and accuracy a skill."""
+    rng = np.random.default_rng(plan.seed)
+    sampler = Sampler(train, vocabulary(processor), rng, plan.per_row)
+    checker = Sampler(held_out, vocabulary(processor), np.random.default_rng(plan.seed + 1), plan.per_row)
+    packer = Packer(model, processor)
+    lm = model.model.language_model
+    rest = [*lm.embed_tokens.parameters(), *lm.norm.parameters(), *model.lm_head.parameters()]
+    optimizer = MuonAdamW(lm.layers, rest, plan.learning_rate, warm_up_then_decay(plan.steps))
+    stage, since = 0, 0
+    accuracy: dict[str, float] = {}
+    model.train()
+    bar = tqdm(range(plan.steps), desc="language model", mininterval=5)
+    running = []
+    for step in bar:
+        sampler.weights = stage_weights(stage, accuracy, plan.gate)
+        shares = {k: v for k, v in sampler.contexts().items() if v > 0}
+        kind = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+        rows = [r for r in sampler.rows(kind, plan.batch_size) if r.probes]
+        if not rows:
+            continue
+        logits, target, _ = packer.logits(packer.pack(rows, train))
+        loss = F.cross_entropy(logits, target)
+        optimizer.step(loss)
+        running.append(loss.detach())
+        since += 1
+        if (step + 1) % plan.check_every == 0 or step + 1 == plan.steps:
+            checker.weights = {s: 1.0 for s in skills_until(stage)}
+            report = probe_accuracy(packer, checker, contexts=96)
+            accuracy = {k: v["accuracy"] for k, v in report.items()}
+            mean_loss = torch.stack(running).mean().item()
+            running = []
+            plan.history.append({"step": step + 1, "stage": STAGES[stage][0], "loss": mean_loss, **accuracy})
+            below = [f"{k} {v:.2f}" for k, v in sorted(accuracy.items(), key=lambda item: item[1]) if v < plan.gate]
+            bar.write(f"step {step + 1}, {STAGES[stage][0]}, loss {mean_loss:.3f}; under the gate: {', '.join(below) or 'none'}")
+            ready = all(accuracy.get(s, 0) >= plan.gate for s in STAGES[stage][1])
+            if stage + 1 < len(STAGES) and (ready or since >= plan.stage_steps):
+                stage, since = stage + 1, 0
+    model.eval()
+    return plan.history
+
+
+def vocabulary(processor) -> list[str]:
+    """The words copying draws from: all tokens but the special ones."""
+    return sorted(set(processor.tokenizer.get_vocab()) - set(processor.tokenizer.all_special_tokens))
+
+
+def skills_until(stage: int) -> list[str]:
+    return [s for _, skills in STAGES[: stage + 1] for s in skills]
+
+
+def stage_weights(stage: int, accuracy: dict[str, float], gate: float) -> dict[str, float]:
+    """The newest skills and those still under their gate in full, what is mastered as replay."""
+    new = set(STAGES[stage][1])
+    return {s: 1.0 if s in new or accuracy.get(s, 0) < gate else 0.3 for s in skills_until(stage)}
