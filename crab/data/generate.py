@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from crab import tasks
 from crab.data import media, records, render, vocabulary
-from crab.data.annotate import VIEWS, View, view
+from crab.data.views import VIEWS, view
+from crab.data.views.view import View
 from crab.data.world import SECONDS, Scene
 
 VOCABULARY = "vocabulary.json"  # in the tree's root, for a tokenizer; the same for every seed and count

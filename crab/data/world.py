@@ -1,7 +1,7 @@
 """The generated world: ten-second scenes of things that are seen and heard, sampled from a seed.
 
 A scene is the single source of truth. Everything rendered (:mod:`crab.data.render`) and every
-record and reasoning chain (:mod:`crab.data.annotate`) is derived from it and can be checked
+record and reasoning chain (:mod:`crab.data.views`) is derived from it and can be checked
 against it. Units: whole seconds for time, pixels of a 224 x 224 image for space; every box edge is
 a multiple of 8 pixels, so that a coordinate is one token of a small vocabulary.
 """

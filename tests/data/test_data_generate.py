@@ -6,7 +6,7 @@ import pytest
 
 from crab import tasks
 from crab.data import generate, media, records, render
-from crab.data.annotate import VIEWS, view
+from crab.data.views import VIEWS, view
 
 
 def digests(root):

@@ -5,7 +5,7 @@ import pytest
 
 from crab import tasks
 from crab.data import generate, records
-from crab.data.annotate import VIEWS, view
+from crab.data.views import VIEWS, view
 from crab.data.vocabulary import check, split, vocabulary, words
 from crab.data.world import CLASSES, COLOURS, EMOTIONS, MOTIONS
 

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from crab.data.annotate import VIEWS
+from crab.data.views import VIEWS
 from crab.data.generate import build
 from crab.study import gallery
 

@@ -6,12 +6,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crab import tasks
-from crab.data import annotate, render
-from crab.data.annotate import VIEWS, view
+from crab.data import render
+from crab.data.questions import QUESTIONS
 from crab.data.staging import BASE_IDS, apart, around, scene_id
+from crab.data.views import VIEWS, view, where
 from crab.data.world import CLASSES, EMOTIONS, MOTIONS, QUADRANTS
 
 NUMBER = dict(zip("zero one two three four".split(), range(5), strict=True))
@@ -213,7 +215,7 @@ def test_avqa_answers_are_right_and_types_are_those_of_music_avqa():
 
 def test_presence_does_not_show_in_numbers():
     """How many things are seen or heard says nothing about a yes."""
-    for question in (q for q in annotate.QUESTIONS if q.answers == ("yes", "no")):
+    for question in (q for q in QUESTIONS if q.answers == ("yes", "no")):
         means = []
         for answer in question.answers:
             staged = [question.stage(np.random.default_rng(i), answer)[0] for i in range(300)]
@@ -273,10 +275,10 @@ def test_apart_is_in_order(seed):
     (np.ones((224, 224), bool), 3), (np.pad(np.ones((3, 3), bool), ((17, 204), (9, 212))), 3),
 ])
 def test_points_fall_inside_any_mask(mask, points):
-    found = annotate.points_inside(mask)
+    found = where.points_inside(mask)
     assert len(set(found)) == points and all(mask[y, x] for x, y in found)
 
 
 def test_points_need_a_mask():
     with pytest.raises(ValueError, match="0 pixels"):
-        annotate.points_inside(np.zeros((224, 224), bool))
+        where.points_inside(np.zeros((224, 224), bool))
