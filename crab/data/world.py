@@ -8,7 +8,7 @@ a multiple of 8 pixels, so that a coordinate is one token of a small vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ LATTICE = 8
 CLASSES = ("bell", "drum", "horn", "siren", "whistle", "clock", "flute", "engine")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 MOTIONS = ("still", "swaying", "bouncing", "pulsing", "flashing")
-EMOTIONS = ("anger", "disgust", "fear", "happy", "neutral", "sad")
+EMOTIONS = ("anger", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 FACE = "face"
 
@@ -41,7 +41,8 @@ class Thing:
         sounding: seconds [start, end) during which it is heard; None when silent.
         gain: loudness of its sound, 0 to 1.
         shift: where in its one-second sound loop it starts, in audio samples.
-        emotion: one of :data:`EMOTIONS` for a face, else None.
+        emotion: one of :data:`EMOTIONS` that a face shows, else None.
+        voice: the emotion of a face's voice where it is not the one shown, else None.
     """
 
     name: str
@@ -54,6 +55,12 @@ class Thing:
     gain: float = 0.5
     shift: int = 0
     emotion: str | None = None
+    voice: str | None = None
+
+    @property
+    def heard_emotion(self) -> str | None:
+        """The emotion in a face's voice."""
+        return self.voice or self.emotion
 
     @property
     def quadrant(self) -> str:
@@ -82,11 +89,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Ten seconds of up to four things in different quadrants over a plain patterned background."""
+    """Ten seconds of up to four things in different quadrants over a plain patterned background.
+
+    Attributes:
+        pan: pixels by which the background moves each second, as before a panning camera; things stay.
+    """
 
     id: int
     background: int
     things: tuple[Thing, ...]
+    pan: int = 0
 
     @property
     def visible(self) -> tuple[Thing, ...]:
@@ -147,7 +159,8 @@ def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
     """A scene with no task in mind: what the base model is trained on.
 
     One to three visible things of different classes, each silent or sounding for an interval, and
-    at times a sound from off screen; with probability ``faces`` one of the things is a face.
+    at times a sound from off screen; with probability ``faces`` one of the things is a face, whose
+    voice, one time in five, has another emotion than it shows.
 
     Args:
         scene_id: the scene's number; the same (id, seed) always gives the same scene.
@@ -163,7 +176,10 @@ def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
         whole = rng.random() < 0.5
         visible = (0, SECONDS) if whole else sample_interval(rng)
         sounding = sample_interval(rng) if rng.random() < 0.55 else None
-        things.append(sample_thing(rng, names[i], quadrants[i], visible, sounding))
+        thing = sample_thing(rng, names[i], quadrants[i], visible, sounding)
+        if thing.name == FACE and rng.random() < 0.2:
+            thing = replace(thing, voice=str(rng.choice([e for e in EMOTIONS if e != thing.emotion])))
+        things.append(thing)
     if rng.random() < 0.2 or not any(t.sounding for t in things):
         things.append(sample_thing(rng, names[n_visible], quadrants[3], None, sample_interval(rng)))
     return Scene(scene_id, int(rng.integers(0, 8)), tuple(things))

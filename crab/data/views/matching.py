@@ -33,7 +33,7 @@ def a2v(stage: Stage) -> View:
     """Which of two videos a sound belongs to."""
     scenes, sources = _pair(stage)
     right, stems = stage.index % 2, stage.stems
-    shown = " ".join(f"video {n} shows {chains.sight(t)} ." for n, t in zip(CHOICES, sources, strict=True))
+    shown = " ".join(chains.video_shows(n, t) for n, t in zip(CHOICES, sources, strict=True))
     record = {
         "video1_path": f"{stems[0]}.mp4", "video2_path": f"{stems[1]}.mp4", "audio_path": f"{stems[right]}.mp3",
         "correct_video": right + 1, "audio_event": sources[right].name,
@@ -49,7 +49,7 @@ def v2a(stage: Stage) -> View:
     """Which of two sounds belongs to a video."""
     scenes, sources = _pair(stage)
     right, stems = stage.index % 2, stage.stems
-    heard = " ".join(f"sound {n} is {chains.sound(t, times=False)} ." for n, t in zip(CHOICES, sources, strict=True))
+    heard = " ".join(chains.sound_is(n, t) for n, t in zip(CHOICES, sources, strict=True))
     record = {
         "video_path": f"{stems[right]}.mp4", "audio1_path": f"{stems[0]}.mp3", "audio2_path": f"{stems[1]}.mp3",
         "correct_audio": right + 1, "video_event": sources[right].name,

@@ -20,11 +20,11 @@ class View:
     audio: dict[str, Scene] = field(default_factory=dict)
     image: dict[str, Moment] = field(default_factory=dict)
     second: dict[str, Moment] = field(default_factory=dict)  # one second of sound
-    mask: dict[str, tuple[Thing, int]] = field(default_factory=dict)
+    mask: dict[str, tuple[tuple[Thing, ...], int]] = field(default_factory=dict)  # of these things together
 
 
-def clip(stage: Stage, scene: Scene, **fields) -> View:
-    """A record about one video and its sound."""
-    stem = stage.stems[0]
-    record = {"video_path": f"{stem}.mp4", "audio_path": f"{stem}.mp3", **fields, "scene": scene.id}
-    return View(record, (scene,), video={f"video/{stem}.mp4": scene}, audio={f"audio/{stem}.mp3": scene})
+def clip(stage: Stage, scene: Scene, path: str = "", form: str = "mp4", /, **fields) -> View:
+    """A record about one video and its sound, two files called `path` (by default the stage's stem), one of this form."""
+    path = path or stage.stems[0]
+    record = {"video_path": f"{path}.{form}", "audio_path": f"{path}.mp3", **fields, "scene": scene.id}
+    return View(record, (scene,), video={f"video/{path}.{form}": scene}, audio={f"audio/{path}.mp3": scene})

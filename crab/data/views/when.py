@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from crab import tasks
 from crab.data import chains
-from crab.data.staging import Stage, around, cast, others
+from crab.data.staging import ALWAYS, Stage, around, cast, others
 from crab.data.views.view import View, clip
-from crab.data.world import CLASSES, sample_interval
+from crab.data.world import CLASSES, SECONDS, sample_interval
 
 
 def ave(stage: Stage) -> View:
@@ -22,7 +22,7 @@ def ave(stage: Stage) -> View:
     if rng.random() < 0.3:
         things.append(make[2](visible=None, sounding=sample_interval(rng)))
     start, end = core
-    chain = f"{chains.hear([thing])} {chains.see([thing], times=True)} both hold {chains.lasting(core)} ."
+    chain = f"{chains.hear([thing])} {chains.see([thing], times=True)} {chains.both_hold(core)}"
     return clip(stage, stage.scene(rng, things), vid=stage.stems[0], event=name, start_time=start, end_time=end,
                  label_content=f"{chain} {tasks.answer('ave', (name, start, end))}")
 
@@ -49,4 +49,24 @@ def avvp(stage: Stage) -> View:
                  label_content=f"{chain} {tasks.answer('avvp', events)}")
 
 
-VIEWS = {"ave": ave, "avvp": avvp}
+def unav(stage: Stage) -> View:
+    """UnAV-100: three or four events at once, each in view as long as it sounds; beside three, a distractor at times."""
+    rng, name, count = stage.rng(), stage.wanted(CLASSES, "event"), stage.wanted((3, 3, 4), "events")
+    makers = cast(rng, [name, *others(rng, name)[:3]])
+    shared = int(rng.integers(1, SECONDS - 1))  # the second in which all go on
+    things = []
+    for make in makers[:count]:
+        start, end = int(rng.integers(max(0, shared - 5), shared + 1)), int(rng.integers(shared + 2, min(SECONDS, shared + 6) + 1))
+        visible = ALWAYS if rng.random() < 0.5 else (int(rng.integers(start + 1)), int(rng.integers(end, SECONDS + 1)))
+        things.append(make(visible=visible, sounding=(start, end)))
+    events = chains.by_time(things)
+    if count == 3 and rng.random() < 0.6:
+        off = {"visible": None, "sounding": sample_interval(rng, 3)}
+        things.append(makers[3](**(off if rng.random() < 0.5 else {})))
+    scene = stage.scene(rng, things)
+    chain = f"{chains.hear(scene.sounding)} {chains.see(scene.visible)}"
+    answer = tasks.answer("unav", [(t.name, *t.sounding) for t in events])
+    return clip(stage, scene, vid=stage.stems[0], label_content=f"{chain} {answer}")
+
+
+VIEWS = {"ave": ave, "avvp": avvp, "unav": unav}
