@@ -63,7 +63,8 @@ def build(
     for name, value in {"train": train, "test": test, "caption": caption, "workers": workers, "seed": seed}.items():
         least = 0 if name == "seed" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"build: {name} is {value!r}; give a whole number of at least {least}")
+            real = " (profile full is for the real AV-UIE v2, which is not generated)" if value == 0 else ""
+            raise ValueError(f"build: {name} is {value!r}; give a whole number of at least {least}{real}")
     root = Path(root)
     _refuse_foreign(root)
     began = time.perf_counter()
