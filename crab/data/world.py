@@ -22,6 +22,7 @@ MOTIONS = ("still", "swaying", "bouncing", "pulsing", "flashing")
 EMOTIONS = ("anger", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 FACE = "face"
+PANS = (-16, -8, 8, 16)  # pixels a second
 
 Interval = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -160,7 +161,7 @@ def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
 
     One to three visible things of different classes, each silent or sounding for an interval, and
     at times a sound from off screen; with probability ``faces`` one of the things is a face, whose
-    voice, one time in five, has another emotion than it shows.
+    voice, one time in five, has another emotion than it shows. One scene in five pans.
 
     Args:
         scene_id: the scene's number; the same (id, seed) always gives the same scene.
@@ -182,7 +183,8 @@ def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
         things.append(thing)
     if rng.random() < 0.2 or not any(t.sounding for t in things):
         things.append(sample_thing(rng, names[n_visible], quadrants[3], None, sample_interval(rng)))
-    return Scene(scene_id, int(rng.integers(0, 8)), tuple(things))
+    pan = int(rng.choice(PANS)) if rng.random() < 0.2 else 0
+    return Scene(scene_id, int(rng.integers(0, 8)), tuple(things), pan)
 
 
 def scene_rng(scene_id: int, seed: int) -> np.random.Generator:

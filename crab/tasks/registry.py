@@ -78,6 +78,11 @@ class Slot:
         return bool(self.test_fields)
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits it has."""
+        return SPLITS if self.test else SPLITS[:1]
+
+    @property
     def masks(self) -> bool:
         """Whether answers are scored on masks: records have a true one, scoring needs a :class:`crab.tasks.Masks`."""
         return self.module in ("segmentation", "referring")

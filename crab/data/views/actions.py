@@ -8,7 +8,7 @@ from crab import tasks
 from crab.data import chains
 from crab.data.staging import Stage, cast, others, skewed
 from crab.data.views.view import View, clip
-from crab.data.world import CLASSES, MOTIONS, sample_interval
+from crab.data.world import CLASSES, MOTIONS, PANS, sample_interval
 
 
 def ks(stage: Stage) -> View:
@@ -28,7 +28,6 @@ UCF = skewed(**{
     "swaying bell": 4, "bouncing drum": 4, "flashing siren": 3, "pulsing clock": 3, "still drum": 2,
     "pulsing horn": 2, "swaying clock": 2, "bouncing bell": 2, "flashing horn": 1, "still siren": 1,
 })
-_PANS = (-16, -8, 8, 16)
 
 
 def ucf(stage: Stage) -> View:
@@ -45,7 +44,7 @@ def ucf(stage: Stage) -> View:
         (other,) = {does for does, what in map(str.split, UCF) if what == name} - {motion}
         things.append(make[1](motion=other))
     chain = f"{chains.hear([source], times=False)} {chains.see(things, does=True)} {chains.sounds(source)}"
-    scene = replace(stage.scene(rng, things), pan=int(rng.choice(_PANS)))
+    scene = replace(stage.scene(rng, things), pan=int(rng.choice(PANS)))
     path = f"{label.title().replace(' ', '')}/{stage.stems[0]}"
     return clip(stage, scene, path, "avi", label=label, new_label=f"{chain} {tasks.answer('ucf', label)}")
 
