@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from crab import tasks
 from crab.data import media, records, render, vocabulary
-from crab.data.annotate import VIEWS, View, view
+from crab.data.views import VIEWS, view
+from crab.data.views.view import View
 from crab.data.world import SECONDS, Scene
 
 VOCABULARY = "vocabulary.json"  # in the tree's root, for a tokenizer; the same for every seed and count
@@ -45,11 +46,12 @@ def build(
     """Build the whole tree at `root`, aside at first and renamed when it is complete.
 
     Args:
-        root: the data root, which will hold ``AVUIE_2`` and ``vocabulary.json`` (`crab.data.vocabulary`).  An earlier build there is replaced; any other non-empty
-            folder is refused, since it may be real data.
+        root: the data root, which will hold ``AVUIE_2`` and ``vocabulary.json`` (`crab.data.vocabulary`).  An earlier
+            build there is replaced; any other non-empty folder is refused, since it may be real data.
         seed: every scene follows from it.
-        train, test: records of every benchmark slot.
-        caption: records of the train-only captioning slot.
+        train: records to train on, of every slot but the captioning one.
+        test: records of every benchmark slot.
+        caption: records of the captioning slot.
         workers: processes; 1 builds in this one.
         slots: names of the slots to build; all that have a view by default.
 
@@ -101,7 +103,8 @@ def _refuse_foreign(root: Path) -> None:
 def _jobs(slots: Sequence[str], train: int, test: int, caption: int) -> list[Job]:
     jobs = []
     for slot in slots:
-        counts = {"train": train, "test": test} if tasks.get_slot(slot).test else {"train": caption}
+        entry = tasks.get_slot(slot)
+        counts = {"train": caption if entry.module == "captioning" else train, **({"test": test} if entry.test else {})}
         jobs += [(slot, split, start, min(start + _CHUNK, count))
                  for split, count in counts.items() for start in range(0, count, _CHUNK)]
     return jobs
@@ -152,7 +155,7 @@ def _write(folder: Path, one: View, sizes: dict[str, int]) -> None:
         (one.image, lambda path, moment: media.write_image(path, render.frame(*moment))),
         (one.second, lambda path, moment: media.write_audio(
             path, render.waveform(moment[0])[moment[1] * second:(moment[1] + 1) * second])),
-        (one.mask, lambda path, at: media.write_mask(path, render.mask(*at))),
+        (one.mask, lambda path, at: media.write_mask(path, render.union(*at))),
     )
     for wanted, write in writers:
         for name, source in wanted.items():

@@ -1,8 +1,8 @@
 """Records of the AV-UIE v2 layout, read and checked, and their media decoded.
 
 A record is the published JSON object as it is, with three keys added: ``id`` (unique in the slot), ``media`` (the
-prompt's media in order, their paths resolved) and, for slots scored on masks, ``mask`` (path of the true one).  The
-same code reads a generated tree and the real one.
+prompt's media in order, their paths resolved) and, for slots scored on masks, ``mask`` (path of the true one; where
+nothing is to be found, no file lies there).  The same code reads a generated tree and the real one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read(root: str | os.PathLike, slot: str, split: str) -> list[dict[str, Any]]
         except ValueError as error:
             raise RecordError(f"{where}: {error}") from error
         record["media"] = [item._replace(path=str(Path(root) / item.path)) for item in items]
-        if slot.module == "segmentation":
+        if slot.masks:
             record["mask"] = str(Path(root) / tasks.mask_path(slot, raw))
         out.append(record)
     return out
@@ -115,7 +115,8 @@ def write(root: str | os.PathLike, slot: str, split: str, records: Iterable[dict
     """Write a split's records (without the added keys) to its place under `root`; returns the file."""
     path = Path(root) / tasks.json_path(slot, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [{name: value for name, value in record.items() if name not in ADDED} for record in records]
+    added = [name for name in ADDED if name not in tasks.get_slot(slot).fields(split)]  # some slots publish an id
+    kept = [{name: value for name, value in record.items() if name not in added} for record in records]
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

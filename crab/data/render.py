@@ -5,6 +5,7 @@ Rendering is a pure function of the scene: the same scene gives the same bytes o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -60,6 +61,10 @@ def _expression(emotion: str, width: int, height: int) -> np.ndarray:
     u = ((2 * np.arange(width) + 1 - width) / width)[None, :]
     v = ((2 * np.arange(height) + 1 - height) / height)[:, None]
     k = np.abs(u)
+    if emotion == "surprise":  # ringed eyes and a wide open mouth, both hollow, under raised brows
+        ring = lambda x, y, r: (np.hypot(x, y) < r) & (np.hypot(x, y) > r - 0.12)  # noqa: E731
+        brows = (k - 0.4) ** 2 + ((v + 0.45) / 1.4) ** 2
+        return ring(k - 0.4, v + 0.15, 0.24) | ring(u, v - 0.5, 0.32) | ((np.abs(brows - 0.06) < 0.025) & (v < -0.6))
     eye_height = {"fear": 0.22, "happy": 0.10}.get(emotion, 0.15)
     eyes = (np.abs(k - 0.4) < 0.14) & (np.abs(v + 0.2) < eye_height)
     slope = {"anger": 0.6, "sad": -0.6, "fear": -0.3, "disgust": 0.3}.get(emotion, 0.0)
@@ -73,12 +78,13 @@ def _expression(emotion: str, width: int, height: int) -> np.ndarray:
     return eyes | brows | mouth
 
 
-@lru_cache(maxsize=8)
-def _background(pattern: int) -> np.ndarray:
-    """uint8 [224, 224, 3]: a low-contrast gradient or bands, eight kinds."""
-    ramp = np.arange(SIZE)
-    along = ramp[None, :] if pattern & 1 else ramp[:, None]
-    level = 60 + 20 * (pattern >> 2) + (along * 40 // SIZE if pattern & 2 else 20 * (along // 28 % 2))
+@lru_cache(maxsize=256)
+def _background(pattern: int, shift: int) -> np.ndarray:
+    """uint8 [224, 224, 3]: a low-contrast gradient or bands, eight kinds, moved by `shift` pixels."""
+    along = np.arange(SIZE) + shift
+    there_and_back = SIZE - 0.5 - np.abs(along % (2 * SIZE) - SIZE + 0.5)  # no edge where a gradient begins again
+    level = there_and_back.astype(int) * 40 // SIZE if pattern & 2 else 20 * (along // 28 % 2)
+    level = 60 + 20 * (pattern >> 2) + (level[None, :] if pattern & 1 else level[:, None])
     return np.broadcast_to(level[..., None], (SIZE, SIZE, 3)).astype(np.uint8)
 
 
@@ -102,7 +108,7 @@ def _paint(image: np.ndarray, thing: Thing, second: int) -> None:
 
 def frame(scene: Scene, second: int) -> np.ndarray:
     """What is seen during one second: uint8 [224, 224, 3]."""
-    image = _background(scene.background).copy()
+    image = _background(scene.background, scene.pan * second).copy()
     for thing in scene.things:
         if thing.seen_at(second):
             _paint(image, thing, second)
@@ -123,6 +129,11 @@ def mask(thing: Thing, second: int) -> np.ndarray:
     return out
 
 
+def union(things: Iterable[Thing], second: int) -> np.ndarray:
+    """Pixels of any of these things at a second: bool [224, 224]; empty where there is no thing."""
+    return np.any([np.zeros((SIZE, SIZE), bool), *(mask(t, second) for t in things)], axis=0)
+
+
 @lru_cache(maxsize=64)
 def sound_loop(name: str) -> np.ndarray:
     """One second of a class's sound, or of a voice in an emotion: float [16000], peak about 1."""
@@ -138,6 +149,7 @@ def sound_loop(name: str) -> np.ndarray:
         "happy": sweep(350 + 250 * np.abs(tone(2))),
         "neutral": tone(250),
         "sad": sweep(260 - 140 * t) * hits(1, 1.5),
+        "surprise": sweep(400 + 1100 * ((2 * t) % 1.0)),
     }
     if name in EMOTIONS:
         carrier = voice[name]
@@ -159,6 +171,6 @@ def waveform(scene: Scene) -> np.ndarray:
     mix = np.zeros(SECONDS * SAMPLE_RATE)
     for thing in scene.sounding:
         start, end = thing.sounding
-        loop = np.roll(sound_loop(thing.emotion or thing.name), -thing.shift)
+        loop = np.roll(sound_loop(thing.heard_emotion or thing.name), -thing.shift)
         mix[start * SAMPLE_RATE : end * SAMPLE_RATE] += 0.4 * thing.gain * np.tile(loop, end - start)
     return np.clip(mix, -1, 1).astype(np.float32)

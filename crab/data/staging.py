@@ -50,7 +50,10 @@ class Stage:
         return np.random.default_rng([self.seed, scene_id(self.slot, self.split, self.scenes[which])])
 
     def wanted(self, choices: Sequence, what: str):
-        """The choice this record shall have: each comes once in every len(choices) records, in shuffled order."""
+        """The choice this record shall have: each comes once in every len(choices) records, in shuffled order.
+
+        A choice that stands there twice comes twice; see :func:`skewed`.
+        """
         turn, place = divmod(self.index, len(choices))
         key = [self.seed, turn, *f"{self.slot}/{self.split}/{what}".encode()]
         return choices[int(np.random.default_rng(key).permutation(len(choices))[place])]
@@ -64,6 +67,11 @@ class Stage:
         order = [int(i) for i in rng.permutation(len(things))]
         number = scene_id(self.slot, self.split, self.scenes[which])
         return Scene(number, int(rng.integers(8)), tuple(things[i] for i in order))
+
+
+def skewed(**shares: int) -> tuple[str, ...]:
+    """Labels for :meth:`Stage.wanted`, each as often as its share: in every sum(shares) records exactly so often."""
+    return tuple(label for label, share in shares.items() for _ in range(share))
 
 
 def others(rng: np.random.Generator, *taken: str) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from crab import tasks
-from crab.data.annotate import VIEWS, view
+from crab.data.views import VIEWS, view
 from crab.data.words import split
 from crab.data.world import LATTICE, SECONDS, SIZE
 
@@ -41,4 +41,4 @@ def check(slot: str, records: Iterable[dict]) -> None:
     missing = words(slot, records) - {*known["words"], *known["tags"]}
     if missing:
         raise ValueError(f"slot {slot}: words {', '.join(sorted(missing))} are not in the vocabulary; let the first "
-                         f"{_RECORDS} train records of its view say them (crab/data/annotate.py)")
+                         f"{_RECORDS} train records of its view say them (crab/data/views)")

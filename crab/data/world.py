@@ -1,14 +1,14 @@
 """The generated world: ten-second scenes of things that are seen and heard, sampled from a seed.
 
 A scene is the single source of truth. Everything rendered (:mod:`crab.data.render`) and every
-record and reasoning chain (:mod:`crab.data.annotate`) is derived from it and can be checked
+record and reasoning chain (:mod:`crab.data.views`) is derived from it and can be checked
 against it. Units: whole seconds for time, pixels of a 224 x 224 image for space; every box edge is
 a multiple of 8 pixels, so that a coordinate is one token of a small vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -19,9 +19,10 @@ LATTICE = 8
 CLASSES = ("bell", "drum", "horn", "siren", "whistle", "clock", "flute", "engine")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 MOTIONS = ("still", "swaying", "bouncing", "pulsing", "flashing")
-EMOTIONS = ("anger", "disgust", "fear", "happy", "neutral", "sad")
+EMOTIONS = ("anger", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 FACE = "face"
+PANS = (-16, -8, 8, 16)  # pixels a second
 
 Interval = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -41,7 +42,8 @@ class Thing:
         sounding: seconds [start, end) during which it is heard; None when silent.
         gain: loudness of its sound, 0 to 1.
         shift: where in its one-second sound loop it starts, in audio samples.
-        emotion: one of :data:`EMOTIONS` for a face, else None.
+        emotion: one of :data:`EMOTIONS` that a face shows, else None.
+        voice: the emotion of a face's voice where it is not the one shown, else None.
     """
 
     name: str
@@ -54,6 +56,12 @@ class Thing:
     gain: float = 0.5
     shift: int = 0
     emotion: str | None = None
+    voice: str | None = None
+
+    @property
+    def heard_emotion(self) -> str | None:
+        """The emotion in a face's voice."""
+        return self.voice or self.emotion
 
     @property
     def quadrant(self) -> str:
@@ -82,11 +90,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Ten seconds of up to four things in different quadrants over a plain patterned background."""
+    """Ten seconds of up to four things in different quadrants over a plain patterned background.
+
+    Attributes:
+        pan: pixels by which the background moves each second, as before a panning camera; things stay.
+    """
 
     id: int
     background: int
     things: tuple[Thing, ...]
+    pan: int = 0
 
     @property
     def visible(self) -> tuple[Thing, ...]:
@@ -147,7 +160,8 @@ def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
     """A scene with no task in mind: what the base model is trained on.
 
     One to three visible things of different classes, each silent or sounding for an interval, and
-    at times a sound from off screen; with probability ``faces`` one of the things is a face.
+    at times a sound from off screen; with probability ``faces`` one of the things is a face, whose
+    voice, one time in five, has another emotion than it shows. One scene in five pans.
 
     Args:
         scene_id: the scene's number; the same (id, seed) always gives the same scene.
@@ -163,10 +177,14 @@ def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
         whole = rng.random() < 0.5
         visible = (0, SECONDS) if whole else sample_interval(rng)
         sounding = sample_interval(rng) if rng.random() < 0.55 else None
-        things.append(sample_thing(rng, names[i], quadrants[i], visible, sounding))
+        thing = sample_thing(rng, names[i], quadrants[i], visible, sounding)
+        if thing.name == FACE and rng.random() < 0.2:
+            thing = replace(thing, voice=str(rng.choice([e for e in EMOTIONS if e != thing.emotion])))
+        things.append(thing)
     if rng.random() < 0.2 or not any(t.sounding for t in things):
         things.append(sample_thing(rng, names[n_visible], quadrants[3], None, sample_interval(rng)))
-    return Scene(scene_id, int(rng.integers(0, 8)), tuple(things))
+    pan = int(rng.choice(PANS)) if rng.random() < 0.2 else 0
+    return Scene(scene_id, int(rng.integers(0, 8)), tuple(things), pan)
 
 
 def scene_rng(scene_id: int, seed: int) -> np.random.Generator:

@@ -143,21 +143,30 @@ def final_gates(model, processor, held: Bank, seed: int) -> dict[str, dict[str, 
     return curriculum.probe_accuracy(packing.Packer(model, processor), checker, contexts=4 * len(held.scenes))
 
 
-def missed(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> list[str]:
-    """Sentences naming each gate that is missed; empty when all hold.
+def floors(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> dict[str, float]:
+    """The least accuracy of each skill.
 
     Args:
-        gates: from the report. least: skill -> least accuracy.
+        gates: from the report. least: skill -> least accuracy; ``all`` stands for those it does not name.
 
     Raises:
         ValueError: when ``least`` names a skill that was not measured.
     """
-    unknown = sorted(set(least) - set(gates))
+    unknown = sorted(set(least) - set(gates) - {"all"})
     if unknown:
         raise ValueError(f"gates: no skill {', '.join(unknown)}; known: {', '.join(sorted(gates))}")
+    return {skill: least.get(skill, least.get("all")) for skill in gates if skill in least or "all" in least}
+
+
+def missed(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> list[str]:
+    """Sentences naming each gate that is missed; empty when all hold.
+
+    Args:
+        gates: from the report. least: as for `floors`.
+    """
     return [
         f"{skill}: accuracy {gates[skill]['accuracy']:.3f} is under its gate of {floor}"
-        for skill, floor in least.items()
+        for skill, floor in floors(gates, least).items()
         if gates[skill]["accuracy"] < floor
     ]
 

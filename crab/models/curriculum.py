@@ -19,9 +19,9 @@ from crab.models.probes import Probe
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("text", ("copy",)),
     ("presence", ("visible", "heard")),
-    ("selection", ("position", "colour", "motion", "at", "emotion", "seen at", "heard at", "still position", "still colour", "still heard")),
+    ("selection", ("position", "colour", "motion", "at", "emotion", "voice", "seen at", "heard at", "still position", "still colour", "still heard")),
     ("space and time", ("still box", "box", "time seen", "time heard", "count seen", "count heard", "order", "video of", "sound of")),
-    ("binding", ("which sounds", "where sounds", "still sounds", "still box sounds", "match", "which video", "which sound")),
+    ("binding", ("which sounds", "where sounds", "still sounds", "still box sounds", "still box around", "match", "which video", "which sound")),
     ("describing", ("caption",)),
 )
 
@@ -119,15 +119,15 @@ CONTEXTS: dict[str, tuple[float, float, tuple[str, ...]]] = {
     "text": (0.2, 1, ("copy",)),
     "clip": (1.0, 1, (
         "visible", "heard", "colour", "motion", "position", "time seen", "time heard", "box", "at", "seen at", "heard at",
-        "which sounds", "where sounds", "count seen", "count heard", "order", "emotion")),
-    "still": (0.6, 1, ("still position", "still colour", "still heard", "still box", "still sounds", "still box sounds")),
+        "which sounds", "where sounds", "count seen", "count heard", "order", "emotion", "voice")),
+    "still": (0.6, 1, ("still position", "still colour", "still heard", "still box", "still sounds", "still box sounds", "still box around")),
     "match": (0.6, 3, ("match",)),
     "pair": (0.8, 2, ("which video", "which sound", "video of", "sound of")),
     "caption": (0.3, 1, ("caption",)),
 }  # fmt: skip
 
 #: Questions that few scenes answer, and how much oftener one is kept when a scene does.
-RARE = {"emotion": 4.0, "box": 2.0, "still box": 2.0, "time heard": 2.0, "time seen": 2.0, "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still box sounds": 3.0, "still sounds": 2.0,
+RARE = {"emotion": 4.0, "voice": 4.0, "box": 2.0, "still box": 2.0, "time heard": 2.0, "time seen": 2.0, "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still box sounds": 3.0, "still box around": 3.0, "still sounds": 2.0,
         "which video": 3.0, "which sound": 3.0}  # fmt: skip
 
 

@@ -65,8 +65,8 @@ def audio_targets(scene: Scene, tokens: int) -> dict[str, np.ndarray]:
     for thing in scene.sounding:
         first, last = (round(s * tokens / SECONDS) for s in thing.sounding)
         present[first:last, NAMES.index(thing.name)] = 1
-        if thing.emotion:
-            emotion[first:last] = EMOTIONS.index(thing.emotion)
+        if thing.heard_emotion:
+            emotion[first:last] = EMOTIONS.index(thing.heard_emotion)
     second = np.where(present.any(1), np.arange(tokens) * SECONDS // tokens, omni.IGNORE)
     return {"present": present, "emotion": emotion, "second": second}
 

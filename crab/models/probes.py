@@ -97,6 +97,8 @@ def clip_probes(scene: Scene, rng: np.random.Generator) -> list[Probe]:
     for t in scene.things:
         if t.name == FACE:
             out.append(Probe("emotion", "how does the face feel ?", t.emotion))
+            if t.sounding:
+                out.append(Probe("voice", "how does the voice feel ?", t.heard_emotion))
     return out
 
 
@@ -129,6 +131,10 @@ def still_probes(scene: Scene, second: int, rng: np.random.Generator) -> list[Pr
         out.append(Probe("still sounds", "which visible thing is heard ?", one.name, tuple(t.name for t in seen)))
         boxes = tuple(_numbers(t.box(second)) for t in seen)
         out.append(Probe("still box sounds", "box of the thing that is heard ?", _numbers(one.box(second)), boxes))
+    if len(both) > 1:
+        edges = np.array([t.box(second) for t in both])
+        around = (*edges[:, :2].min(0), *edges[:, 2:].max(0))
+        out.append(Probe("still box around", "box around the things that are heard ?", _numbers(around)))
     if len(heard) == 1:
         out.append(Probe("still heard", "what is heard ?", heard[0].name))
     return out
@@ -171,7 +177,7 @@ def words() -> set[str]:
     from crab.data.world import EMOTIONS, MOTIONS
 
     text = (
-        "is the visible heard yes no what colour how does move where when box of at nothing which thing that are "
+        "around is the visible heard yes no what colour how does move where when box of at nothing which thing that are "
         "how many things first second face feel repeat do sight and sound match video matches from to "
         "never voice describe shows , . ? "
     )

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from crab import tasks
 from crab.data.files import aside, read_json, write_json
 from crab.models import omni
 
@@ -155,7 +156,7 @@ def overview(root: str | Path, slots: Sequence[str]) -> pd.DataFrame:
     """Table of what is encoded: samples, mean tokens of a prompt and of its media, and an answer's words by form."""
     rows = []
     for slot in slots:
-        for split in ("train", "test"):
+        for split in tasks.get_slot(slot).splits:
             data = read_slot(root, slot, split)
             row = {
                 "slot": slot,

@@ -69,10 +69,11 @@ def encode_all(
     workers: int = 2,
     limit: int | None = None,
 ) -> dict[str, int]:
-    """Encode train and test split of every slot in worker processes; returns samples by ``slot/split``."""
+    """Encode all splits of every slot in worker processes; returns samples by ``slot/split``."""
     jobs = [
         (f"{slot}/{split}", partial(encode_slot, root, slot, split, base, out, limit))
-        for split in ("train", "test")
+        for split in tasks.SPLITS
         for slot in slots
+        if split in tasks.get_slot(slot).splits
     ]
     return run_pool(jobs, workers, "encode")

@@ -1,4 +1,4 @@
-"""What a built data root holds: sizes, label frequencies and one sample of each slot."""
+"""What a built data root holds: sizes, label frequencies, lengths of answers and one sample of each slot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from crab import tasks
 from crab.data import records
 from crab.data.media import RATE
+from crab.data.words import split
 from crab.study.figures.style import save, subplots
+from crab.tasks.referring import NULL
 
 _MOST = 20  # labels shown of a slot
 _SHOWN = 4  # frames shown of a sample
@@ -29,9 +31,9 @@ _KIND = {"audio": "heard", "visual": "seen"}
 def sizes(summary: Mapping) -> pd.DataFrame:
     """One row a slot and split, from what `crab.data.generate.build` returns: records, scenes, files, MiB."""
     rows = [
-        {"slot": name, "stands for": tasks.get_slot(name).dataset, "family": tasks.get_slot(name).family, "split": split,
+        {"slot": name, "stands for": tasks.get_slot(name).dataset, "family": tasks.get_slot(name).family, "split": part,
          "records": n["records"], "scenes": n["scenes"], "files": n["files"], "MiB": n["bytes"] / 2**20}
-        for name, splits in summary["slots"].items() for split, n in splits.items()
+        for name, parts in summary["slots"].items() for part, n in parts.items()
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -44,13 +46,22 @@ def _present(root: str | Path) -> list[tasks.Slot]:
 
 
 def _labels(slot: tasks.Slot, record: Mapping) -> Iterator[tuple[str, str]]:
-    """(label, how it shows) of a record: one, or for video parsing one an event."""
+    """(label, how it shows) of a record: one, or one an event or source where it may have several.
+
+    What is referred to and the words of choices are too many to count: "there" or "not there", and the type of question.
+    """
     if slot.module == "video_parsing":
         yield from ((event.event, _KIND[event.modality]) for event in tasks.truth(slot, record))
     elif slot.module == "temporal":
         yield tasks.truth(slot, record).event, ""
+    elif slot.module == "dense":
+        yield from ((event.event, "") for event in tasks.truth(slot, record))
     elif slot.module in ("spatial", "segmentation"):
-        yield record["a_obj"], ""
+        yield from ((name, "") for name in record["a_obj"].split(","))
+    elif slot.module == "referring":
+        yield "not there" if tasks.truth(slot, record) == NULL else "there", ""
+    elif slot.module == "choice":
+        yield f"{record['question_relation']}, {record['question_type']}", ""
     elif slot.module != "captioning":
         yield str(tasks.parse(slot, record[slot.answer_field])), ""
 
@@ -65,6 +76,30 @@ def label_table(root: str | Path) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows, columns=["slot", "label", "kind"])
     return table.groupby(["slot", "label", "kind"], sort=False).size().rename("count").reset_index()
+
+
+def card(root: str | Path) -> pd.DataFrame:
+    """The character of each slot's train records, a row a slot.
+
+    Returns:
+        slot; records; labels, how many different there are, the commonest and its share of all, the share of the
+        rarest (as `label_table` counts them, heard and seen together); mean words of the instruction; and mean and
+        most words of the bare and of the explicit answer, marks, numbers and tags counted as words.
+    """
+    table, rows = label_table(root), []
+    for slot in _present(root):
+        found = records.read(root, slot.name, "train")
+        counts = table[table["slot"] == slot.name].groupby("label", sort=False)["count"].sum()
+        row: dict[str, Any] = {"slot": slot.name, "records": len(found), "labels": len(counts)}
+        if len(counts):
+            shares = counts / counts.sum()
+            row |= {"commonest": shares.idxmax(), "its share": shares.max(), "rarest share": shares.min()}
+        row["asked words"] = np.mean([len(split(tasks.instruction(slot, r))) for r in found])
+        for form in tasks.FORMS:
+            lengths = [len(split(tasks.target(slot, r, form))) for r in found]
+            row |= {f"{form} words": np.mean(lengths), f"most {form}": max(lengths)}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def label_counts(root: str | Path, path: str | Path) -> Figure:
@@ -98,7 +133,9 @@ def label_counts(root: str | Path, path: str | Path) -> Figure:
 
 
 def samples(root: str | Path, path: str | Path) -> Figure:
-    """The first train record of each slot: four of its frames, its sound, what is asked and the explicit answer.
+    """A train record of each slot: four of its frames, its sound, what is asked and the explicit answer.
+
+    It is the first, or the first in which what is referred to is there.
 
     Drawn from the answer: the box and the points; on the sound, the seconds it names (for video parsing,
     heard events are shaded, seen ones a bar above).
@@ -109,7 +146,8 @@ def samples(root: str | Path, path: str | Path) -> Figure:
     edge = 0.8 / (3.1 * len(slots))
     figure.get_layout_engine().set(h_pad=0.02, hspace=0.33, rect=(0, edge, 1, 1 - 1.5 * edge))
     for slot, row in zip(slots, grid, strict=True):
-        record = records.read(root, slot.name, "train")[0]
+        found = records.read(root, slot.name, "train")
+        record = next((r for r in found if slot.module == "referring" and tasks.truth(slot, r) != NULL), found[0])
         loaded = list(zip(record["media"], records.load(record, slot.frames), strict=True))
         _pictures(row[:_SHOWN], slot, record, [(item.kind, m) for item, m in loaded if item.kind != "audio"])
         _sounds(row[_SHOWN], slot, record, [(item, wave) for item, wave in loaded if item.kind == "audio"])
@@ -139,7 +177,7 @@ def _pictures(row: np.ndarray, slot: tasks.Slot, record: Mapping, media: list[tu
     for axes, (title, picture) in zip(row, panels, strict=False):
         axes.imshow(picture)
         axes.set_title(title, fontsize=10, pad=3)
-    if slot.module in ("spatial", "segmentation"):
+    if slot.module in ("spatial", "segmentation", "referring") and tasks.truth(slot, record) != NULL:
         _draw_place(row[1], tasks.truth(slot, record))
 
 
@@ -174,10 +212,13 @@ def _sounds(axes: Axes, slot: tasks.Slot, record: Mapping, found: list[tuple[Any
 
 def _draw_times(axes: Axes, slot: tasks.Slot, record: Mapping) -> None:
     """The seconds that an answer names: shaded what is heard (or both), a bar at the top for what is seen."""
-    if slot.module == "temporal":
-        event = tasks.truth(slot, record)
-        axes.axvspan(event.start, event.end, color=_TIME, alpha=0.25, linewidth=0)
-        axes.text(event.start + 0.1, -0.98, f"{event.event}, seen and heard", fontsize=9, color=_TIME, weight="bold")
+    if slot.module in ("temporal", "dense"):
+        truth = tasks.truth(slot, record)
+        events = [truth] if slot.module == "temporal" else list(truth)
+        for line, event in enumerate(events):
+            axes.axvspan(event.start, event.end, color=_TIME, alpha=0.25 / len(events), linewidth=0)
+            words = event.event if len(events) > 1 else f"{event.event}, seen and heard"
+            axes.text(event.start + 0.1, -0.98 + 0.2 * line, words, fontsize=9, color=_TIME, weight="bold")
     if slot.module == "video_parsing":
         lines = {"audio": 0, "visual": 0}  # one line of words an event
         for event in tasks.truth(slot, record):

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
+from crab import tasks
 from crab.data.files import aside, read_json
 from crab.models import omni
 from crab.study.dataset import Sample, batch, load_base, read_slot
@@ -124,11 +125,11 @@ def predict_all(
 
 
 def slots_of(found: Mapping[Run, Path]) -> list[str]:
-    """Slots the runs were trained on, in the order of the first run that has them."""
+    """Benchmarks the runs were trained on, in the order of the first run that has them; slots without a test are left out."""
     slots: dict[str, None] = {}
     for run in sorted(found, key=lambda run: run.setting):  # joint before single
         slots |= dict.fromkeys(read_json(found[run] / "run.json")["slots"])
-    return list(slots)
+    return [slot for slot in slots if tasks.get_slot(slot).test]
 
 
 def joint_run(found: Mapping[Run, Path], form: str) -> Run:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from crab import tasks
+
 SETTINGS = ("single", "joint")
 FORMS = ("bare", "explicit")
 METHODS = ("lora", "lora_matched", "ilora")
@@ -83,6 +85,8 @@ def plan(
 ) -> list[Run]:
     """Expand rows such as ``single-bare`` and ``joint-explicit`` into runs of one method.
 
+    A slot without a test split has no single run: there would be no score to compare. Joint runs train on it.
+
     Raises:
         ValueError: when a row is not ``<setting>-<form>``.
     """
@@ -92,7 +96,7 @@ def plan(
         setting, _, form = row.partition("-")
         for seed in seeds:
             if setting == "single":
-                runs += [Run(setting, method, form, slot, seed) for slot in slots]
+                runs += [Run(setting, method, form, slot, seed) for slot in slots if tasks.get_slot(slot).test]
             else:
                 runs.append(Run(setting, method, form, None, seed))
     return runs

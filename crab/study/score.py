@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from tqdm import tqdm
 from crab import tasks
 from crab.data import media, records
 from crab.data.files import aside, write_json
+from crab.data.views.where import points_inside
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
+from crab.tasks.segmentation import bounding_box
 
 COLUMNS = [
     "run", "family", "seed", "slot", "metric", "primary", "value", "low", "high", "chance",
     "n_expected", "n_found", "n_scored", "n_unparsable",
 ]  # fmt: skip
 SAMPLE_COLUMNS = ["run", "family", "seed", "slot", "id", "score"]
+ORACLE_COLUMNS = ["segmenter", "slot", "metric", "primary", "value", "low", "high", "n_expected"]
 
 
 def read_predictions(path: str | Path, slot: str) -> dict[str, str]:
@@ -57,16 +61,20 @@ def _true_mask(record: Mapping) -> Any:
     return media.read_mask(record["mask"])
 
 
-def _cut_mask(record: Mapping, box, points) -> Any:
-    from crab.study.segment import grabcut  # OpenCV is loaded only where a slot needs a mask
+def _cut_mask(segmenter: str, record: Mapping, box, points) -> Any:
+    from crab.study import segment  # OpenCV is loaded only where a slot needs a mask
 
     (image,) = (item for item in record["media"] if item.kind == "image")
-    return grabcut(media.read_image(image.path), box, points)
+    return segment.segmenter(segmenter)(media.read_image(image.path), box, points)
 
 
-def masks_of(slot: str) -> dict[str, tasks.Masks]:
-    """Keyword arguments that `crab.tasks.score` needs for a slot: ``masks`` for the pixel-level ones, else none."""
-    return {"masks": tasks.Masks(_true_mask, _cut_mask)} if tasks.get_slot(slot).module == "segmentation" else {}
+def masks_of(slot: str, segmenter: str = "grabcut") -> dict[str, tasks.Masks]:
+    """Keyword arguments that `crab.tasks.score` needs for a slot: ``masks`` for the pixel-level ones, else none.
+
+    Args:
+        segmenter: what cuts predicted masks, see `crab.study.segment.segmenter`.
+    """
+    return {"masks": tasks.Masks(_true_mask, partial(_cut_mask, segmenter))} if tasks.get_slot(slot).masks else {}
 
 
 def score_run(
@@ -120,6 +128,7 @@ def score_all(
     metrics: str | Path | None = None,
     resamples: int = 2000,
     seed: int = 0,
+    segmenter: str = "grabcut",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Score every run on its slots.
 
@@ -129,6 +138,7 @@ def score_all(
         data: root that holds ``AVUIE_2``.
         out: folder for ``scores.csv`` and ``samples.csv``, which `crab.study.transfer` reads.
         metrics: where to write the nested summary for ``dvc metrics show``.
+        segmenter: what cuts predicted masks, see `crab.study.segment.segmenter`.
 
     Returns:
         Score table (`COLUMNS`) and per-sample scores (`SAMPLE_COLUMNS`).
@@ -138,7 +148,7 @@ def score_all(
     known: dict[str, tuple] = {}
     for run, slot in tqdm(pairs, desc="score", mininterval=1):
         if slot not in known:
-            test, masks = records.read(data, slot, "test"), masks_of(slot)
+            test, masks = records.read(data, slot, "test"), masks_of(slot, segmenter)
             known[slot] = test, masks, tasks.chance(slot, test, **masks)
         test, masks, chance = known[slot]
         texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
@@ -152,6 +162,48 @@ def score_all(
     if metrics is not None:
         write_json(metrics, summary(table))
     return table, tidy
+
+
+def oracle(
+    data: str | Path, slots: Sequence[str], segmenter: str = "grabcut", resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Scores of the true answers to the pixel-level slots: masks cut from the true boxes and points.
+
+    What these lack of 1 is the segmenter's own cost, and the best that a model which answers rightly can reach.
+
+    Args:
+        data: root that holds ``AVUIE_2``.
+        slots: test slots; those not scored on masks are passed over.
+        segmenter: see `crab.study.segment.segmenter`.
+
+    Returns:
+        One row a slot and metric (`ORACLE_COLUMNS`; the 95 % bootstrap interval only for the primary one).
+    """
+    rows = []
+    for slot in (tasks.get_slot(name) for name in slots):
+        if not slot.masks:
+            continue
+        test = records.read(data, slot.name, "test")
+        result = tasks.score(slot, test, {r["id"]: true_answer(slot.name, r) for r in test}, **masks_of(slot.name, segmenter))
+        low, high = interval(bootstrap_means(result["per_sample"], resamples, seed))
+        for metric, value in result["metrics"].items():
+            first = metric == slot.metric
+            row = {"segmenter": segmenter, "slot": slot.name, "metric": metric, "primary": first, "value": float(value)}
+            rows.append({**row, **({"low": low, "high": high} if first else {}), "n_expected": result["n_expected"]})
+    return pd.DataFrame(rows, columns=ORACLE_COLUMNS)
+
+
+def true_answer(slot: str, record: Mapping) -> str:
+    """The bare answer to a record of a pixel-level slot.
+
+    From its answer where it has one, which published test records do not; else from its mask. A mask of fewer than
+    three pixels has no box and points: the answer is empty, and scored as one that cannot be read.
+    """
+    entry = tasks.get_slot(slot)
+    if entry.answer_field in record or record.get("split") == "test_n":
+        return tasks.answer(slot, tasks.truth(slot, record))
+    mask = _true_mask(record)
+    return tasks.answer(slot, (bounding_box(mask), points_inside(mask))) if mask.sum() >= 3 else ""
 
 
 def load(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -186,11 +238,18 @@ def summary(table: pd.DataFrame) -> dict:
     return nested
 
 
-def score_grid(table: pd.DataFrame) -> pd.DataFrame:
-    """Primary scores, a row a slot and a column a family of runs (mean over seeds), chance beside them."""
+def score_grid(table: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Primary scores, a row a slot and a column a family of runs (mean over seeds), chance beside them.
+
+    Args:
+        table: score table (`COLUMNS`).
+        ceiling: rows of `oracle`, for a column of their own.
+    """
     first = table[table["primary"].astype(bool)]
     slots, families = list(dict.fromkeys(first["slot"])), list(dict.fromkeys(first["family"]))
     grid = first.pivot_table(index="slot", columns="family", values="value").reindex(index=slots, columns=families)
+    if ceiling is not None:
+        grid.insert(0, "oracle", ceiling[ceiling["primary"].astype(bool)].groupby("slot")["value"].first())
     grid.insert(0, "chance", first.groupby("slot")["chance"].first())
     grid.insert(0, "metric", first.groupby("slot")["metric"].first())
     return grid.rename_axis(columns=None).round(3)

@@ -18,12 +18,13 @@ from .interface import (
     target,
     truth,
 )
-from .registry import BENCHMARKS, FOLDER, SLOTS, SPLITS, MediaItem, Slot, get_slot, json_path, media_paths
-from .segmentation import Masks, mask_path
+from .referring import NULL
+from .registry import BENCHMARKS, FOLDER, SLOTS, SPLITS, MediaItem, Slot, get_slot, json_path, mask_path, media_paths
+from .segmentation import Masks
 from .spatial import SIZE
 
 __all__ = [
-    "BENCHMARKS", "FOLDER", "FORMS", "Masks", "MediaItem", "SIZE", "SLOTS", "SPLITS", "Slot",
+    "BENCHMARKS", "FOLDER", "FORMS", "Masks", "MediaItem", "NULL", "SIZE", "SLOTS", "SPLITS", "Slot",
     "answer", "chance", "corpus", "get_slot", "instruction", "json_path", "mask_path", "media_paths",
     "parse", "sample_id", "sample_scores", "score", "tags", "target", "truth",
 ]

@@ -1,4 +1,4 @@
-"""Captioning: free text, for training only. There is no tag, and nothing is scored."""
+"""Captioning: free text, for training only. There is no tag: the bare answer is the whole of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def answer(truth: str) -> str:
     return " ".join(truth.split())
 
 
+def bare(text: str) -> str:
+    """The caption as it is."""
+    return text
+
+
 def parse(text: str) -> str | None:
     """The caption, white space collapsed; None if there is none."""
     return (" ".join(text.split()) or None) if readable(text) else None
@@ -26,13 +31,3 @@ def truth(slot: Slot, record: Mapping[str, Any]) -> str:
     if caption is None:
         raise ValueError(f"{describe(slot, record)}: field '{slot.answer_field}' holds no caption")
     return caption
-
-
-def measure(slot: Slot, records, answers):
-    """Captions are not scored."""
-    raise ValueError(f"slot {slot.name} is for training only and has no metric")
-
-
-def chance(slot: Slot, records) -> float:
-    """Captions are not scored."""
-    raise ValueError(f"slot {slot.name} is for training only and has no metric")

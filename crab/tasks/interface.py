@@ -10,21 +10,25 @@ from collections import Counter
 from types import ModuleType
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-from . import action, captioning, emotion, matching, qa, segmentation, spatial, temporal, video_parsing
+from . import action, captioning, choice, dense, emotion, matching, qa, referring, segmentation, spatial, temporal, video_parsing
 from .registry import SLOTS, Slot, describe, get_slot, required
 from .segmentation import Masks
 from .text import literals, spans
 
 FORMS = ("bare", "explicit")
 
-# One module for each form of answer. Each has TAGS, answer(truth), parse(text), truth(slot, record),
-# measure(slot, records, answers) -> (metrics, per-sample scores) and chance(slot, records).
+# One module for each form of answer. Each has TAGS, answer(truth), parse(text) and truth(slot, record); unless it is
+# for training only, measure(slot, records, answers) -> (metrics, per-sample scores) and chance(slot, records); and
+# bare(text), an answer without the words around it, if that is more or less than its tagged pieces.
 MODULES: dict[str, ModuleType] = {
     "temporal": temporal,
+    "dense": dense,
     "video_parsing": video_parsing,
     "spatial": spatial,
     "segmentation": segmentation,
+    "referring": referring,
     "qa": qa,
+    "choice": choice,
     "emotion": emotion,
     "action": action,
     "matching": matching,
@@ -48,9 +52,26 @@ def instruction(slot: str | Slot, record: Record) -> str:
     """What the model is asked about a record."""
     slot = get_slot(slot)
     try:
-        return slot.instruction.format_map(record)
+        return slot.instruction.format_map(_Said(record))
     except KeyError as error:
         raise ValueError(f"{describe(slot, record)}: no field {error} to ask about") from error
+
+
+class _Said:
+    """A record as an instruction quotes it: ``{one|other}`` is the first field it has, a list is "a , b or c"."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def __getitem__(self, names: str) -> Any:
+        for name in names.split("|"):
+            if name in self._record:
+                value = self._record[name]
+                if not isinstance(value, (list, tuple)):
+                    return value
+                words = [str(v) for v in value]
+                return " or ".join(part for part in (" , ".join(words[:-1]), *words[-1:]) if part)
+        raise KeyError(names)
 
 
 def corpus(records: Mapping[str, Iterable[Record]] | None = None) -> Iterator[str]:
@@ -101,8 +122,8 @@ def target(slot: str | Slot, record: Record, form: str) -> str:
     """The text to be learned for a record.
 
     Args:
-        form: ``"explicit"``, the answer field as it is; ``"bare"``, its tagged pieces alone (for boxes
-            and points, the bracketed groups alone; a caption, having no tag, is kept whole).
+        form: ``"explicit"``, the answer field as it is; ``"bare"``, its tagged pieces and, of boxes and
+            points, the bracketed groups alone (a caption, having neither, is kept whole).
 
     Raises:
         ValueError: unknown form, no answer field, or an answer without its tags.
@@ -117,10 +138,10 @@ def target(slot: str | Slot, record: Record, form: str) -> str:
         )
     text = text.strip()
     module = _module(slot)
-    if form == "explicit" or module is captioning:
+    if form == "explicit":
         return text
-    if module is segmentation:
-        return " ".join(segmentation.groups(text))
+    if hasattr(module, "bare"):
+        return module.bare(text)
     return " ".join(text[s.start:s.end] for s in spans(text, module.TAGS))
 
 
@@ -146,18 +167,20 @@ def score(
         masks: for the slots scored on masks, where those come from.
 
     Returns:
-        ``metrics`` (name -> number), ``primary`` (the slot's first metric), ``per_sample`` (its value for
-        each record, 0 to 1) and ``ids`` in record order, and the counts ``n_expected``, ``n_found``,
-        ``n_scored`` and ``n_unparsable`` (scored as wrong).
+        ``metrics`` (name -> number), ``primary`` (the slot's first metric), ``per_sample`` and ``ids`` in
+        record order, and the counts ``n_expected``, ``n_found``, ``n_scored`` and ``n_unparsable`` (scored as
+        wrong). The mean of ``per_sample`` is the primary metric; it is 0 for what could not be read, else 0 to 1,
+        for weighted F1 up to 2 (:func:`crab.tasks.emotion.f1_shares`).
 
     Raises:
-        ValueError: a prediction is missing, stands for no record, is double or is no text.
+        ValueError: a prediction is missing, stands for no record, is double or is no text; or a slot that is for
+            training only.
     """
-    slot = get_slot(slot)
+    slot = _benchmark(slot)
     ids, texts = _aligned(slot, records, texts, ids)
     module = _module(slot)
     answers = [module.parse(text) for text in texts]
-    extra = {"masks": masks} if module is segmentation else {}
+    extra = {"masks": masks} if slot.masks else {}
     metrics, per_sample = module.measure(slot, records, answers, **extra)
     return {
         "metrics": metrics,
@@ -172,7 +195,7 @@ def score(
 
 
 def sample_scores(slot: str | Slot, records: Sequence[Record], texts, **options) -> list[float]:
-    """The primary score of each record, 0 to 1; arguments as for :func:`score`."""
+    """What each record adds to the primary metric; arguments as for :func:`score`."""
     return score(slot, records, texts, **options)["per_sample"]
 
 
@@ -180,13 +203,20 @@ def chance(slot: str | Slot, records: Sequence[Record], *, masks: Masks | None =
     """The primary metric of the best constant answer, found with the test truths in hand.
 
     Raises:
-        ValueError: no records, or a slot scored on masks without `masks`.
+        ValueError: no records, a slot scored on masks without `masks`, or one that is for training only.
     """
-    slot = get_slot(slot)
+    slot = _benchmark(slot)
     if not records:
         raise ValueError(f"slot {slot.name}: no test records")
     module = _module(slot)
-    return module.chance(slot, records, **({"masks": masks} if module is segmentation else {}))
+    return module.chance(slot, records, **({"masks": masks} if slot.masks else {}))
+
+
+def _benchmark(slot: str | Slot) -> Slot:
+    slot = get_slot(slot)
+    if slot.metric is None:
+        raise ValueError(f"slot {slot.name} is for training only and has no metric")
+    return slot
 
 
 def _aligned(slot: Slot, records, texts, ids) -> tuple[list[str], list[str]]:

@@ -45,9 +45,10 @@ class Slot:
         frames: video frames shown to the model (1 for an image).
         answer_field: field holding the answer text, chain included.
         metric: name of the primary metric, None where the slot is never scored.
-        instruction: what the model is asked; ``{field}`` is filled from the record.
+        instruction: what the model is asked; ``{field}`` is filled from the record, ``{one|other}`` from the
+            first of these fields that it has, a list as "a , b or c".
         train_fields, test_fields: published fields; no test fields = train only.
-        truth_fields: fields of a test record holding the truth; empty = read it from the answer.
+        truth_fields: fields of a record holding the truth; empty = read it from the answer.
         media_slot: slot under whose folder the media lie, where it is not the slot itself.
     """
 
@@ -76,6 +77,16 @@ class Slot:
         """Whether the slot has a test split, that is, is a benchmark."""
         return bool(self.test_fields)
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits it has."""
+        return SPLITS if self.test else SPLITS[:1]
+
+    @property
+    def masks(self) -> bool:
+        """Whether answers are scored on masks: records have a true one, scoring needs a :class:`crab.tasks.Masks`."""
+        return self.module in ("segmentation", "referring")
+
     def fields(self, split: str) -> tuple[str, ...]:
         """The published fields of a split's records."""
         if split not in SPLITS or not (split == "train" or self.test):
@@ -88,18 +99,26 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _AVE = _words("video_path audio_path vid event start_time end_time label_content")
+_UNAV = _words("video_path audio_path vid label_content")
 _AVVP = _words("video_path audio_path filename vid event label_content")
 _AVQA = _words("video_path audio_path video_id question_id type question answer label")
-_CREMAD = _words("video_path audio_path emotion label")
+_AVQA_THU = _words("video_path audio_path id video_name video_id question_relation question_type multi_choice "
+                   "question_text answer label")
+_MELD = _words("video_path audio_path Emotion label")
+_MER24 = _words("video_path audio_path discrete label")
+_EMOTION = _words("video_path audio_path emotion label")
 _KS = _words("video_path audio_path action label")
+_UCF = _words("video_path audio_path label new_label")
 _A2V = _words("video1_path video2_path audio_path correct_video audio_event video1_event video2_event label")
 _V2A = _words("video_path audio1_path audio2_path correct_audio video_event audio1_event audio2_event label")
 
 _ENTRIES = (
-    # temporal localization (still to come: unav)
+    # temporal localization
     Slot("ave", "AVE", "temporal localization", "temporal", "video_audio", 10, "label_content",
          "segment_accuracy", "which event is both seen and heard , and from when to when ?",
          _AVE, _AVE, _words("event start_time end_time")),
+    Slot("unav", "UnAV-100", "temporal localization", "dense", "video_audio", 10, "label_content",
+         None, "which events are both seen and heard , and when ?", _UNAV),
     Slot("avvp", "LLP", "temporal localization", "video_parsing", "video_audio", 10, "label_content",
          "segment_type_av", "which events are heard and which are seen , and from when to when ?",
          _AVVP, _AVVP),
@@ -109,20 +128,41 @@ _ENTRIES = (
          _words("image_path audio_path a_obj label_content"),
          _words("visual_path audio_path a_obj top_left bottom_right frame_idx"),
          _words("top_left bottom_right"), media_slot="s4"),
-    # pixel-level (still to come: ms3, ref_avs)
+    # pixel-level
     Slot("s4", "AVSBench single source", "pixel-level", "segmentation", "image_audio", 1, "label_content",
          "J", "give the box of the thing that makes the sound , and three points on it .",
          _words("image_path audio_path vid uid a_obj label_content"),
          _words("visual_path audio_path vid uid a_obj frame_idx")),
-    # spatio-temporal reasoning (still to come: avqa_thu)
+    Slot("ms3", "AVSBench multi source", "pixel-level", "segmentation", "image_audio", 1, "label_content",
+         "J", "give the box of all the sounding things , and three points on them .",
+         _words("image_path audio_path vid uid a_obj frame_idx label_content"),
+         _words("visual_path audio_path vid uid a_obj frame_idx")),
+    # What is referred to stands in `description` in train records and in `object` in test records.
+    Slot("ref_avs", "Ref-AVS", "pixel-level", "referring", "image_audio", 1, "output",
+         "J", "is {description|object} there , true or false ? if true , give its box and three points on it .",
+         _words("image_path audio_path vid fid uid idx description output"),
+         _words("visual_path audio_path object split vid uid fid frame_idx")),
+    # spatio-temporal reasoning
     Slot("avqa", "MUSIC-AVQA", "spatio-temporal reasoning", "qa", "video_audio", 10, "label",
          "accuracy", "{question}", _AVQA, _AVQA, ("answer",)),
-    # emotion recognition (still to come: meld, mer24, mafw, dfew)
+    Slot("avqa_thu", "AVQA", "spatio-temporal reasoning", "choice", "video_audio", 10, "label",
+         "accuracy", "{question_text} choose {multi_choice} .", _AVQA_THU, _AVQA_THU, ("answer",)),
+    # emotion recognition
+    Slot("meld", "MELD", "emotion recognition", "emotion", "video_audio", 4, "label",
+         "weighted_f1", "what does the speaker feel ?", _MELD, _MELD, ("Emotion",)),
+    Slot("mer24", "MER2024", "emotion recognition", "emotion", "video_audio", 4, "label",
+         None, "which emotion is both seen and heard ?", _MER24, truth_fields=("discrete",)),
     Slot("cremad", "CREMA-D", "emotion recognition", "emotion", "video_audio", 4, "label",
-         "accuracy", "which emotion does the person show ?", _CREMAD, _CREMAD, ("emotion",)),
-    # action recognition (still to come: ucf)
+         "accuracy", "which emotion does the person show ?", _EMOTION, _EMOTION, ("emotion",)),
+    Slot("mafw", "MAFW", "emotion recognition", "emotion", "video_audio", 4, "label",
+         "WAR", "which emotion do face and voice show ?", _EMOTION, _EMOTION, ("emotion",)),
+    Slot("dfew", "DFEW", "emotion recognition", "emotion", "video_audio", 4, "label",
+         "WAR", "how does the person feel ?", _EMOTION, _EMOTION, ("emotion",)),
+    # action recognition
     Slot("ks", "Kinetics-Sounds", "action recognition", "action", "video_audio", 10, "label",
          "accuracy", "which action takes place in the video ?", _KS, _KS, ("action",)),
+    Slot("ucf", "UCF-101 (AV subset)", "action recognition", "action", "video_audio", 10, "new_label",
+         "accuracy", "what action is seen in the video ?", _UCF, _UCF, ("label",)),
     # audio-visual matching
     Slot("a2v", "video for a sound", "audio-visual matching", "matching", "two_videos_audio", 10, "label",
          "accuracy", "which of the two videos matches the sound , one or two ?",
@@ -200,6 +240,29 @@ def media_paths(slot: str | Slot, record: Mapping[str, Any]) -> list[MediaItem]:
     if image_slot:
         items[1] = items[1]._replace(second=_second(slot, record, items[0].path))
     return items
+
+
+def mask_path(slot: str | Slot, record: Mapping[str, Any]) -> str:
+    """POSIX path under the data root of a record's true mask.
+
+    ``<clip>/labels_rgb/0.png`` for the frame ``<clip>/frames/0.jpg``; in Ref-AVS, for the thing numbered `fid`,
+    ``gt_mask/<clip>/fid_1/00000.png`` for ``media/<clip>/frames/0.jpg`` (in the null split no such file exists).
+
+    Raises:
+        ValueError: a frame that is not in such a folder, or a `fid` that is no number.
+    """
+    slot = get_slot(slot)
+    frame = PurePosixPath(media_paths(slot, record)[0].path)
+    clip = frame.parent.parent
+    if slot.module != "referring":
+        return str(clip / "labels_rgb" / f"{frame.stem}.png")
+    number = str(required(slot, record, "fid"))
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(f"{describe(slot, record)}: field 'fid' is {number[:80]!r}; give the number of the thing")
+    if frame.parent.name != "frames" or clip.parent.name != "media":
+        raise ValueError(f"{describe(slot, record)}: '{str(frame)[-200:]}' must be media/<clip>/frames/<number>.jpg, "
+                         "for its mask to be found")
+    return str(clip.parent.parent / "gt_mask" / clip.name / f"fid_{number}" / f"{frame.stem:0>5}.png")
 
 
 def _inside(slot: Slot, record: Mapping[str, Any], field: str) -> PurePosixPath:

@@ -1,4 +1,4 @@
-"""Pixel-level localization: a box and three points from which a segmenter makes the mask (S4).
+"""Pixel-level localization: a box and three points from which a segmenter makes the mask (S4, MS3).
 
 J is the mean IoU of predicted and true mask; F is (1 + b2) P R / (b2 P + R) with b2 = 0.3 on pixels
 (Zhou et al., "Audio-Visual Segmentation", ECCV 2022), of the mask as it is: no search over
@@ -11,12 +11,11 @@ This module reads no files: who scores hands in a :class:`Masks`.
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from .registry import Slot, describe, get_slot, media_paths
+from .registry import Slot, describe
 from .spatial import SIZE, Box, constant_boxes, iou, valid
 from .text import integers, readable
 
@@ -60,6 +59,11 @@ def groups(text: str) -> list[str] | None:
     return found if whole else None
 
 
+def bare(text: str) -> str:
+    """The groups of an answer without the words around them."""
+    return " ".join(groups(text))
+
+
 def parse(text: str) -> Prompt | None:
     """A box and exactly three points, all inside the image; None otherwise."""
     found = groups(text)
@@ -83,12 +87,6 @@ def truth(slot: Slot, record: Mapping[str, Any]) -> Prompt:
     return prompt
 
 
-def mask_path(slot: str | Slot, record: Mapping[str, Any]) -> str:
-    """POSIX path under the data root of the true mask: ``<clip>/labels_rgb/0.png`` for ``<clip>/frames/0.jpg``."""
-    frame = PurePosixPath(media_paths(get_slot(slot), record)[0].path)
-    return str(frame.parent.parent / "labels_rgb" / f"{frame.stem}.png")
-
-
 def mask_scores(true: np.ndarray, given: np.ndarray) -> tuple[float, float]:
     """(J, F) of two bool masks of one shape; two empty masks agree."""
     shared = int((true & given).sum())
@@ -107,9 +105,9 @@ def measure(
     masks: Masks | None = None,
 ) -> tuple[dict[str, float], list[float]]:
     """J and F over all samples; per sample J."""
-    masks = _needed(slot, masks)
+    masks = needed(slot, masks)
     pairs = [
-        None if given is None else _scored(slot, masks, record, given)
+        None if given is None else scored(slot, masks, record, given)
         for record, given in zip(records, answers, strict=True)
     ]
     table = np.array([p or (0.0, 0.0) for p in pairs])
@@ -119,7 +117,8 @@ def measure(
     return metrics, table[:, 0].tolist()
 
 
-def _scored(slot: Slot, masks: Masks, record: Mapping[str, Any], given: Prompt) -> tuple[float, float] | None:
+def scored(slot: Slot, masks: Masks, record: Mapping[str, Any], given: Prompt) -> tuple[float, float] | None:
+    """(J, F) of an answer, None if no mask can be made of it."""
     mask = masks.segment(record, given.box, given.points)
     if mask is None:
         return None
@@ -132,19 +131,26 @@ def _scored(slot: Slot, masks: Masks, record: Mapping[str, Any], given: Prompt) 
     return mask_scores(true, mask)
 
 
-def _needed(slot: Slot, masks: Masks | None) -> Masks:
+def needed(slot: Slot, masks: Masks | None) -> Masks:
+    """The masks, or a ValueError where there are none."""
     if masks is None:
         raise ValueError(f"slot {slot.name} is scored on masks: pass masks=Masks(truth, segment)")
     return masks
 
 
 def chance(slot: Slot, records: Sequence[Mapping[str, Any]], masks: Masks | None = None) -> float:
-    """J of the best constant answer, through the same segmenter.
+    """J of the best constant answer (:func:`constant`), through the same segmenter."""
+    masks = needed(slot, masks)
+    metrics, _ = measure(slot, records, [constant(slot, records, masks)] * len(records), masks)
+    return metrics["J"]
+
+
+def constant(slot: Slot, records: Sequence[Mapping[str, Any]], masks: Masks) -> Prompt:
+    """The box and points that suit all records best.
 
     Of :func:`crab.tasks.spatial.constant_boxes` the one with the highest mean IoU with the true masks'
     boxes is taken; its points lie on its diagonal, at a quarter, half and three quarters.
     """
-    masks = _needed(slot, masks)
     found = [bounding_box(np.asarray(masks.truth(r), bool)) for r in records]
     boxes = np.array([b for b in found if b])
     if not len(boxes):
@@ -152,8 +158,7 @@ def chance(slot: Slot, records: Sequence[Mapping[str, Any]], masks: Masks | None
     best = max(constant_boxes(boxes).tolist(), key=lambda box: float(iou(boxes, box).mean()))
     x1, y1, x2, y2 = best
     points = tuple((x1 + (x2 - x1) * i // 4, y1 + (y2 - y1) * i // 4) for i in (1, 2, 3))
-    metrics, _ = measure(slot, records, [Prompt(tuple(best), points)] * len(records), masks)
-    return metrics["J"]
+    return Prompt(tuple(best), points)
 
 
 def bounding_box(mask: np.ndarray) -> Box | None:

@@ -6,7 +6,8 @@ import pytest
 
 from crab import tasks
 from crab.data import generate, media, records, render
-from crab.data.annotate import VIEWS, view
+from crab.data.views import VIEWS, view
+from crab.tasks.referring import NULL
 
 
 def digests(root):
@@ -58,15 +59,27 @@ def test_files_show_and_sound_what_the_scene_says(tree):
         assert 10 * np.log10(np.mean(render.waveform(scene) ** 2) / np.mean((render.waveform(scene) - wave) ** 2)) > 10
 
 
-def test_images_sounds_and_masks_are_of_the_second(tree):
-    for index, record in enumerate(records.read(tree.root, "s4", "test")):
-        (scene,) = view("s4", "test", index, tree.seed).scenes
+@pytest.mark.parametrize("slot", ["s4", "ms3", "ref_avs"])
+def test_images_sounds_and_masks_are_of_the_second(tree, slot):
+    for index, record in enumerate(records.read(tree.root, slot, "test")):
+        (scene,) = view(slot, "test", index, tree.seed).scenes
         picture, wave = records.load(record, 1)
         second = record["second"]
         assert np.abs(picture.astype(int) - render.frame(scene, second)).mean() < 4
         np.testing.assert_allclose(wave, render.waveform(scene)[second * 16000 : (second + 1) * 16000], atol=1e-3)
-        (source,) = scene.sounding
-        assert (media.read_mask(record["mask"]) == render.mask(source, second)).all()
+        if tasks.truth(slot, record) != NULL:
+            meant = scene.sounding if slot != "ref_avs" else [
+                t for t in scene.visible if t.box(second) == tasks.truth(slot, record).box]
+            assert (media.read_mask(record["mask"]) == sum(render.mask(t, second) for t in meant)).all()
+
+
+def test_avi_clips_are_in_folders_of_their_class_and_show_the_scene(tree):
+    for index, record in enumerate(records.read(tree.root, "ucf", "train")):
+        (scene,) = view("ucf", "train", index, tree.seed).scenes
+        (pictures, times), _ = records.load(record, 10)
+        truth = np.stack([render.frame(scene, int(t)) for t in times]).astype(float)
+        assert 10 * np.log10(255**2 / np.mean((truth - pictures) ** 2)) > 30
+        assert record["media"][0].path.startswith(f"{tree.root}/AVUIE_2/ucf/video/") and record["media"][0].path.endswith(".avi")
 
 
 def test_every_file_is_named_by_a_record_once(tree):
@@ -77,12 +90,13 @@ def test_every_file_is_named_by_a_record_once(tree):
             named.add(root / tasks.json_path(slot, split))
             for record in records.read(root, slot, split):
                 named |= {type(root)(item.path) for item in record["media"]}
-                named |= {type(root)(record["mask"])} if "mask" in record else set()
+                if "mask" in record and tasks.truth(slot, record) != NULL:
+                    named.add(type(root)(record["mask"]))
     there = {p for p in root.rglob("*") if p.is_file()}
     assert there == named
     kept = json.loads((root / "build.json").read_text())
     assert "seconds" not in kept and kept == {k: v for k, v in summary.items() if k != "seconds"}
-    assert kept["files"] == len(there) - 2 - (len(VIEWS) * 2 - 1)
+    assert kept["files"] == len(there) - 2 - (len(VIEWS) * 2 - 3)
     assert kept["bytes"] == sum(p.stat().st_size for p in there if p.suffix != ".json")
     assert kept["slots"]["ave"]["train"] == {**kept["slots"]["ave"]["train"], "records": tree.train, "scenes": tree.train, "files": 2 * tree.train}
     assert kept["slots"]["a2v"]["train"]["files"] == 2 * tree.train  # a pair's videos are written once

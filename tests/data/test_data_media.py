@@ -29,10 +29,11 @@ def tone(seconds, rate, hertz=440):
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
 
 
-def test_a_video_survives_the_round_trip(tmp_path):
+@pytest.mark.parametrize("name", ["v.mp4", "v.avi"])
+def test_a_video_survives_the_round_trip(tmp_path, name):
     frames = blocks(20)
-    media.write_video(tmp_path / "v.mp4", frames, 2)
-    read, times = media.read_video(tmp_path / "v.mp4", 20)
+    media.write_video(tmp_path / name, frames, 2)
+    read, times = media.read_video(tmp_path / name, 20)
     assert read.shape == (20, 224, 224, 3) and read.dtype == np.uint8
     assert psnr(read, frames) > 30
     np.testing.assert_allclose(times, np.arange(20) / 2)
@@ -95,13 +96,14 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
     frames, wave = blocks(6), tone(1, 16000)
     for name in ("a", "b"):
         media.write_video(tmp_path / f"{name}.mp4", frames, 2)
+        media.write_video(tmp_path / f"{name}.avi", frames, 2)
         media.write_audio(tmp_path / f"{name}.mp3", wave)
         media.write_audio(tmp_path / f"{name}.wav", wave)
         media.write_image(tmp_path / f"{name}.jpg", frames[0])
         media.write_mask(tmp_path / f"{name}.png", frames[0, :, :, 0] > 99)
-    for suffix in ("mp4", "mp3", "wav", "jpg", "png"):
+    for suffix in ("mp4", "avi", "mp3", "wav", "jpg", "png"):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 10  # nothing left beside them
+    assert len(list(tmp_path.iterdir())) == 12  # nothing left beside them
 
 
 @pytest.mark.parametrize("suffix, floor", [(".wav", 60), (".mp3", 20)])
@@ -221,4 +223,6 @@ def test_nothing_half_written_stays(tmp_path):
             media.write_audio(tmp_path / path, wave)
     with pytest.raises(ValueError, match="first frame"):
         media.write_video(tmp_path / "v.mp4", [], 2)
+    with pytest.raises(ValueError, match="v.webm: a clip is written as .mp4 or .avi"):
+        media.write_video(tmp_path / "v.webm", blocks(2), 2)
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import pytest
 
 from crab import tasks
 from crab.data import generate, records
-from crab.data.annotate import VIEWS, view
+from crab.data.views import VIEWS, view
 from crab.data.vocabulary import check, split, vocabulary, words
 from crab.data.world import CLASSES, COLOURS, EMOTIONS, MOTIONS
 
@@ -27,6 +27,7 @@ def test_words_and_tags():
     assert everything | {str(n) for n in [*range(11), *range(0, 225, 8)]} <= set(found["words"])
     assert list(found["words"]) == sorted(set(found["words"])) and not any(w.startswith("<") for w in found["words"])
     assert list(found["tags"]) == sorted(tasks.tags())
+    assert len(found["words"]) + len(found["tags"]) < 200  # small enough for a tiny model's embedding
 
 
 def test_every_build_writes_the_same_vocabulary_and_says_no_other_word(tree, tmp_path):

@@ -128,6 +128,8 @@ def test_missed_gates_are_named_and_unknown_ones_refused():
         base.require(gates, {"visible": 0.9, "copy": 0.9})
     with pytest.raises(ValueError, match="no skill visibel"):
         base.require(gates, {"visibel": 0.9})
+    assert base.floors(gates, {"all": 0.9, "visible": 0.5}) == {"visible": 0.5, "copy": 0.9}
+    assert base.floors(gates, {"copy": 0.5}) == {"copy": 0.5} and base.floors(gates, {}) == {}
 
 
 def test_finished_phases_are_not_repeated(tmp_path, size):
@@ -182,3 +184,19 @@ def test_schedule(step, factor):
     from crab.models.optimize import warm_up_then_decay
 
     assert warm_up_then_decay(300)(step) == pytest.approx(factor)
+
+
+def test_voice_and_face_are_asked_apart():
+    face = Thing(FACE, "red", "still", (56, 56), (40, 40), (0, 10), (0, 10), emotion="sad", voice="fear")
+    asked = probes.clip_probes(Scene(0, 0, (face,)), np.random.default_rng(0))
+    assert {p.skill: p.answer for p in asked if p.skill in ("emotion", "voice")} == {"emotion": "sad", "voice": "fear"}
+    heard = perception.audio_targets(Scene(0, 0, (face,)), 20)["emotion"]
+    assert {perception.EMOTIONS[i] for i in heard} == {"fear"}
+
+
+def test_the_box_around_all_that_is_heard():
+    horn = Thing("horn", "red", "still", (168, 168), (24, 24), (0, 10), (0, 10))
+    scene = Scene(0, 0, (BELL, horn, DRUM))
+    asked = {p.skill: p.answer for p in probes.still_probes(scene, 4, np.random.default_rng(0))}
+    assert asked["still box around"] == "32 24 192 192"  # bell 32 24 80 88, horn 144 144 192 192; the drum is silent
+    assert "still box around" not in {p.skill for p in probes.still_probes(scene, 6, np.random.default_rng(0))}

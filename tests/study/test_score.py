@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from crab import tasks
+from crab.data import media
 from crab.study import score
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run, plan
@@ -120,3 +122,70 @@ def test_run_names():
             Run.parse(bad)
     with pytest.raises(ValueError, match="terse"):
         plan("lora", ["joint-terse"], ["ave"])
+
+
+# ---------------------------------------------------------------- the oracle of the pixel-level slots
+
+BOX = (48, 40, 104, 96)
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    """Two test records of s4, a red square on grey each: the second one's answer field is left out, as it is published."""
+    true = np.zeros((224, 224), bool)
+    true[40:96, 48:104] = True
+    image = np.where(true[..., None], [220, 40, 40], [90, 90, 90]).astype(np.uint8)
+    rows = []
+    for i in range(2):
+        folder = tmp_path / tasks.FOLDER / "s4" / f"AVS/v1s/c{i}"
+        media.write_image(folder / "frames/0.jpg", image)
+        media.write_mask(folder / "labels_rgb/0.png", true)
+        rows.append({"visual_path": f"AVS/v1s/c{i}/frames/0.jpg", "audio_path": f"AVS/v1s/c{i}/audio.wav", "vid": f"c{i}",
+                     "uid": f"c{i}_0", "a_obj": "drum", "frame_idx": 0})
+    rows[0]["label_content"] = "i see it . " + tasks.answer("s4", (BOX, ((56, 48), (72, 64), (96, 88))))
+    (tmp_path / tasks.json_path("s4", "test")).write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_oracle_cuts_from_the_true_box(pixels):
+    rows = score.oracle(pixels, ["ks", "s4"], resamples=50)
+    assert list(rows.columns) == score.ORACLE_COLUMNS and set(rows["slot"]) == {"s4"}
+    assert rows["primary"].sum() == 1 and (rows["n_expected"] == 2).all() and (rows["segmenter"] == "grabcut").all()
+    values = rows.set_index("metric")["value"]
+    assert values["J"] > 0.9 and values["F"] > 0.9 and values["no_mask"] == 0
+    assert score.oracle(pixels, ["ks"]).empty
+
+
+def test_oracle_costs_what_the_segmenter_costs(pixels, monkeypatch):
+    from crab.study import segment
+
+    def left_half(image, box, points):
+        assert tuple(box) == BOX and all(48 <= x < 104 and 40 <= y < 96 for x, y in points) and len(points) == 3
+        mask = np.zeros(image.shape[:2], bool)
+        mask[box[1] : box[3], box[0] : (box[0] + box[2]) // 2] = True
+        return mask
+
+    asked = []
+    monkeypatch.setattr(segment, "segmenter", lambda name: asked.append(name) or left_half)
+    rows = score.oracle(pixels, ["s4"], "some/sam2", resamples=50).set_index("metric")
+    assert rows["value"]["J"] == pytest.approx(0.5) and rows["low"]["J"] == rows["high"]["J"] == 0.5
+    assert rows["value"]["F"] == pytest.approx(1.3 * 1 * 0.5 / (0.3 * 1 + 0.5))  # P = 1, R = 0.5
+    assert set(asked) == {"some/sam2"}
+    table = pd.DataFrame({"slot": ["s4"], "family": "f", "metric": "J", "primary": True, "value": 0.25, "chance": 0.1})
+    grid = score.score_grid(table, rows.reset_index())
+    assert grid.loc["s4", ["chance", "oracle", "f"]].tolist() == [0.1, 0.5, 0.25]
+    assert "oracle" not in score.score_grid(table)
+
+
+def test_a_mask_without_three_pixels_has_no_answer(pixels):
+    tiny = np.zeros((224, 224), bool)
+    tiny[5, 5] = True
+    path = pixels / tasks.FOLDER / "s4/AVS/v1s/c1/labels_rgb/0.png"
+    media.write_mask(path, tiny)
+    assert score.true_answer("s4", {"mask": str(path)}) == ""
+    values = score.oracle(pixels, ["s4"], resamples=50).set_index("metric")["value"]
+    assert values["no_mask"] == 1 and values["J"] <= 0.5
+
+
+def test_the_true_answer_of_the_null_split():
+    assert score.true_answer("ref_avs", {"split": "test_n"}) == tasks.answer("ref_avs", tasks.NULL)

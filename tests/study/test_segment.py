@@ -1,9 +1,17 @@
-"""GrabCut from a box."""
+"""GrabCut from a box, and a small random SAM 2 made on the spot."""
+
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from transformers import Sam2Config, Sam2Model, Sam2Processor
+from transformers.models.sam2.configuration_sam2 import Sam2HieraDetConfig, Sam2VisionConfig
 
-from crab.study.segment import grabcut
+from crab.study.segment import Sam2, grabcut, segmenter
 
 
 def disc(noise=8):
@@ -46,3 +54,107 @@ def test_empty_box(box):
 def test_wrong_image():
     with pytest.raises(ValueError, match="uint8"):
         grabcut(np.zeros((8, 8)), (0, 0, 4, 4))
+
+
+# ---------------------------------------------------------------- SAM 2
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folder of a saved SAM 2 with random weights that looks at 64 x 64 pixels."""
+    torch.manual_seed(0)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8, image_size=[SIDE, SIDE], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 4, 2, 2], global_attention_blocks=[3],
+        window_positional_embedding_background_size=[2, 2],
+    )  # fmt: skip
+    vision = Sam2VisionConfig(
+        backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=32,
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+    )  # fmt: skip
+    config = Sam2Config(
+        vision_config=vision, prompt_encoder_config={"hidden_size": 32, "image_size": SIDE, "patch_size": 16},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
+    )  # fmt: skip
+    model = Sam2Model(config).eval()
+    with torch.no_grad():
+        for value in model.parameters():  # larger than at the start of training, so that prompts tell
+            value.add_(0.2 * torch.randn_like(value))
+    folder = tmp_path_factory.mktemp("sam2")
+    model.save_pretrained(folder)
+    return folder
+
+
+def noise(height=SIDE, width=SIDE):
+    return np.random.default_rng(3).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_sam2_is_called_as_transformers_says(checkpoint):
+    """On an image of the model's own size nothing is resized or scaled: the model called by hand."""
+    image, box, points = noise(), (8, 16, 40, 56), [(20, 30), (24, 40)]
+    pixels = torch.tensor(image / 255 - [0.485, 0.456, 0.406]).float() / torch.tensor([0.229, 0.224, 0.225])
+    model = Sam2Model.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        out = model(
+            pixel_values=pixels.permute(2, 0, 1)[None], input_points=torch.tensor([[points]]).float(),
+            input_labels=torch.ones(1, 1, 2, dtype=torch.long), input_boxes=torch.tensor([[box]]).float(), multimask_output=False,
+        )  # fmt: skip
+        wanted = torch.nn.functional.interpolate(out.pred_masks[:, 0], (SIDE, SIDE), mode="bilinear") > 0
+    mask = segmenter(str(checkpoint))(image, box, points)
+    assert mask.dtype == bool and mask.shape == (SIDE, SIDE) and 0 < mask.sum() < mask.size
+    assert (mask == wanted[0, 0].numpy()).all()
+
+
+def test_sam2_takes_any_size_and_prompt(checkpoint):
+    sam = segmenter(str(checkpoint))
+    assert sam is segmenter(str(checkpoint))
+    image = noise(96, 160)
+    mask = sam(image, (20, 10, 100, 80), [(50, 40), (60, 40), (60, 50)])
+    assert mask.shape == (96, 160) and mask.dtype == bool
+    assert (sam(image, (20, 10, 100, 80), [(50, 40), (60, 40), (60, 50)]) == mask).all()
+    assert (sam(image, (20, 10, 100, 80)) != mask).any()  # the points count
+    assert (sam(image, (100, 50, 150, 90), [(50, 40), (60, 40), (60, 50)]) != mask).any()  # and the box
+    assert (sam(image, (-50, 10, 100, 80)) == sam(image, (0, 10, 100, 80))).all()
+    for box in ((10, 10, 10, 20), (170, 3, 190, 9), (30, 30, 20, 20)):
+        assert not sam(image, box).any()
+    with pytest.raises(ValueError, match="uint8"):
+        sam(np.zeros((8, 8)), (0, 0, 4, 4))
+
+
+def test_sam2_prompts_and_pixels_are_the_processors(checkpoint):
+    """Against the coordinates of transformers' own processor, and a resize by Pillow."""
+    sam = Sam2(str(checkpoint))
+    shape, box, points = (96, 160), (20, 10, 100, 80), [(50, 40), (60, 41)]
+    made = sam.prompt(shape, box, points)
+    scaled = lambda values, boxes: Sam2Processor._normalize_coordinates(  # noqa: E731
+        None, SIDE, torch.tensor(values), shape, is_bounding_box=boxes)
+    assert torch.allclose(made["input_boxes"][0], scaled([box], True))
+    assert torch.allclose(made["input_points"][0, 0], scaled(points, False))
+    image = noise(32, 48)
+    resized = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)) / 255
+    wanted = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert np.abs(sam.pixels(image)[0].permute(1, 2, 0).numpy() - wanted).max() < 1.01 / 255 / 0.224
+
+
+def test_sam2_that_is_none(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*grabcut"):
+        segmenter(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="no SAM 2 can be loaded"):
+        segmenter(str(tmp_path))
+    cut = tmp_path / "cut"
+    model = Sam2Model.from_pretrained(checkpoint)
+    weights = {k: v for k, v in model.state_dict().items() if "iou_token" not in k}
+    model.save_pretrained(cut, state_dict=weights)
+    assert json.loads((cut / "config.json").read_text())
+    with pytest.raises(ValueError, match="1 weights are missing.*iou_token"):
+        segmenter(str(cut))
+
+
+def test_no_torch_for_grabcut_and_never_torchvision(checkpoint):
+    code = "import sys; from crab.study.segment import segmenter; segmenter('grabcut'); assert 'torch' not in sys.modules; "
+    code += f"segmenter({str(checkpoint)!r}); assert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

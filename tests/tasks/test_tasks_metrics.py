@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import box_mask, make_record
+from conftest import MASKS, box_mask, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as known
@@ -168,6 +168,35 @@ def test_avvp_chance_by_hand():
     assert tasks.score("avvp", records, texts)["primary"] == pytest.approx(2 / 3)
 
 
+# --- UnAV
+
+@pytest.mark.parametrize(("text", "events"), [
+    ("<event>Bell</event> <range>2,6</range>", [("bell", 2, 6)]),
+    ("so . <event>bell</event><range> 2 , 6 </range> and <event>drum</event> at <range>0,44</range>", [("bell", 2, 6), ("drum", 0, 44)]),
+    ("<event>bell</event> <range>0.5,6.25</range>", [("bell", 0.5, 6.25)]),
+    ("<event>bell</event> <range>2,6</range> <event>bell</event> <range>2,6</range>", [("bell", 2, 6)] * 2),
+    *((text, None) for text in (
+        "", "bell", "<event>bell</event>", "<range>2,6</range>", "<range>2,6</range> <event>bell</event>",
+        "<event>bell</event> <event>drum</event> <range>2,6</range> <range>0,4</range>",
+        "<event>bell</event> <range>2,6</range> <event>drum</event>", "<event>bell</event> <range>2,6</range> <range>7,8</range>",
+        "<event>bell</event> <range>6,2</range>", "<event>bell</event> <range>2,2</range>", "<event>bell</event> <range>-2,6</range>",
+        "<event>bell</event> <range>2,6</range> <event>drum</event> <range>6,2</range>", "<event> </event> <range>2,6</range>",
+        "<event><event>bell</event></event> <range>2,6</range>", "<event>bell <range>2,6</range></event>",
+        "<event>bell</event> <range>٢,٦</range>", "<event>bell</event> <range>2.,6</range>", "<event>bell</event> <range>2 6</range>",
+        "<event>bell</event> <range>2,6,8</range>", "<event>bell</event> <range>1e1,20</range>", "<event>bell</event> <range>0,inf</range>",
+    )),
+])
+def test_unav_by_hand(text, events):
+    assert tasks.parse("unav", text) == (None if events is None else tuple(events))
+
+
+def test_unav_truth_is_in_the_answer(records_of):
+    record = records_of("unav")[0]
+    assert tasks.truth("unav", record) == (("bell", 2, 6), ("drum", 0, 4), ("bell", 7, 9))
+    with pytest.raises(ValueError, match="label_content"):
+        tasks.truth("unav", record | {"label_content": "<event>bell</event>"})
+
+
 # --- ARIG
 
 @pytest.mark.parametrize(("text", "iou", "hit"), [
@@ -263,14 +292,113 @@ def test_s4_malformed(text):
     assert tasks.parse("s4", text) is None
 
 
-def test_s4_chance_uses_the_same_segmenter(records_of, box_masks):
+def test_s4_chance_uses_the_same_segmenter(records_of):
     records = records_of("s4")
-    got = tasks.chance("s4", records, masks=box_masks)
+    got = tasks.chance("s4", records, masks=MASKS)
     # the whole image is the box of highest mean IoU among those tried: J of it over the three
     areas = [64 * 64 / 224**2, 1, 64 * 64 / 224**2]
     assert got >= np.mean(areas) - 1e-9
-    half = tasks.chance("s4", records, masks=box_masks._replace(segment=lambda r, b, p: np.zeros((224, 224), bool)))
+    half = tasks.chance("s4", records, masks=MASKS._replace(segment=lambda r, b, p: np.zeros((224, 224), bool)))
     assert half == 0
+
+
+# --- MS3
+
+def test_ms3_is_scored_on_the_mask_of_all_that_sounds():
+    # two sounding things of 80 x 80; their common box is 200 x 80, which the segmenter fills
+    true = box_mask((0, 0, 80, 80)) | box_mask((120, 0, 200, 80))
+    masks = tasks.Masks(lambda r: true, lambda r, box, points: box_mask(box))
+    points = ((40, 40), (160, 40), (48, 48))
+    both, one = ((0, 0, 200, 80), points), ((0, 0, 80, 80), points)
+    got = run("ms3", [both] * 3, [tasks.answer("ms3", both), tasks.answer("ms3", one), "two bells"], masks=masks)
+    assert got["per_sample"] == [pytest.approx(160 / 200), pytest.approx(1 / 2), 0]
+    assert got["metrics"]["J"] == got["primary"] == pytest.approx(1.3 / 3)
+    # P = 160/200, R = 1: 1.3 * 0.8 / (0.3 * 0.8 + 1);  P = 1, R = 1/2: 1.3 * 0.5 / (0.3 + 0.5)
+    f = 1.04 / 1.24, 0.65 / 0.8
+    assert got["metrics"]["F"] == pytest.approx(sum(f) / 3)
+    assert got["metrics"]["F_answered"] == pytest.approx(sum(f) / 2) and got["metrics"]["no_mask"] == 1
+
+
+# --- Ref-AVS
+
+POINTS = ((8, 8), (16, 16), (24, 24))
+WHOLE, HALF, QUARTER = (((0, 0, *corner), POINTS) for corner in ((224, 224), (224, 112), (112, 112)))
+FALSE, TRUE = "<answer>false</answer>", "<answer>true</answer>"
+
+
+def ref_avs(cases, masks=MASKS):
+    """Cases are (split, truth, text)."""
+    records = [make_record("ref_avs", i, tasks.answer("ref_avs", t), t) | {"split": split} for i, (split, t, _) in enumerate(cases)]
+    return records, tasks.score("ref_avs", records, [text for _, _, text in cases], masks=masks)
+
+
+def test_ref_avs_by_hand():
+    said = lambda prompt: tasks.answer("ref_avs", prompt)  # noqa: E731
+    cases = [
+        ("test_s", HALF, said(HALF)),               # J 1
+        ("test_s", HALF, said(WHOLE)),              # J 1/2, P 1/2, R 1: F = 1.3 * 0.5 / 1.15
+        ("test_s", HALF, FALSE),                    # J 0: an empty mask
+        ("test_s", HALF, "the bell"),               # unreadable
+        ("test_u", QUARTER, said(HALF)),            # J 1/2
+        ("test_n", tasks.NULL, FALSE),              # right, S 0
+        ("test_n", tasks.NULL, said(WHOLE)),        # S 1
+        ("test_n", tasks.NULL, said(QUARTER)),      # S = sqrt(1/4)
+        ("test_n", tasks.NULL, TRUE),               # no box: unreadable, S 1
+    ]
+    f = 1.3 * 0.5 / (0.3 * 0.5 + 1)
+    _, got = ref_avs(cases)
+    assert got["per_sample"] == [pytest.approx(v) for v in (1, 0.5, 0, 0, 0.5, 1, 0, 0, 0)]
+    assert got["n_unparsable"] == 2
+    assert got["metrics"] == {k: pytest.approx(v) for k, v in {
+        "J": 3 / 9, "J_seen": 1.5 / 4, "F_seen": (1 + f) / 4, "J_unseen": 0.5, "F_unseen": f, "S_null": (0 + 1 + 0.5 + 1) / 4,
+        "J_seen_answered": 1.5 / 3, "F_seen_answered": (1 + f) / 3, "J_unseen_answered": 0.5, "F_unseen_answered": f,
+        "S_null_answered": (0 + 1 + 0.5) / 3, "no_mask": 2,
+    }.items()}
+
+
+def test_ref_avs_where_no_mask_can_be_made():
+    prompt = tasks.answer("ref_avs", HALF)
+    masks = MASKS._replace(segment=lambda *a: None)
+    _, got = ref_avs([("test_s", HALF, prompt), ("test_n", tasks.NULL, prompt)], masks)
+    assert got["per_sample"] == [0, 0] and got["n_unparsable"] == 0
+    assert got["metrics"] == {"J": 0, "J_seen": 0, "F_seen": 0, "S_null": 1, "J_seen_answered": 0, "F_seen_answered": 0,
+                              "S_null_answered": 1, "no_mask": 2}
+    with pytest.raises(ValueError, match="masks="):
+        ref_avs([("test_s", HALF, prompt)], None)
+
+
+def test_ref_avs_a_thing_out_of_view_in_this_frame_is_an_empty_mask():
+    masks = MASKS._replace(truth=lambda r: np.zeros((224, 224), bool))
+    _, got = ref_avs([("test_s", HALF, FALSE), ("test_s", HALF, tasks.answer("ref_avs", HALF))], masks)
+    assert got["per_sample"] == [1, 0]
+
+
+@pytest.mark.parametrize("text", [
+    "", TRUE, "[16,24,80,88] [40,48] [48,56] [56,64]", f"{FALSE} [16,24,80,88] [40,48] [48,56] [56,64]", f"{FALSE} [", f"{TRUE}{FALSE}",
+    f"{TRUE} [16,24,80,88] [40,48] [48,56]", f"{TRUE} [80,24,16,88] [40,48] [48,56] [56,64]",
+    f"{TRUE} [16,24,80,88] [40,48] [48,56] [56,225]", "<answer>maybe</answer> [16,24,80,88] [40,48] [48,56] [56,64]",
+    "<answer>[16,24,80,88] [40,48] [48,56] [56,64]</answer>", "false",
+])
+def test_ref_avs_malformed(text):
+    assert tasks.parse("ref_avs", text) is None
+
+
+def test_ref_avs_reads_the_published_prose_and_other_words_for_the_same():
+    text = "<answer>True</answer>, it is a bell . its box is [16,24,80,88], its points are [40,48],[48,56],[56,64]."
+    want = ((16, 24, 80, 88), ((40, 48), (48, 56), (56, 64)))
+    assert tasks.parse("ref_avs", text) == tasks.parse("ref_avs", text.replace("True", "yes")) == want
+    for word in "false", "No", " FALSE ":
+        assert tasks.parse("ref_avs", f"<answer>{word}</answer>, it is not there.") == tasks.NULL
+    assert tasks.target("ref_avs", {"output": text}, "bare") == "<answer>True</answer> [16,24,80,88] [40,48] [48,56] [56,64]"
+
+
+@pytest.mark.parametrize(("nulls", "want"), [(1, 1 / 2), (3, 3 / 4)])
+def test_ref_avs_chance_is_the_better_of_null_and_a_constant_box(nulls, want):
+    # one thing that fills its constant box beside as many nulls: either constant is right on its own kind only
+    records, _ = ref_avs([("test_u", HALF, FALSE)] + [("test_n", tasks.NULL, FALSE)] * nulls)
+    assert tasks.chance("ref_avs", records, masks=MASKS) == pytest.approx(want)
+    assert tasks.chance("ref_avs", records[:1], masks=MASKS) == 1
+    assert tasks.chance("ref_avs", records[1:], masks=MASKS) == 1
 
 
 # --- labels
@@ -284,7 +412,7 @@ def test_avqa_accuracy_by_modality_and_type(records_of):
     assert tasks.chance("avqa", records_of("avqa")) == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("slot", ["cremad", "ks", "a2v", "v2a"])
+@pytest.mark.parametrize("slot", ["cremad", "ks", "ucf", "a2v", "v2a"])
 def test_accuracy_by_hand(slot, records_of):
     records = records_of(slot)
     first = tasks.target(slot, records[0], "bare")
@@ -299,10 +427,95 @@ def test_accuracy_by_hand(slot, records_of):
                                   "<answer><answer>one</answer></answer>", "<answer>one", "one</answer>", "<answer>one</event>",
                                   "</answer>one<answer>", "<Answer>one</Answer>"])
 def test_no_one_answer(text):
-    for slot in "a2v", "avqa", "ks", "cremad":
+    for slot in "a2v", "avqa", "avqa_thu", "ks", "ucf", "cremad", "meld", "mer24", "mafw", "dfew", "ref_avs":
         assert tasks.parse(slot, text) is None
 
 
 def test_matching_reads_numbers_and_words():
     for text, choice in (("1", "one"), ("first", "one"), ("two", "two"), ("Second", "two"), ("three", "three")):
         assert tasks.parse("a2v", f"<answer>{text}</answer>") == choice
+
+
+# --- AVQA
+
+def test_avqa_thu_by_hand(records_of):
+    records = records_of("avqa_thu")  # the truth is a place, the words of a choice, a place written as text
+    assert [tasks.truth("avqa_thu", r) for r in records] == ["bell", "car horn", "bell"]
+    got = tasks.score("avqa_thu", records, ["<answer>BELL</answer>", "<answer>horn</answer>", "<answer>2</answer>"])
+    assert got["per_sample"] == [1, 0, 0] and got["n_unparsable"] == 0  # a place is no answer: the words are
+    assert got["metrics"] == {
+        "accuracy": pytest.approx(1 / 3), "accuracy/relation/sound": 0.5, "accuracy/relation/both": 0,
+        "accuracy/type/which": 0.5, "accuracy/type/come from": 0,
+    }
+
+
+def test_avqa_thu_a_choice_that_is_a_number_is_meant_as_words(records_of):
+    record = records_of("avqa_thu")[0] | {"multi_choice": ["2", "1", "0", "three"]}
+    assert tasks.truth("avqa_thu", record | {"answer": "0"}) == "0"
+    assert tasks.truth("avqa_thu", record | {"answer": 0}) == "2"
+
+
+def test_avqa_thu_chance_is_the_best_constant_place_or_words(records_of):
+    record = records_of("avqa_thu")[0]
+    places = [record | {"multi_choice": list(words), "answer": 1} for words in ("abcd", "efgh", "ijkl")]
+    assert tasks.chance("avqa_thu", places) == 1  # always the second
+    words = [record | {"multi_choice": list(w), "answer": "a"} for w in ("abcd", "bacd", "bcad", "bcda")]
+    assert tasks.chance("avqa_thu", words) == 1  # always "a"
+    mixed = [record | {"multi_choice": list(w), "answer": a} for w, a in (("abcd", 0), ("abcd", 1), ("abcd", 2), ("bcda", 0))]
+    assert tasks.chance("avqa_thu", mixed) == 0.5
+
+
+# --- emotion
+
+def test_meld_by_hand():
+    # neutral: 3 true, 2 said, 2 right: F = 4/5; joy: 1 true, 2 said, 1 right: F = 2/3; sadness: 1 true, none said: F = 0
+    truths = ["neutral", "neutral", "neutral", "joy", "sadness"]
+    texts = [f"<answer>{e}</answer>" for e in ("neutral", "Neutral", "joy", "joy")] + ["i see nothing ."]
+    got = run("meld", truths, texts)
+    assert got["metrics"] == {"weighted_f1": pytest.approx((3 * 4 / 5 + 2 / 3) / 5), "accuracy": 3 / 5}
+    assert got["per_sample"] == [pytest.approx(v) for v in (6 / 5, 6 / 5, 0, 2 / 3, 0)]
+    assert got["primary"] == got["metrics"]["weighted_f1"] == pytest.approx(np.mean(got["per_sample"]))
+    assert got["n_unparsable"] == 1
+    # always neutral: 3 true, 5 said: F = 6/8 for 3 of 5 samples
+    records = [make_record("meld", i, "", t) for i, t in enumerate(truths)]
+    assert tasks.chance("meld", records) == pytest.approx(3 / 5 * 6 / 8)
+
+
+@pytest.mark.parametrize("slot", ["mafw", "dfew"])
+def test_war_and_uar_by_hand(slot):
+    truths = ["sad"] * 3 + ["fear"]
+    got = run(slot, truths, ["<answer>sad</answer>"] * 4)
+    assert got["metrics"] == {"WAR": 3 / 4, "UAR": 1 / 2} and got["per_sample"] == [1, 1, 1, 0]
+    got = run(slot, truths, ["<answer>sad</answer>", "<answer>joy</answer>", "sad", "<answer>fear</answer>"])
+    assert got["metrics"] == {"WAR": 1 / 2, "UAR": pytest.approx((1 / 3 + 1) / 2)} and got["n_unparsable"] == 1
+    assert tasks.chance(slot, [make_record(slot, i, "", t) for i, t in enumerate(truths)]) == 3 / 4
+
+
+feelings = st.sampled_from(["neutral", "joy", "anger", "fear"])
+
+
+@fast
+@given(st.lists(st.tuples(feelings, st.one_of(feelings, st.sampled_from(["klingon", None]))), min_size=1, max_size=12))
+def test_emotions_against_scikit_learn(cases):
+    truths, said = [t for t, _ in cases], [a or "unread" for _, a in cases]
+    texts = ["what ?" if a is None else f"<answer>{a}</answer>" for _, a in cases]
+    got = {slot: run(slot, truths, texts) for slot in ("meld", "mafw")}
+    meld, mafw = got["meld"]["metrics"], got["mafw"]["metrics"]
+    assert meld["weighted_f1"] == pytest.approx(known.f1_score(truths, said, average="weighted", zero_division=0))
+    assert meld["accuracy"] == mafw["WAR"] == pytest.approx(known.accuracy_score(truths, said))
+    assert mafw["UAR"] == pytest.approx(known.recall_score(truths, said, labels=sorted(set(truths)), average="macro", zero_division=0))
+    for result in got.values():
+        assert result["primary"] == pytest.approx(np.mean(result["per_sample"]))
+        assert [v > 0 for v in result["per_sample"]] == [t == a for t, a in cases]
+    assert max(got["meld"]["per_sample"]) < 2
+
+
+def test_resampled_shares_of_weighted_f1_spread_like_the_metric_itself():
+    rng = np.random.default_rng(0)
+    truths = rng.choice(list("nnnnnjsaf"), size=200)
+    said = np.where(rng.random(200) < 0.6, truths, "n")
+    shares = np.array(run("meld", truths.tolist(), [f"<answer>{a}</answer>" for a in said])["per_sample"])
+    draws = rng.integers(200, size=(400, 200))
+    metric = [known.f1_score(truths[d], said[d], average="weighted", zero_division=0) for d in draws]
+    assert shares[draws].mean(1).std() == pytest.approx(np.std(metric), rel=0.15)
+    assert shares[draws].mean() == pytest.approx(np.mean(metric), abs=0.01)

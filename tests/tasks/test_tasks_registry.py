@@ -19,14 +19,14 @@ def test_media_of_each_kind_in_the_order_of_the_prompt():
 
 
 @pytest.mark.parametrize("field", ["image_path", "visual_path"])
-@pytest.mark.parametrize("slot", ["s4", "arig"])
-def test_image_slots_share_the_media_of_s4(slot, field):
+@pytest.mark.parametrize(("slot", "folder"), [("s4", "s4"), ("arig", "s4"), ("ms3", "ms3")])
+def test_image_slots_share_the_media_of_s4_but_ms3(slot, folder, field):
     record = {field: "AVS/v1s/c/frames/3.jpg", "audio_path": "AVS/v1s/c/audio.wav"}
     image, audio = tasks.media_paths(slot, record)
-    assert (image.kind, image.path, image.second) == ("image", "AVUIE_2/s4/AVS/v1s/c/frames/3.jpg", None)
-    assert (audio.kind, audio.path, audio.second) == ("audio", "AVUIE_2/s4/AVS/v1s/c/audio.wav", 3)
+    assert (image.kind, image.path, image.second) == ("image", f"AVUIE_2/{folder}/AVS/v1s/c/frames/3.jpg", None)
+    assert (audio.kind, audio.path, audio.second) == ("audio", f"AVUIE_2/{folder}/AVS/v1s/c/audio.wav", 3)
     assert tasks.media_paths(slot, record | {"frame_idx": 4})[1].second == 4
-    assert tasks.mask_path(slot, record) == "AVUIE_2/s4/AVS/v1s/c/labels_rgb/3.png"
+    assert tasks.mask_path(slot, record) == f"AVUIE_2/{folder}/AVS/v1s/c/labels_rgb/3.png"
 
 
 @pytest.mark.parametrize("bad", ["../x.mp4", "/x.mp4", "a/../../x.mp4", "", "..\\x.mp4", "a\0b", None, 3, "."])
@@ -64,5 +64,45 @@ def test_every_entry_is_whole(slot):
     entry = tasks.get_slot(slot)
     assert entry.name == slot and entry.media_slot in tasks.SLOTS
     assert entry.answer_field in entry.train_fields
-    assert set(entry.truth_fields) <= set(entry.test_fields)
+    assert set(entry.truth_fields) <= set(entry.test_fields or entry.train_fields)
     assert entry.test == (entry.metric is not None)
+    assert entry.masks == (entry.family == "pixel-level")
+
+
+# The table of slots: field names as published, frames as shown.
+@pytest.mark.parametrize(("slot", "frames", "train", "test"), [
+    ("unav", 10, "video_path audio_path vid label_content", ""),
+    ("ms3", 1, "image_path audio_path vid uid a_obj frame_idx label_content", "visual_path audio_path vid uid a_obj frame_idx"),
+    ("ref_avs", 1, "image_path audio_path vid fid uid idx description output",
+     "visual_path audio_path object split vid uid fid frame_idx"),
+    ("meld", 4, "video_path audio_path Emotion label", None), ("mer24", 4, "video_path audio_path discrete label", ""),
+    ("mafw", 4, "video_path audio_path emotion label", None), ("dfew", 4, "video_path audio_path emotion label", None),
+    ("ucf", 10, "video_path audio_path label new_label", None),
+    ("avqa_thu", 10, "video_path audio_path id video_name video_id question_relation question_type multi_choice question_text "
+     "answer label", None),
+])
+def test_published_fields(slot, frames, train, test):
+    entry = tasks.get_slot(slot)
+    assert entry.frames == frames and entry.media_slot == slot
+    assert " ".join(entry.train_fields) == train
+    assert " ".join(entry.test_fields) == (train if test is None else test)
+
+
+def test_masks_of_ref_avs_lie_in_a_folder_of_their_own():
+    record = {"visual_path": "REFAVS/media/clip_1/frames/7.jpg", "audio_path": "REFAVS/media/clip_1/audio.wav", "fid": 2, "frame_idx": 7}
+    assert tasks.mask_path("ref_avs", record) == "AVUIE_2/ref_avs/REFAVS/gt_mask/clip_1/fid_2/00007.png"
+    assert tasks.mask_path("ref_avs", record | {"visual_path": "media/c/frames/0.jpg", "fid": "0"}) == (
+        "AVUIE_2/ref_avs/gt_mask/c/fid_0/00000.png")
+    train = {"image_path": "media/c/frames/3.jpg", "audio_path": "media/c/audio.wav", "fid": 1, "idx": 3}
+    assert tasks.media_paths("ref_avs", train)[1].second == 3
+    for change, named in (
+        ({"fid": "../1"}, "fid"), ({"fid": -1}, "fid"), ({"visual_path": "c/frames/0.jpg"}, "media/<clip>"),
+        ({"visual_path": "0.jpg"}, "media/<clip>"), ({"visual_path": "media/c/0.jpg"}, "media/<clip>"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            tasks.mask_path("ref_avs", record | change)
+
+
+def test_media_of_ucf_may_lie_in_folders():
+    assert paths("ucf", video_path="swaying_bell/v_1.avi", audio_path="swaying_bell/v_1.wav") == [
+        ("video", "AVUIE_2/ucf/video/swaying_bell/v_1.avi"), ("audio", "AVUIE_2/ucf/audio/swaying_bell/v_1.wav")]
