@@ -12,6 +12,9 @@ from peft.config import PeftConfig
 from .registration import ILORA
 
 ROUTERS = ("token", "uniform")
+ROUTER_INPUTS = ("token", "instruction")
+# Left out of the saved file at these values, so that what was saved before they existed is saved the same today.
+LATER_FIELDS = {"top_k": None, "router_input": "token", "shared_A": True}
 
 
 def _is_positive_int(value) -> bool:
@@ -30,10 +33,11 @@ class ILoraConfig(PeftConfig):
 
         y = W x + scaling * sum_i softmax(R x / router_temperature)_i * B_i A dropout(x)
 
-    where `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. Each field below carries its
-    meaning in its metadata; the published run is r = 128, lora_alpha = 256, num_heads = 3, lora_dropout = 0.1 on the
-    q, k, v, o, gate, up and down projections. Sets given for the module lists are saved sorted, so that the same
-    choice always writes the same bytes.
+    where `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; `shared_A=False` puts an A_i in
+    the place of A, `top_k` takes the softmax over the k largest logits alone, and `router_input` says which x the
+    router reads. Each field below carries its meaning in its metadata; the published run is r = 128, lora_alpha = 256,
+    num_heads = 3, lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Sets given for the module lists
+    are saved sorted, so that the same choice always writes the same bytes.
 
     Raises:
         ValueError: a value out of its range; the message names the field.
@@ -71,6 +75,25 @@ class ILoraConfig(PeftConfig):
     )
     router_temperature: float = field(
         default=1.0, metadata={"help": "Divides the routing logits; smaller is sharper. Published: 1."}
+    )
+    top_k: Optional[int] = field(
+        default=None,
+        metadata={"help": "Let only the k heads with the largest logits work on a token, weighed by a softmax over those "
+                          "k. Needs router='token' and 1 <= top_k <= num_heads; top_k = num_heads is the same as none. "
+                          "With 1 the weight is always 1, and the router gets no gradient. Published: not used."},
+    )
+    router_input: Literal["token", "instruction"] = field(
+        default="token",
+        metadata={"help": "What the router reads. 'token': each token itself (published). 'instruction': the mean of the "
+                          "module's input over the sample's instruction tokens, one set of weights for all its tokens; "
+                          "media tokens come before the instruction under a causal mask, so a router that reads them "
+                          "one by one cannot know the task there. The model must then run inside "
+                          "crab.ilora.instruction_tokens(model, mask)."},
+    )
+    shared_A: bool = field(
+        default=True,
+        metadata={"help": "One down-projection A for all heads (published). False gives each head its own A_i, stacked "
+                          "in one tensor [num_heads * r, in]."},
     )
     router_init_std: float = field(
         default=0.02,
@@ -135,6 +158,13 @@ class ILoraConfig(PeftConfig):
                 "lora_dropout", "in [0, 1)")
         require(self.router in ROUTERS, "router", f"one of {ROUTERS}")
         require(_is_positive_number(self.router_temperature), "router_temperature", "above 0")
+        require(self.top_k is None or (_is_positive_int(self.top_k) and self.top_k <= self.num_heads), "top_k",
+                f"left out, or a whole number from 1 to num_heads={self.num_heads}")
+        require(self.top_k is None or self.router == "token", "top_k", "left out unless router='token'")
+        require(self.router_input in ROUTER_INPUTS, "router_input", f"one of {ROUTER_INPUTS}")
+        require(self.router_input == "token" or self.router == "token", "router_input",
+                "'token' unless router='token' (a uniform router reads nothing)")
+        require(isinstance(self.shared_A, bool), "shared_A", "True or False")
         require(_is_positive_number(self.router_init_std), "router_init_std",
                 "above 0 (a zero router over zero heads never tells the heads apart)")
         require(self.bias == "none", "bias", "'none'")
@@ -146,7 +176,8 @@ class ILoraConfig(PeftConfig):
                 "left out without `layers_to_transform`")
 
     def to_dict(self) -> dict:
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()
+                if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
 
     @classmethod
     def check_kwargs(cls, **kwargs):

@@ -109,7 +109,8 @@ def _adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
             continue
         name = name.removeprefix(WRAPPER)
         r, heads = layer.r[adapter_name], layer.num_heads[adapter_name]
-        shapes[f"{name}.ilora_A.{adapter_name}.weight"] = (r, layer.in_features)
+        rows = r if layer.shared_A[adapter_name] else heads * r
+        shapes[f"{name}.ilora_A.{adapter_name}.weight"] = (rows, layer.in_features)
         shapes[f"{name}.ilora_B.{adapter_name}.weight"] = (layer.out_features, heads * r)
         if isinstance(layer.ilora_router[adapter_name], nn.Linear):
             shapes[f"{name}.ilora_router.{adapter_name}.weight"] = (heads, layer.in_features)
@@ -126,3 +127,34 @@ def _require_fit(expected: dict, given: dict, action: str, adapter_name: str) ->
         raise ValueError(f"{action} '{adapter_name}': {'; '.join(faults[:3])}{more}. "
                          "Its tensors must match the adapted modules one to one; was it made for another base model or "
                          "with another configuration?")
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, router_learning_rate: float) -> list[dict]:
+    """Parameter groups for an optimiser in which the routers learn at their own rate.
+
+    A router that reads the pooled instruction saturates at the adapter's rate; a tenth of it is a place to start.
+
+    Args:
+        model: any module holding I-LoRA layers. Every parameter that requires gradient is in exactly one group.
+        learning_rate: of A, B and whatever else is trained, such as modules_to_save.
+        router_learning_rate: of the routers of every trained adapter; 0 keeps them as they are.
+
+    Returns:
+        [{"params": [...], "lr": learning_rate}, {"params": [routers], "lr": router_learning_rate}], as
+        `torch.optim.AdamW(groups)` or HF Trainer's `optimizers=` take them.
+
+    Raises:
+        ValueError: a rate below 0 or not finite, or no router to train (a uniform one, or a frozen adapter).
+    """
+    for field, rate in (("learning_rate", learning_rate), ("router_learning_rate", router_learning_rate)):
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"parameter_groups: `{field}` must be a number of at least 0, got {rate!r}.")
+    is_router = {id(p) for module in model.modules() if isinstance(module, ILoraLayer)
+                 for p in module.ilora_router.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    routers = [p for p in trained if id(p) in is_router]
+    if not routers:
+        raise ValueError("parameter_groups: the model has no router that requires gradient. Is the adapter active and "
+                         "not frozen, and its config's router='token'?")
+    return [{"params": [p for p in trained if id(p) not in is_router], "lr": learning_rate},
+            {"params": routers, "lr": router_learning_rate}]

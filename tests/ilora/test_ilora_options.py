@@ -1,0 +1,491 @@
+"""The fused layer, the options that are off by default, frozen export and the online recorder."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import crab.ilora
+from crab.ilora import (
+    ILoraConfig,
+    ILoraLayer,
+    fixed_routing,
+    instruction_tokens,
+    parameter_groups,
+    record_routing,
+    record_routing_means,
+    routing_entropy,
+    routing_information,
+    to_static,
+)
+
+
+class Single(nn.Module):
+    def __init__(self, in_features=5, out_features=7, bias=True):
+        super().__init__()
+        self.lin = nn.Linear(in_features, out_features, bias=bias)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def adapted(dtype=torch.float64, base=None, upcast=True, **choices):
+    torch.manual_seed(0)
+    settings = dict(r=2, lora_alpha=3, num_heads=3, target_modules=["lin"], init_weights=False, router_init_std=1.0)
+    return get_peft_model((base or Single()).to(dtype), ILoraConfig(**settings | choices), autocast_adapter_dtype=upcast)
+
+
+def parts(model):
+    layer = model.base_model.model.lin
+    return layer, *(getattr(layer, name)["default"].weight for name in ("ilora_A", "ilora_B", "ilora_router"))
+
+
+def language_model(**choices):
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=None, eos_token_id=31, pad_token_id=0)).eval()
+    if choices.pop("bare", False):
+        return base
+    settings = dict(r=2, lora_alpha=4, num_heads=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
+                    router_init_std=3.0, init_weights=False)
+    return get_peft_model(base, ILoraConfig(**settings | choices)).eval()
+
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS):
+    return model(input_ids=tokens).logits
+
+
+# ---- the fused layer
+
+@pytest.mark.parametrize("choices", [{}, dict(num_heads=1), dict(router_temperature=0.3), dict(top_k=2), dict(top_k=1),
+                                     dict(shared_A=False), dict(shared_A=False, top_k=2, use_rslora=True)])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (4, 3, 5), (0, 5), (2, 0, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_equals_the_modules_called_one_by_one(choices, shape, bias):
+    model = adapted(base=Single(bias=bias), **choices)
+    layer, *weights = parts(model)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(*shape[:-1], 7, dtype=torch.float64)
+    found = []
+    for fused in (True, False):
+        layer.fused = fused
+        y = model(x)
+        assert ("Fused" in type(y.grad_fn.next_functions[0][0]).__name__) == fused
+        found.append((y.detach(), *torch.autograd.grad((y * target).sum(), (x, *weights), materialize_grads=True)))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("choices", [{}, dict(top_k=2), dict(shared_A=False, router_temperature=2.0)])
+def test_first_and_second_derivatives(choices):
+    model = adapted(**choices)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    call = lambda x, *values: torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, *values))
+    assert torch.autograd.gradgradcheck(call, (x, *values))
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    model = adapted()
+    layer, A, B, R = parts(model)
+    A.requires_grad_(False)
+    R.requires_grad_(False)
+    model(torch.randn(4, 5, dtype=torch.float64)).sum().backward()
+    assert A.grad is None and R.grad is None and B.grad is not None and layer.base_layer.weight.grad is None
+
+
+def test_the_output_may_be_changed_in_place():
+    model = adapted()
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    y = model(x)
+    y.mul_(2)
+    grad = torch.autograd.grad(y.sum(), x)[0]
+    torch.testing.assert_close(grad, 2 * torch.autograd.grad(model(x).sum(), x)[0])
+
+
+class Sizes(TorchDispatchMode):
+    """Elements of every tensor with storage of its own that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.made.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_second_tensor_of_the_outputs_or_inputs_size(grad):
+    tokens, wide_in, wide_out = 50, 64, 96
+    model = adapted(torch.float32, Single(wide_in, wide_out))
+    x = torch.randn(tokens, wide_in, requires_grad=True)
+    with torch.set_grad_enabled(grad), Sizes() as forward:
+        y = model(x)
+    assert forward.made.count(tokens * wide_out) == 1 and sorted(forward.made)[-2] < tokens * wide_in / 2
+    if grad:
+        with Sizes() as backward:
+            torch.autograd.grad(y, (x, *parts(model)[1:]), torch.ones_like(y))
+        assert backward.made.count(tokens * wide_in) == 1 and backward.made.count(tokens * wide_out) == 1  # ones_like
+
+
+def kept_bytes(model, x):
+    """Bytes that wait for backward, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("wide_in, wide_out, tokens, r, heads", [
+    (128, 320, 256, 4, 3), (576, 1536, 64, 8, 3), (128, 128, 64, 4, 3), (128, 320, 64, 4, 16), (512, 512, 64, 128, 3)])
+def test_memory_kept_for_backward_is_near_plain_loras(wide_in, wide_out, tokens, r, heads):
+    x = torch.randn(2, tokens // 2, wide_in, requires_grad=True)
+    torch.manual_seed(0)
+    plain = get_peft_model(Single(wide_in, wide_out), LoraConfig(r=r, lora_alpha=8, target_modules=["lin"]))
+    theirs = kept_bytes(plain, x)
+    assert theirs == 4 * tokens * (wide_in + r)
+    ours = adapted(torch.float32, Single(wide_in, wide_out), r=r, num_heads=heads)
+    assert kept_bytes(ours, x) <= 1.15 * theirs
+    parts(ours)[0].fused = False
+    assert kept_bytes(ours, x) > 4 * tokens * (wide_in + r + heads * r)
+
+
+def test_a_half_precision_base_rounds_the_sum_once():
+    model = adapted(torch.bfloat16, Single(16, 24))
+    layer, A, B, R = parts(model)
+    assert A.dtype == torch.float32 and layer.base_layer.weight.dtype == torch.bfloat16
+    x = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True)
+    y = model(x)
+    grads = torch.autograd.grad(y.float().sum(), (x, A, B, R))
+    assert y.dtype == torch.bfloat16 and [g.dtype for g in grads] == [torch.bfloat16] + 3 * [torch.float32]
+    base = layer.base_layer(x)
+    A, B, R, wide = A.double(), B.double(), R.double(), x.double()
+    w, z = torch.softmax(wide @ R.T, -1), wide @ A.T
+    exact = base.double() + 1.5 * sum(w[:, i:i + 1] * (z @ B[:, 2 * i:2 * i + 2].T) for i in range(3))
+    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+
+
+def test_hooks_on_the_parts_still_work():
+    model = adapted()
+    layer = parts(model)[0]
+    x = torch.randn(3, 5, dtype=torch.float64)
+    wanted, seen = model(x), []
+    for part in (layer.base_layer, layer.ilora_A["default"], layer.ilora_router["default"], layer.ilora_B["default"]):
+        handle = part.register_forward_hook(lambda module, args, out: seen.append((module, out)))
+        torch.testing.assert_close(model(x), wanted)
+        handle.remove()
+        assert seen[-1][0] is part
+    torch.testing.assert_close(seen[0][1], layer.base_layer(x))  # the base's own output, not the sum
+
+
+def test_compiles_whole_and_under_function_transforms():
+    model = adapted()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+    found = torch.func.vmap(torch.func.grad(lambda row: model(row).square().sum()))(x)
+    x.requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), x)[0])
+
+
+def test_autocast_dropout_and_several_adapters_go_by_the_modules():
+    model = adapted(torch.float32)
+    layer = parts(model)[0]
+    x = torch.randn(3, 5)
+    assert layer._fusible("default", x) is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer._fusible("default", x) is None
+    layer.base_layer.weight.requires_grad_(True)
+    assert layer._fusible("default", x) is None
+    dropping = adapted(torch.float32, lora_dropout=0.5)
+    assert parts(dropping.train())[0]._fusible("default", x) is None
+    assert parts(dropping.eval())[0]._fusible("default", x) is not None
+    first = model(x)
+    model.add_adapter("second", ILoraConfig(r=1, lora_alpha=1, num_heads=2, target_modules=["lin"], init_weights=False))
+    model.set_adapter("second")
+    second = model(x)
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(model(x), first + second - layer.base_layer(x))
+
+
+# ---- options
+
+def test_top_k_by_hand():
+    model = adapted(top_k=2, num_heads=4)
+    layer, A, B, R = parts(model)
+    x = torch.randn(6, 5, dtype=torch.float64)
+    for token, y in zip(x, model(x), strict=True):
+        scores = (R @ token).detach()
+        best = sorted(range(4), key=lambda i: -scores[i])[:2]
+        total = sum(math.exp(scores[i]) for i in best)
+        expected = layer.base_layer(token)
+        for i in best:
+            expected = expected + 1.5 * math.exp(scores[i]) / total * (B[:, 2 * i:2 * i + 2] @ (A @ token))
+        torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(adapted(top_k=4, num_heads=4)(x), adapted(num_heads=4)(x))
+
+
+def test_an_a_for_each_head_by_hand():
+    model = adapted(shared_A=False)
+    layer, A, B, R = parts(model)
+    assert A.shape == (6, 5)
+    x = torch.randn(6, 5, dtype=torch.float64)
+    w = torch.softmax(x @ R.T, -1)
+    heads = [x @ A[2 * i:2 * i + 2].T @ B[:, 2 * i:2 * i + 2].T for i in range(3)]
+    torch.testing.assert_close(model(x), layer.base_layer(x) + 1.5 * sum(w[:, i:i + 1] * heads[i] for i in range(3)))
+
+
+OPTIONS = [dict(top_k=2), dict(shared_A=False), dict(router_input="instruction"), dict(router_temperature=0.5),
+           dict(router="uniform", shared_A=False), dict(use_rslora=True, rank_pattern={"q_proj": 3})]
+
+
+@pytest.mark.parametrize("choices", OPTIONS, ids=lambda c: "-".join(c))
+def test_options_survive_saving(choices, tmp_path):
+    model = language_model(**choices)
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    with instruction_tokens(model, mask):
+        wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert all(written[name] == value for name, value in choices.items())
+    loaded = PeftModel.from_pretrained(language_model(bare=True), tmp_path)
+    with instruction_tokens(loaded, mask):
+        assert torch.equal(logits(loaded), wanted)
+
+
+def test_options_left_alone_are_not_written(tmp_path):
+    language_model().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not {"top_k", "router_input", "shared_A"} & set(written)
+
+
+@pytest.mark.parametrize("choices, message", [
+    (dict(top_k=0), "`top_k` must be"), (dict(top_k=4), "from 1 to num_heads=3"), (dict(top_k=True), "`top_k` must be"),
+    (dict(top_k=1, router="uniform"), "unless router='token'"), (dict(router_input="prompt"), "`router_input` must be one of"),
+    (dict(router_input="instruction", router="uniform"), "reads nothing"), (dict(shared_A=1), "`shared_A` must be"),
+])
+def test_bad_options(choices, message):
+    with pytest.raises(ValueError, match=message):
+        adapted(**choices)
+
+
+# ---- the instruction as the router's input
+
+def test_instruction_router_by_hand():
+    model = adapted(router_input="instruction")
+    layer, A, B, R = parts(model)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    mask = torch.tensor([[False, True, True, False], [False, False, False, True]])
+    with instruction_tokens(model, mask), record_routing(model) as routing:
+        y = model(x)
+    for sample, here, found in zip(x, mask, y, strict=True):
+        w = torch.softmax(R @ sample[here].mean(0), -1)
+        delta = sum(w[i] * (sample @ A.T @ B[:, 2 * i:2 * i + 2].T) for i in range(3))
+        torch.testing.assert_close(found, layer.base_layer(sample) + 1.5 * delta)
+    assert routing["lin"][0].shape == (2, 4, 3) and torch.equal(routing["lin"][0][:, 0], routing["lin"][0][:, 3])
+
+
+def test_instruction_router_through_generate():
+    model = language_model(router_input="instruction")
+    mask = torch.tensor([[False, True, True, False, False, False], [False, False, True, True, True, False]])
+    options = dict(attention_mask=torch.ones_like(TOKENS), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with instruction_tokens(model, mask), record_routing(model) as routing:
+        made = model.generate(input_ids=TOKENS, **options)
+    first, *others = routing["model.layers.1.mlp.down_proj"]
+    assert all(torch.equal(step, first[:, :1]) for step in others) and len(others) == 3
+    # without a cache: the whole sequence again, the answer outside the mask
+    with instruction_tokens(model, nn.functional.pad(mask, (0, 4))):
+        scores = logits(model, made)
+    assert torch.equal(scores[:, 5:-1, :31].argmax(-1), made[:, 6:])
+
+
+def test_instruction_router_refusals():
+    model = adapted(router_input="instruction")
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="instruction_tokens"):
+        model(x)
+    with instruction_tokens(model, mask), pytest.raises(ValueError, match=r"\[3, 4, 5\].*\[2, 4\]"):
+        model(torch.randn(3, 4, 5, dtype=torch.float64))
+    for wrong, message in ((mask.int(), "must be bool"), (mask[0], "must be bool"), (mask & False, r"\[0, 1\] have none")):
+        with pytest.raises(ValueError, match=message), instruction_tokens(model, wrong):
+            pass
+    with pytest.raises(ValueError, match="instruction_tokens"):  # nothing stays behind
+        model(x)
+
+
+# ---- a learning rate of its own for the router
+
+def test_parameter_groups():
+    model = language_model(modules_to_save=["lm_head"])
+    rest, routers = parameter_groups(model, 1e-2, 1e-3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert (rest["lr"], routers["lr"]) == (1e-2, 1e-3) and len(routers["params"]) == 4
+    assert all("ilora_router" in names[id(p)] for p in routers["params"])
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert sorted(names[id(p)] for p in rest["params"] + routers["params"]) == sorted(trained)
+    torch.optim.AdamW([rest, routers])
+    with pytest.raises(ValueError, match="no router that requires gradient"):
+        parameter_groups(language_model(router="uniform"), 1e-2, 1e-3)
+    with pytest.raises(ValueError, match="`router_learning_rate` must be"):
+        parameter_groups(model, 1e-2, -1)
+
+
+# ---- frozen export
+
+FIXED = [0.6, 0.3, 0.1]
+
+
+@pytest.mark.parametrize("choices, fold, rank", [
+    ({}, False, 6), ({}, True, 2), (dict(shared_A=False, use_rslora=True), False, 6),
+    (dict(rank_pattern={r"layers\.1\.self_attn\.q_proj": 3}), False, 6), (dict(modules_to_save=["lm_head"]), True, 2)])
+def test_static_lora_equals_the_adapter_with_these_weights(choices, fold, rank, tmp_path):
+    model = language_model(**choices)
+    if "modules_to_save" in choices:
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    before = logits(model)
+    with fixed_routing(model, FIXED):
+        wanted = logits(model)
+    made = to_static(model, FIXED, tmp_path, run=lambda: model(input_ids=TOKENS).logits, fold=fold)
+    assert torch.equal(logits(model), before) and not torch.allclose(before, wanted)
+    loaded = PeftModel.from_pretrained(language_model(bare=True), tmp_path)
+    assert isinstance(loaded.peft_config["default"], LoraConfig) and made.config.r == rank
+    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-5, atol=1e-6)
+    on_disk = load_file(tmp_path / "adapter_model.safetensors")
+    assert on_disk.keys() == made.state_dict.keys()
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), wanted, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        base = logits(model)
+    assert made.error == pytest.approx(float((wanted - before).norm() / (before - base).norm()), rel=1e-4)
+
+
+def test_static_lora_costs_nothing_when_the_weights_never_change():
+    model = language_model(router="uniform")
+    made = to_static(model, [1 / 3] * 3, run=lambda: model(input_ids=TOKENS).logits)
+    assert made.error < 1e-6
+
+
+def test_static_lora_refusals():
+    model = language_model()
+    run = lambda: model(input_ids=TOKENS).logits  # noqa: E731
+    for weights, message in (([1.0, 0.0], "3 finite numbers"), ([math.nan, 0, 1], "3 finite numbers"),
+                             ({"model.layers.0.self_attn.q_proj": FIXED}, "one to one; missing")):
+        with pytest.raises(ValueError, match=message):
+            to_static(model, weights)
+    with pytest.raises(ValueError, match="no I-LoRA layers"):
+        to_static(language_model(bare=True), FIXED)
+    with pytest.raises(ValueError, match="have their own"):
+        to_static(language_model(shared_A=False), FIXED, fold=True)
+    with pytest.raises(ValueError, match="call model.eval"):
+        to_static(model.train(), FIXED, run=run)
+    model = language_model(init_weights=True)
+    with pytest.raises(ValueError, match="does not change the output"):
+        to_static(model, FIXED, run=run)
+
+
+# ---- means
+
+KINDS = torch.tensor([[1, 1, 2, 0, 0, 3], [-1, 1, 2, 2, 0, 3]])
+
+
+def test_means_equal_those_of_everything_recorded():
+    model = language_model()
+    batches = [("ks", TOKENS, KINDS), ("ave", TOKENS + 9, KINDS.flip(0)), ("ks", TOKENS + 3, KINDS)]
+    wanted = [logits(model, tokens) for _, tokens, _ in batches]
+    every = {}
+    with record_routing_means(model) as means:
+        for (group, tokens, kinds), plain in zip(batches, wanted, strict=True):
+            means.label(kinds, group)
+            with record_routing(model) as routing:
+                assert torch.equal(logits(model, tokens), plain)
+            for name, (weights,) in routing.items():
+                for kind, segment in enumerate(crab.ilora.routing.SEGMENTS):
+                    every.setdefault((group, name, segment), []).append(weights[kinds == kind].double())
+    logits(model)  # not recorded
+    found = {}
+    for row in means.rows():
+        found.setdefault((row["group"], row["module"], row["segment"]), []).append(row)
+    assert found.keys() == every.keys()
+    for key, rows in found.items():
+        weights = torch.cat(every[key])
+        assert [r["head"] for r in rows] == [0, 1, 2] and rows[0]["tokens"] == len(weights)
+        assert [r["weight"] for r in rows] == pytest.approx(weights.mean(0).tolist(), abs=1e-7)
+        assert rows[0]["entropy"] == pytest.approx(float(-(weights * weights.log2()).sum(-1).mean()), abs=1e-6)
+    name = "model.layers.1.mlp.down_proj"
+    video = torch.stack([torch.cat(every[group, name, "video"]).mean(0) for group in ("ks", "ave")])
+    torch.testing.assert_close(means.weights("ks", ["video"])[name], video[0], atol=1e-7, rtol=0)
+    assert means.information(["video"])[name] == pytest.approx(routing_information(video), abs=1e-6)
+    whole = torch.cat([w for (_, module, _), many in every.items() if module == name for w in many])
+    torch.testing.assert_close(means.weights()[name], whole.mean(0), atol=1e-7, rtol=0)
+    assert to_static(model, means.weights("ks")).config.r == 6
+
+
+def test_means_through_generate_in_constant_memory():
+    model = language_model()
+    options = dict(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), do_sample=False)
+    sizes = []
+    for new in (1, 6):
+        with record_routing_means(model) as means:
+            means.label(KINDS.where(KINDS != 3, 0))
+            model.generate(**options, max_new_tokens=new, min_new_tokens=new)
+        sizes.append(sum(s.numel() for sums in means._sums.values() for s in sums.values()))
+    assert sizes[0] == sizes[1]
+    tokens = {row["segment"]: row["tokens"] for row in means.rows()}
+    assert tokens == {"text": 5, "video": 3, "audio": 3, "answer": 2 * 5}  # the last new token is never read
+
+
+def test_entropy_and_information_by_hand():
+    assert routing_entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75]])).tolist() == pytest.approx([0, 1, 0.811278])
+    assert routing_information(torch.eye(4)) == pytest.approx(2)
+    assert routing_information(torch.tensor([[0.3, 0.7]] * 2)) == pytest.approx(0, abs=1e-7)
+    assert routing_information(torch.tensor([[0.75, 0.25], [0.25, 0.75]])) == pytest.approx(1 - 0.811278, abs=1e-6)
+    assert routing_information(torch.eye(2), torch.tensor([1, 0])) == 0
+
+
+def test_recorders_refuse():
+    model = language_model()
+    with record_routing_means(model) as means:
+        means.label(KINDS[:, :4])
+        with pytest.raises(ValueError, match=r"saw tokens \[2, 6\].*\[2, 4\]"):
+            logits(model)
+        for kinds, message in ((KINDS + 1, "holds 4"), (KINDS.float(), "whole numbers"), (KINDS[0], "whole numbers")):
+            with pytest.raises(ValueError, match=message):
+                means.label(kinds)
+    with pytest.raises(ValueError, match="`generated` must be"), record_routing_means(model, ("a", "b")):
+        pass
+    layer = next(m for m in model.modules() if isinstance(m, ILoraLayer))
+    with torch.no_grad():
+        layer.ilora_router["default"].weight[0, 0] = math.nan
+    with record_routing_means(model) as means:
+        logits(model)
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*not finite"):
+        means.rows()
+    with record_routing(model), pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*not finite"):
+        logits(model)

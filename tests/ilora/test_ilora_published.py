@@ -1,0 +1,435 @@
+"""The published adapter file, fabricated at small sizes in its exact shape, on a small thinker."""
+
+import json
+import math
+import os
+import pickle
+import re
+import stat
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from crab.ilora import ILoraConfig, ILoraLayer, published
+from crab.ilora.published import PUBLISHED_TARGETS, import_published, published_state_dict, read_published
+from crab.models import omni
+
+HIDDEN, KEYS, MLP, ENCODER, LAYERS = 32, 16, 48, 32, 2
+SIZE = dict(
+    hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1,
+    rope_theta=1e4, encoder_size=ENCODER, vision_layers=LAYERS, audio_layers=LAYERS, image_size=112, patch_size=14,
+    merge_size=4, mel_bins=16, hop_length=2000, n_fft=2048,
+)  # fmt: skip
+R, N, ALPHA = 2, 3, 5.0
+
+# Beginnings of module names as published, as they are here, and (in, out) of the projections.
+PLACES = [
+    ("base_model.model.model.layers.{}.self_attn", "model.language_model.layers.{}.self_attn",
+     {"q": (HIDDEN, HIDDEN), "k": (HIDDEN, KEYS), "v": (HIDDEN, KEYS), "o": (HIDDEN, HIDDEN)}),
+    ("base_model.model.model.layers.{}.mlp", "model.language_model.layers.{}.mlp",
+     {"gate": (HIDDEN, MLP), "up": (HIDDEN, MLP), "down": (MLP, HIDDEN)}),
+    ("base_model.model.audio_tower.layers.{}.self_attn", "model.audio_tower.layers.{}.self_attn",
+     {"q": (ENCODER, ENCODER), "k": (ENCODER, ENCODER), "v": (ENCODER, ENCODER)}),
+    ("base_model.model.visual.blocks.{}.mlp", "model.visual.blocks.{}.mlp",
+     {"gate": (ENCODER, 2 * ENCODER), "up": (ENCODER, 2 * ENCODER), "down": (2 * ENCODER, ENCODER)}),
+]
+MODULES = {f"{theirs.format(i)}.{short}_proj": (f"{here.format(i)}.{short}_proj", sizes)
+           for theirs, here, projections in PLACES for i in range(LAYERS) for short, sizes in projections.items()}
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+EAR = "base_model.model.audio_tower.layers.1.self_attn.k_proj"
+EYE = "base_model.model.visual.blocks.0.mlp.down_proj"
+
+
+def fabricate(r=R, heads=N, dtype=torch.float32):
+    """Tensors with the names and shapes the published training saves."""
+    g = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, (_, (inside, outside)) in MODULES.items():
+        tensors[f"{name}.lora_route.weight"] = torch.randn(heads, inside, generator=g)
+        tensors[f"{name}.lora_A.weight"] = torch.randn(r, inside, generator=g) / math.sqrt(inside)
+        for i in range(heads):
+            tensors[f"{name}.lora_B{i}.weight"] = 0.2 * torch.randn(outside, r, generator=g)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return omni.build_processor(["heard", "is", "what"], ["<answer>", "</answer>"], SIZE)
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    """A clip of four frames with two seconds of sound, and a question."""
+    g = np.random.default_rng(0)
+    media = [omni.Media("video", g.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)),
+             omni.Media("audio", g.normal(size=32_000).astype(np.float32))]
+    return {k: torch.as_tensor(v) for k, v in omni.prepare(processor, media, "what is heard ?").items()}
+
+
+@pytest.fixture
+def base(processor):
+    return omni.build_model(processor, SIZE, seed=0).eval()
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes tensors as the published training does and returns the path."""
+    def write(tensors=None, **options):
+        path = tmp_path / "finetune_weights.bin"
+        torch.save(fabricate() if tensors is None else tensors, path, **options)
+        return path
+
+    return write
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def published_loop(model, tensors, alpha, within=""):
+    """The published formula, one head after the other, added to each module's output by a hook."""
+    def hook_for(name):
+        A, R = (tensors[f"{name}.{part}.weight"] for part in ("lora_A", "lora_route"))
+        heads = [tensors[f"{name}.lora_B{i}.weight"] for i in range(len(R))]
+
+        def hook(module, args, result):
+            weights = torch.softmax(args[0] @ R.T, dim=-1, dtype=torch.float32)
+            for i, B in enumerate(heads):
+                result = result + weights[..., i, None] * (args[0] @ A.T @ B.T) * alpha / len(A)
+            return result
+
+        return hook
+
+    return [model.get_submodule(here).register_forward_hook(hook_for(name))
+            for name, (here, _) in MODULES.items() if within in name]
+
+
+# ---- there
+
+@pytest.mark.parametrize("r, heads", [(2, 3), (3, 2), (1, 1)])
+def test_imported_adapter_is_the_published_loop(base, processor, inputs, file, tmp_path, r, heads):
+    tensors = fabricate(r, heads)
+    config = import_published(file(tensors), base, tmp_path / "adapter", lora_alpha=ALPHA)
+    assert (config.r, config.num_heads, config.lora_alpha, config.lora_dropout) == (r, heads, ALPHA, 0.1)
+    plain = logits(base, inputs)
+    adapted = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), inputs)
+
+    reference = omni.build_model(processor, SIZE, seed=0).eval()
+    assert torch.equal(logits(reference, inputs), plain)
+    for handle in published_loop(reference, tensors, ALPHA, within="model.model.layers"):
+        handle.remove()
+    for part in ("audio_tower", "visual", "model.model.layers"):  # each part has its say in the logits
+        before = logits(reference, inputs)
+        published_loop(reference, tensors, ALPHA, within=part)
+        assert (logits(reference, inputs) - before).abs().max() > 1e-3
+    torch.testing.assert_close(adapted, logits(reference, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_loads_bit_equal_at_exactly_the_published_targets(base, file, tmp_path):
+    tensors = fabricate()
+    import_published(file(tensors), base, tmp_path / "adapter", lora_alpha=ALPHA)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, ILoraLayer)}
+    assert sorted(layers) == sorted(here for here, _ in MODULES.values())
+    assert len(layers) == LAYERS * (7 + 3 + 3)
+    for name, (here, (inside, outside)) in MODULES.items():
+        a, b, route = (getattr(layers[here], p)["default"].weight for p in ("ilora_A", "ilora_B", "ilora_router"))
+        assert b.shape == (outside, N * R)
+        assert torch.equal(a, tensors[f"{name}.lora_A.weight"])
+        assert torch.equal(route, tensors[f"{name}.lora_route.weight"])
+        for i in range(N):
+            assert torch.equal(b[:, i * R : (i + 1) * R], tensors[f"{name}.lora_B{i}.weight"])
+        assert layers[here].scaling["default"] == ALPHA / R
+
+
+def test_the_folder_is_what_save_pretrained_would_write(base, file, tmp_path):
+    import_published(file(), base, tmp_path / "adapter", lora_alpha=ALPHA)
+    assert sorted(os.listdir(tmp_path / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "again")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    one, two = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("adapter", "again"))
+    differing = {k for k in one | two if one.get(k) != two.get(k)} - {"auto_mapping", "base_model_name_or_path"}
+    assert not differing
+
+
+def test_a_base_on_the_meta_device_will_do(base, file, tmp_path):
+    import_published(file(), base, tmp_path / "full", lora_alpha=ALPHA)
+    import_published(file(), base.to("meta"), tmp_path / "meta", lora_alpha=ALPHA)
+    for name in os.listdir(tmp_path / "full"):
+        assert (tmp_path / "full" / name).read_bytes() == (tmp_path / "meta" / name).read_bytes()
+
+
+@pytest.mark.parametrize("before", ["module.", "thinker.", "module._orig_mod."])
+def test_a_shared_prefix_is_dropped(base, file, tmp_path, before):
+    tensors = fabricate()
+    assert list(read_published(file({before + name: t for name, t in tensors.items()}))) == list(tensors)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_both_of_torchs_file_formats(file, zipped):
+    tensors = fabricate()
+    read = read_published(file(tensors, _use_new_zipfile_serialization=zipped))
+    assert read.keys() == tensors.keys() and all(torch.equal(read[k], tensors[k]) for k in tensors)
+
+
+def test_training_goes_on_from_the_imported_adapter(base, inputs, file, tmp_path):
+    import_published(file(), base, tmp_path / "adapter", lora_alpha=ALPHA)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    assert all(("ilora_" in n) == p.requires_grad for n, p in model.named_parameters())
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    grown = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert {"audio_tower", "visual", "language_model"} == {n.split(".")[3] for n in grown}
+
+
+# ---- and back
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_back_to_the_published_names_and_values(base, file, tmp_path, dtype):
+    tensors = fabricate(dtype=dtype)
+    import_published(file(tensors), base, tmp_path / "adapter", lora_alpha=ALPHA)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    back = published_state_dict(model)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[k].to(dtype), tensors[k]) and back[k].is_contiguous() for k in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in back.values()}) == len(back), "tensors share memory"
+    back[f"{Q0}.lora_A.weight"].zero_()
+    assert torch.equal(published_state_dict(model)[f"{Q0}.lora_A.weight"].to(dtype), tensors[f"{Q0}.lora_A.weight"])
+
+
+def test_an_adapter_trained_here_goes_out_and_comes_in_again(base, inputs, file, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(base, ILoraConfig(r=2, lora_alpha=ALPHA, num_heads=4, target_modules=PUBLISHED_TARGETS,
+                                             init_weights=False, lora_dropout=0.1)).eval()
+    wanted = logits(model, inputs)
+    path = file(published_state_dict(model))
+    base = model.unload()
+    import_published(path, base, tmp_path / "adapter", lora_alpha=ALPHA)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), inputs), wanted)
+
+
+def test_named_and_partial_adapters_go_out(base, file, tmp_path):
+    import_published(file(), base, tmp_path / "adapter", lora_alpha=ALPHA)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    model.add_adapter("words", ILoraConfig(r=1, lora_alpha=1, num_heads=2, target_modules=omni.LANGUAGE_TARGETS))
+    names = set(published_state_dict(model, "words"))
+    modules = {name for name in MODULES if name.startswith("base_model.model.model.")}
+    assert names == {f"{m}.{p}.weight" for m in modules for p in ("lora_A", "lora_route", "lora_B0", "lora_B1")}
+    assert published_state_dict(model).keys() == fabricate().keys()
+    model.set_adapter("words")
+    assert set(published_state_dict(model)) == names
+    model.base_model.set_adapter(["default", "words"])
+    with pytest.raises(ValueError, match="give `adapter_name`"):
+        published_state_dict(model)
+    with pytest.raises(ValueError, match="no I-LoRA adapter 'nobody'"):
+        published_state_dict(model, "nobody")
+
+
+def test_at_full_size_these_are_the_published_runs_parameters():
+    """Against the count in the published run's list of trainable parameters: 870.48 million at r = 128, N = 3."""
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                         num_key_value_heads=4, vocab_size=152064),
+        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584),
+        audio_config=dict(encoder_layers=32, d_model=1280, encoder_ffn_dim=5120, encoder_attention_heads=20,
+                          output_dim=3584))
+    with torch.device("meta"):
+        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    found = [m for name, m in model.named_modules() if re.fullmatch(PUBLISHED_TARGETS, name)]
+    assert len(found) == 28 * 7 + 32 * 3 + 32 * 3
+    assert sum(128 * m.in_features + 3 * 128 * m.out_features + 3 * m.in_features for m in found) == 870_480_512
+
+
+OPTIONS = dict(top_k=1, router_input="instruction", shared_A=False)
+
+
+@pytest.mark.parametrize("choices, message", [
+    *((dict([option]), f"`{option[0]}` is .*cannot say") for option in OPTIONS.items()
+      if option[0] in ILoraConfig.__dataclass_fields__),
+    (dict(use_rslora=True), "`use_rslora` is True.*cannot say"),
+    (dict(router="uniform"), "`router` is 'uniform'"),
+    (dict(router_temperature=0.5), "`router_temperature` is 0.5"),
+    (dict(modules_to_save=["lm_head"]), "`modules_to_save` is"),
+    (dict(rank_pattern={"k_proj": 1}), r"k_proj.*\(1, 3, 5.0\).*`rank_pattern`"),
+    (dict(alpha_pattern={"k_proj": 1}), r"k_proj.*\(2, 3, 1\).*`alpha_pattern`"),
+    (dict(target_modules=["q_proj", "out_proj"]), "out_proj is adapted, but the published format has no name"),
+])
+def test_what_the_published_format_cannot_say(base, choices, message):
+    settings = dict(r=R, lora_alpha=ALPHA, num_heads=N, target_modules=PUBLISHED_TARGETS) | choices
+    with pytest.raises(ValueError, match=message):
+        published_state_dict(get_peft_model(base, ILoraConfig(**settings)))
+
+
+def test_a_shard_does_not_go_out(base):
+    model = get_peft_model(base, ILoraConfig(r=R, lora_alpha=ALPHA, target_modules=PUBLISHED_TARGETS))
+    layer = model.get_submodule("base_model.model.model.visual.blocks.1.mlp.up_proj")
+    layer.ilora_B["default"].weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"visual.blocks.1.mlp.up_proj.ilora_B has shape \[0\] .*gather"):
+        published_state_dict(model)
+
+
+def test_going_out_needs_i_lora(base):
+    for model in (base, get_peft_model(base, LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(ValueError, match="not a PEFT model with I-LoRA layers"):
+            published_state_dict(model)
+
+
+# ---- refusals: tensors that do not fit
+
+def drop(*beginnings, ending=""):
+    def change(tensors):
+        for name in [n for n in tensors if n.startswith(beginnings) and n.endswith(ending)]:
+            del tensors[name]
+
+    return change
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+@pytest.mark.parametrize("change, message", [
+    (drop(f"{Q0}.lora_A"), f"missing: {Q0}.lora_A.weight .fetch the whole file"),
+    (drop(f"{Q0}.lora_route"), f"missing: {Q0}.lora_route.weight"),
+    (drop(f"{EAR}.lora_B1"), f"missing: {EAR}.lora_B1.weight"),
+    (drop(f"{EYE}.lora_B2"), f"missing: {EYE}.lora_B2.weight"),
+    (drop("base_model", ending="lora_B2.weight"), "3 heads.*missing: .*lora_B2.weight; .* and 23 more"),
+    (drop("base_model.model.visual"), "missing: base_model.model.visual.blocks.0.mlp.gate_proj"),
+    (drop("base_model.model.model.layers.1"), "missing: base_model.model.model.layers.1"),
+    (put(f"{Q0}.lora_B3.weight", torch.ones(HIDDEN, R)), f"spare: {Q0}.lora_B3.weight .give the base"),
+    (put(f"{Q0}.lora_route.bias", torch.ones(N)), f"spare: {Q0}.lora_route.bias"),
+    (put(EAR.replace("k_proj", "out_proj") + ".lora_A.weight", torch.ones(R, ENCODER)), "spare: .*out_proj.lora_A"),
+    (put("base_model.model.lm_head.lora_A.weight", torch.ones(R, HIDDEN)), "spare: base_model.model.lm_head.lora_A"),
+    (put(f"{Q0}.lora_A.weight", torch.ones(R + 1, HIDDEN)),
+     rf"misshapen: {Q0}.lora_A.weight has shape \[3, 32\], needs \[2, 32\] .give the base"),
+    (put(f"{EYE}.lora_A.weight", torch.ones(R, ENCODER)), rf"{EYE}.lora_A.weight has shape \[2, 32\], needs \[2, 64\]"),
+    (put(f"{EAR}.lora_route.weight", torch.ones(N - 1, ENCODER)),
+     rf"{EAR}.lora_route.weight has shape \[2, 32\], needs \[3, 32\]"),
+    (put(f"{Q0}.lora_B0.weight", torch.ones(R * HIDDEN)), rf"{Q0}.lora_B0.weight has shape \[64\], needs \[32, 2\]"),
+    (put(f"{Q0}.lora_A.weight", torch.full((R, HIDDEN), float("nan"))), f"{Q0}.lora_A.weight holds NaN"),
+    (put(f"{Q0}.lora_A.weight", torch.ones(R, HIDDEN, dtype=torch.int8)), f"{Q0}.lora_A.weight is torch.int8"),
+    (put(f"{Q0}.lora_A.weight", [1.0]), f"'{Q0}.lora_A.weight' is a list"),
+    (put("module.base_model.model.model.x", torch.ones(1)), "'module.base_model.model.model.x' is not of the published"),
+    (put("lm_head.weight", torch.ones(1)), "'lm_head.weight' is not of the published form"),
+    (put(7, torch.ones(1)), "entry 7 is a Tensor"),
+])
+def test_tensors_that_do_not_fit_are_named(base, file, tmp_path, change, message):
+    tensors = fabricate()
+    change(tensors)
+    path = file(tensors)
+    with pytest.raises(ValueError, match=message):
+        import_published(path, base, tmp_path / "adapter", lora_alpha=ALPHA)
+    assert os.listdir(tmp_path) == [path.name], "something was written"
+
+
+@pytest.mark.parametrize("holds, message", [
+    ({}, "an empty dict"), ([torch.ones(1)], "holds a list"), (torch.ones(1), "holds a Tensor"),
+    ({"state_dict": {"a": torch.ones(1)}}, "entry 'state_dict' is a dict.*save that inner dict"),
+    ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1)}, "is not of the published form"),
+    ({f"{Q0}.lora_A.weight": torch.ones(1, 1), f"{Q0}.lora_B.weight": torch.ones(1, 1)}, "PEFT itself"),
+])
+def test_files_that_hold_something_else(base, file, tmp_path, holds, message):
+    with pytest.raises(ValueError, match=message):
+        import_published(file(holds), base, tmp_path / "adapter", lora_alpha=ALPHA)
+
+
+def test_another_base(processor, file, tmp_path):
+    larger = omni.build_model(processor, SIZE | dict(num_hidden_layers=3, intermediate_size=64), seed=0)
+    with pytest.raises(ValueError, match=r"missing: base_model.model.model.layers.2.*misshapen: .*needs \[64, 2\]"):
+        import_published(file(), larger, tmp_path / "adapter", lora_alpha=ALPHA)
+
+
+def test_models_that_are_not_a_bare_thinker(base, file, tmp_path):
+    for model in (base.model, torch.nn.Linear(2, 2), get_peft_model(base, LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no linear modules under 'model.language_model."):
+            import_published(file(), model, tmp_path / "adapter", lora_alpha=ALPHA)
+
+
+def test_alpha_is_demanded(base, file, tmp_path):
+    with pytest.raises(TypeError, match="lora_alpha"):
+        import_published(file(), base, tmp_path / "adapter")
+    for alpha in (None, 0):
+        with pytest.raises(ValueError, match="`lora_alpha` must be given"):
+            import_published(file(), base, tmp_path / "adapter", lora_alpha=alpha)
+    assert not (tmp_path / "adapter").exists()
+
+
+# ---- refusals: files that are not whole, or not safe
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kept", [0.001, 0.1, 0.5, 0.9, 0.9999])
+def test_a_file_cut_short(file, zipped, kept):
+    path = file(_use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match=f"{path.name} is cut short or damaged: .*fetch it again"):
+        read_published(path)
+
+
+@pytest.mark.parametrize("start", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!doctype html>", b"\x08" * 64])
+def test_a_file_that_is_no_torch_file(tmp_path, start):
+    path = tmp_path / "finetune_weights.bin"
+    path.write_bytes(start)
+    with pytest.raises(ValueError, match="is not a torch-saved file: it (starts with|is empty).*Git LFS"):
+        read_published(path)
+    with pytest.raises(FileNotFoundError, match="nothing.bin is not a file"):
+        read_published(tmp_path / "nothing.bin")
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("save", [
+    torch.save, lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False),
+    lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
+])
+def test_code_in_the_file_is_refused_and_not_run(tmp_path, save):
+    path, mark = tmp_path / "finetune_weights.bin", tmp_path / "ran"
+    save(fabricate() | {"trap": Trap(mark)}, path)
+    with pytest.raises(ValueError, match="holds more than plain tensors, which could be code; none of it was run"):
+        read_published(path)
+    assert not mark.exists()
+
+
+# ---- writing
+
+def test_a_folder_in_use_is_left_alone(base, file, tmp_path):
+    path, folder = file(), tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="adapter is already there and not empty"):
+        import_published(path, base, folder, lora_alpha=ALPHA)
+    assert os.listdir(folder) == ["mine"]
+    (folder / "mine").unlink()
+    import_published(path, base, folder, lora_alpha=ALPHA)
+    assert len(os.listdir(folder)) == 2
+
+
+def test_written_whole_or_not_at_all(base, file, tmp_path, monkeypatch):
+    path = file()
+
+    def full_disk(tensors, target, metadata):
+        target.write_bytes(b"half")
+        assert not (tmp_path / "deep/adapter").exists()
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(published, "save_file", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            import_published(path, base, tmp_path / "deep/adapter", lora_alpha=ALPHA)
+    assert os.listdir(tmp_path / "deep") == []
+    import_published(path, base, tmp_path / "deep/adapter", lora_alpha=ALPHA)
+    (tmp_path / "plain").mkdir()
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "deep/adapter")]
+    assert modes[0] == modes[1]
