@@ -24,6 +24,7 @@ from crab import tasks
 from crab.data import media, records, render, vocabulary
 from crab.data.views import VIEWS, view
 from crab.data.views.view import View
+from crab.data.workers import end_with_parent
 from crab.data.world import SECONDS, Scene
 
 VOCABULARY = "vocabulary.json"  # in the tree's root, for a tokenizer; the same for every seed and count
@@ -120,7 +121,7 @@ def _run(root: Path, seed: int, jobs: Sequence[Job], workers: int, progress: boo
                 bar.update(job[3] - job[2])
             return made
         # Spawned, not forked: the caller may be a notebook with threads of its own.
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent) as pool:
             futures = {pool.submit(_make, root, seed, job): job for job in jobs}
             try:
                 for future in as_completed(futures):

@@ -23,7 +23,7 @@ from crab.data.chains import NUMBERS, overlap
 from crab.data.files import read_json
 from crab.data.generate import SUMMARY
 from crab.data.records import ADDED, RecordError
-from crab.data.views import VIEWS, view
+from crab.data.views import view
 from crab.data.views.view import View
 from crab.data.world import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, QUADRANTS, Interval, Scene, Thing
 from crab.tasks.text import LONGEST

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from crab import tasks
 from crab.data.files import aside, read_json, write_json
 from crab.models import omni
 
@@ -152,11 +151,30 @@ def load_base(path: str | Path):
     return model.eval(), processor
 
 
+def benchmarks(root: str | Path, slots: Sequence[str]) -> list[str]:
+    """Those of ``slots`` that have an encoded test split, in their order; the others are only trained on.
+
+    Read from disk, so that training does not hang on the code that knows the tasks.
+
+    Raises:
+        ValueError: when the encode stage did not finish a slot.
+    """
+    found = []
+    for slot in slots:
+        folder = Path(root) / slot
+        tested = (folder / "test.json").is_file()
+        if not (folder / "train.json").is_file() or (folder / "test.safetensors").exists() != tested:
+            raise ValueError(f"{folder}: not encoded, or not to the end; run the encode stage again")
+        if tested:
+            found.append(slot)
+    return found
+
+
 def overview(root: str | Path, slots: Sequence[str]) -> pd.DataFrame:
     """Table of what is encoded: samples, mean tokens of a prompt and of its media, and an answer's words by form."""
-    rows = []
+    rows, tested = [], benchmarks(root, slots)
     for slot in slots:
-        for split in tasks.get_slot(slot).splits:
+        for split in ("train", "test") if slot in tested else ("train",):
             data = read_slot(root, slot, split)
             row = {
                 "slot": slot,

@@ -10,10 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from crab.data.workers import end_with_parent
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def _start(threads: int) -> None:
+    end_with_parent()
     import torch
 
     torch.set_num_threads(threads)
@@ -24,7 +27,8 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
 
     Args:
         jobs: name and picklable callable without arguments.
-        workers: processes, each with ``cores // workers`` threads. One worker, or one job, runs here.
+        workers: processes, each with ``cores // workers`` threads, which end with this one. One worker, or one job,
+            runs here.
         label: stands before the progress bar and in errors.
 
     Returns:

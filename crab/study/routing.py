@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 import torch
 
 from crab.data.files import aside, write_json
-from crab.ilora import record_routing
+from crab.ilora import record_routing_means, routing_information
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
 from crab.study.predict import answer, load_adapter
 from crab.study.spread import spread
@@ -19,30 +20,9 @@ from crab.study.spread import spread
 COLUMNS = ["slot", "layer", "segment", "head", "weight", "entropy", "tokens"]
 
 
-def entropy(weights: np.ndarray) -> np.ndarray:
-    """Shannon entropy over the last axis, as a share of its maximum: 0 one head alone, 1 all alike."""
-    weights = np.asarray(weights, float)
-    if weights.shape[-1] < 2:
-        return np.zeros(weights.shape[:-1])
-    logs = np.log(np.where(weights > 0, weights, 1.0))
-    return -(weights * logs).sum(-1) / np.log(weights.shape[-1])
-
-
-def mutual_information(gates: np.ndarray) -> float:
-    """Mutual information in bits between slot and head, slots equally frequent.
-
-    Args:
-        gates: [slots, heads], the mean routing weights of each slot, taken as P(head | slot).
-
-    Returns:
-        H(head) - H(head | slot): 0 when the slots are routed alike, at most log2 of the smaller number.
-    """
-    gates = np.asarray(gates, float)
-
-    def bits(p: np.ndarray) -> np.ndarray:
-        return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
-
-    return float(max(0.0, bits(gates.mean(0)) - bits(gates).mean()))
+def share_of_maximum(bits, heads: int):
+    """Entropy in bits (a number, array, tensor or column) as a share of its maximum: 0 one head alone, 1 all alike."""
+    return bits / math.log2(max(heads, 2))  # of a single head it is 0
 
 
 def layer_of(module: str) -> int:
@@ -62,30 +42,23 @@ def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_to
         token's own, as a share of the maximum) and tokens.
     """
     texts = answer(model, tokenizer, samples, batch_size, max_new_tokens)
-    sums: dict[tuple[int, int], list] = {}
-    for start in range(0, len(samples), batch_size):
-        part = slice(start, start + batch_size)
-        made = batch(model, tokenizer, samples[part], texts[part])
-        kinds = segments(model.config, made).cpu().numpy()
-        with record_routing(model) as routing:
+    with record_routing_means(model, SEGMENTS, generated=None) as means:
+        for start in range(0, len(samples), batch_size):
+            part = slice(start, start + batch_size)
+            made = batch(model, tokenizer, samples[part], texts[part])
+            means.label(segments(model.config, made))
             model(
                 inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
                 position_ids=made["position_ids"], use_cache=False,
             )  # fmt: skip
-        for module, steps in routing.items():
-            (weights,) = (step.numpy().astype(float) for step in steps)
-            for kind in range(len(SEGMENTS)):
-                here = weights[kinds == kind]
-                total = sums.setdefault((layer_of(module), kind), [0.0, 0.0, 0])
-                total[0] = total[0] + here.sum(0)
-                total[1] += entropy(here).sum()
-                total[2] += len(here)
-    return [
-        {"layer": layer, "segment": SEGMENTS[kind], "head": head, "weight": weight / count, "entropy": own / count, "tokens": count}
-        for (layer, kind), (total, own, count) in sorted(sums.items(), key=lambda item: item[0])
-        if count
-        for head, weight in enumerate(total)
-    ]  # fmt: skip
+    table = pd.DataFrame(means.rows())
+    table["layer"] = table["module"].map(layer_of)
+    table["kind"] = table["segment"].map(SEGMENTS.index)
+    table["entropy"] = share_of_maximum(table["entropy"], table["head"].nunique())
+    # the modules of a layer see the same tokens, so that each weighs alike
+    what = {"segment": "first", "weight": "mean", "entropy": "mean", "tokens": "sum"}
+    found = table.groupby(["layer", "kind", "head"], as_index=False).agg(what)
+    return found.drop(columns="kind").to_dict("records")
 
 
 def routing(
@@ -130,7 +103,7 @@ def summarise(table: pd.DataFrame) -> dict:
     information: dict[str, list[float]] = {}
     for (segment, _), part in table.groupby(["segment", "layer"], sort=False):
         gates = part.pivot(index="slot", columns="head", values="weight").to_numpy()
-        information.setdefault(segment, []).append(mutual_information(gates))
+        information.setdefault(segment, []).append(routing_information(torch.tensor(gates)))
     return {
         "mean_entropy": round(float(table["entropy"].mean()), 4),
         "head_weight": [round(float(w), 4) for w in table.groupby("head")["weight"].mean()],

@@ -6,10 +6,8 @@ No torch here, so that scoring and transfer can name runs without loading a mode
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from crab import tasks
 
 SETTINGS = ("single", "joint")
 FORMS = ("bare", "explicit")
@@ -80,31 +78,21 @@ class Run:
         )
 
 
-def plan(
-    method: str, rows: Iterable[str], slots: Iterable[str], seeds: Iterable[int] = (0,)
-) -> list[Run]:
+def plan(method: str, rows: Iterable[str], benchmarks: Iterable[str], seeds: Iterable[int] = (0,)) -> list[Run]:
     """Expand rows such as ``single-bare`` and ``joint-explicit`` into runs of one method.
 
-    A slot without a test split has no single run: there would be no score to compare. Joint runs train on it.
+    Args:
+        benchmarks: slots with a test split, as `crab.study.dataset.benchmarks` finds them; each has a single run.
+            A slot without has none, since there would be no score to compare; joint runs train on it all the same.
 
     Raises:
         ValueError: when a row is not ``<setting>-<form>``.
     """
-    slots = list(slots)
+    benchmarks, seeds = list(benchmarks), list(seeds)
     runs = []
     for row in rows:
         setting, _, form = row.partition("-")
         for seed in seeds:
-            if setting == "single":
-                runs += [Run(setting, method, form, slot, seed) for slot in slots if tasks.get_slot(slot).test]
-            else:
-                runs.append(Run(setting, method, form, None, seed))
+            slots = benchmarks if setting == "single" else [None]
+            runs += [Run(setting, method, form, slot, seed) for slot in slots]
     return runs
-
-
-def plan_all(
-    methods: Mapping[str, Mapping], slots: Iterable[str], seeds: Iterable[int] = (0,)
-) -> list[Run]:
-    """All runs of a ``methods`` section, in its order."""
-    slots = list(slots)
-    return [run for method, section in methods.items() for run in plan(method, section["runs"], slots, seeds)]

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from crab import tasks
 from crab.data import media, records
 from crab.data.files import aside, write_json
-from crab.data.views.where import points_inside
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
-from crab.tasks.segmentation import bounding_box
+from crab.tasks.segmentation import bounding_box, points_inside
 
 COLUMNS = [
     "run", "family", "seed", "slot", "metric", "primary", "value", "low", "high", "chance",

@@ -52,11 +52,8 @@ def truth(slot: Slot, record: Mapping[str, Any]) -> str:
 def measure(slot: Slot, records: Sequence[Mapping[str, Any]], answers: Sequence[str | None]):
     """Accuracy over all, by relation (``accuracy/relation/both``) and by type (``accuracy/type/which``)."""
     metrics, hits = labels.accuracy([truth(slot, r) for r in records], answers)
-    groups: dict[str, list[float]] = {}
-    for record, hit in zip(records, hits):
-        for name, field in GROUPS.items():
-            groups.setdefault(f"accuracy/{name}/{clean(required(slot, record, field))}", []).append(hit)
-    return metrics | {name: sum(group) / len(group) for name, group in sorted(groups.items())}, hits
+    groups = [[f"{name}/{clean(required(slot, r, field))}" for name, field in GROUPS.items()] for r in records]
+    return metrics | labels.accuracy_by(groups, hits), hits
 
 
 def chance(slot: Slot, records: Sequence[Mapping[str, Any]]) -> float:

@@ -7,7 +7,7 @@ answer as chance.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from .registry import Slot, describe, required
 from .text import clean, only
@@ -38,6 +38,19 @@ def accuracy(truths: Sequence[str], answers: Sequence[str | None]) -> tuple[dict
     """Share of right labels, and 1 or 0 for each sample; no answer is a wrong one."""
     hits = [float(a is not None and a == t) for t, a in zip(truths, answers, strict=True)]
     return {"accuracy": sum(hits) / len(hits)}, hits
+
+
+def accuracy_by(groups: Sequence[Iterable[str]], hits: Sequence[float]) -> dict[str, float]:
+    """Accuracy within each group, ``accuracy/<group>``, in order of name.
+
+    Args:
+        groups: of each sample, the groups it belongs to. hits: of each sample, 1 or 0.
+    """
+    members: dict[str, list[float]] = {}
+    for names, hit in zip(groups, hits, strict=True):
+        for name in names:
+            members.setdefault(f"accuracy/{name}", []).append(hit)
+    return {name: sum(group) / len(group) for name, group in sorted(members.items())}
 
 
 def measure(slot: Slot, records: Sequence[Mapping[str, Any]], answers: Sequence[str | None]):

@@ -40,10 +40,5 @@ def question_type(slot: Slot, record: Mapping[str, Any]) -> tuple[str, str]:
 def measure(slot: Slot, records: Sequence[Mapping[str, Any]], answers: Sequence[str | None]):
     """Accuracy over all, by modality (``accuracy/audio``) and by kind (``accuracy/audio/counting``)."""
     metrics, hits = labels.measure(slot, records, answers)
-    groups: dict[str, list[float]] = {}
-    for record, hit in zip(records, hits):
-        modality, kind = question_type(slot, record)
-        for name in (modality, f"{modality}/{kind}"):
-            groups.setdefault(f"accuracy/{name}", []).append(hit)
-    metrics |= {name: sum(group) / len(group) for name, group in sorted(groups.items())}
-    return metrics, hits
+    kinds = [question_type(slot, record) for record in records]
+    return metrics | labels.accuracy_by([(modality, f"{modality}/{kind}") for modality, kind in kinds], hits), hits

@@ -168,3 +168,22 @@ def bounding_box(mask: np.ndarray) -> Box | None:
         return None
     y, x = SIZE / mask.shape[0], SIZE / mask.shape[1]
     return tuple(int(round(v)) for v in (columns[0] * x, rows[0] * y, (columns[-1] + 1) * x, (rows[-1] + 1) * y))
+
+
+def points_inside(mask: np.ndarray, count: int = 3, step: int = 8) -> list[Point]:
+    """Some (x, y) on a mask, spread from high to low among its lattice points, off its edge where it is wide enough.
+
+    Args:
+        mask: bool [224, 224] with at least `count` pixels.
+        step: pixels between lattice points; where too few of them lie on the mask, all its pixels are taken.
+    """
+    deep = mask.copy()
+    for axis in (0, 1):
+        deep &= np.roll(mask, 2, axis) & np.roll(mask, -2, axis)
+    lattice = np.zeros_like(mask)
+    lattice[::step, ::step] = True
+    for candidates in (deep & lattice, mask & lattice, mask):
+        spots = np.argwhere(candidates)
+        if len(spots) >= count:
+            return [(int(x), int(y)) for y, x in (spots[len(spots) * (2 * n + 1) // (2 * count)] for n in range(count))]
+    raise ValueError(f"the mask has {int(mask.sum())} pixels; {count} points need at least as many")

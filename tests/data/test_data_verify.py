@@ -17,7 +17,7 @@ from crab.data.verify import (
     FALSE, TRUE, UNREADABLE, Evidence, chain, evidence, known, moment, read_evidence, verify, verify_answer,
 )
 from crab.data.views import VIEWS, view
-from crab.data.world import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, QUADRANTS, Scene, Thing
+from crab.data.world import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, Scene, Thing
 
 SEED = 3
 # Words that can stand in each other's place.

@@ -14,8 +14,9 @@ from crab.data import render
 from crab.data.questions import QUESTIONS
 from crab.data.references import REFERENCES
 from crab.data.staging import BASE_IDS, apart, around, scene_id
-from crab.data.views import VIEWS, view, where
+from crab.data.views import VIEWS, view
 from crab.data.world import CLASSES, EMOTIONS, MOTIONS, QUADRANTS
+from crab.tasks.segmentation import points_inside
 
 NUMBER = dict(zip("zero one two three four".split(), range(5), strict=True))
 SIGHT = re.compile(
@@ -472,10 +473,10 @@ def test_apart_is_in_order(seed):
     (np.ones((224, 224), bool), 3), (np.pad(np.ones((3, 3), bool), ((17, 204), (9, 212))), 3),
 ])
 def test_points_fall_inside_any_mask(mask, points):
-    found = where.points_inside(mask)
+    found = points_inside(mask)
     assert len(set(found)) == points and all(mask[y, x] for x, y in found)
 
 
 def test_points_need_a_mask():
     with pytest.raises(ValueError, match="0 pixels"):
-        where.points_inside(np.zeros((224, 224), bool))
+        points_inside(np.zeros((224, 224), bool))

@@ -138,6 +138,13 @@ def test_write_leaves_one_file_a_notebook_and_no_outputs(package):
     assert "hello" in path.read_text()
 
 
+def test_training_hangs_on_no_task():
+    """A metric, a parser or a slot's words can change without a run trained again."""
+    found = sources.sources(REPOSITORY, REPOSITORY / "notebooks/train.ipynb")["modules"]
+    assert {"crab/study/train.py", "crab/ilora/layer.py"} <= set(found)
+    assert not [name for name in found if name.startswith("crab/tasks")]
+
+
 LOADED = """
 import ast, json, os, sys
 from pathlib import Path

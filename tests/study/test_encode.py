@@ -7,7 +7,7 @@ from crab import tasks
 from crab.data import generate, records
 from crab.data.media import MediaError
 from crab.models import omni
-from crab.study.dataset import examples, load_base, overview, read_slot
+from crab.study.dataset import benchmarks, examples, load_base, overview, read_slot, write_slot
 from crab.study.encode import encode_all, encode_slot, load_media
 
 SLOTS = ["s4", "cremad", "a2v"]
@@ -33,6 +33,25 @@ def test_encoded_as_the_model_reads_it(world, base, tmp_path):
         assert torch.equal(data.samples[1]["position_ids"], fresh["position_ids"])
         torch.testing.assert_close(data.samples[1]["features"], fresh["features"].half(), rtol=2e-3, atol=2e-3)  # alone here, in a batch there
     assert set(overview(tmp_path, SLOTS)["slot"]) == set(examples(tmp_path, SLOTS)["slot"]) == set(SLOTS)
+
+
+def test_benchmarks_are_what_has_a_test_split_on_disk(encoded, tmp_path):
+    """A captioning slot has none; a slot that is not whole is never taken for one."""
+    data = read_slot(encoded, "ks", "train")
+    for slot, splits in {"ks": ("train", "test"), "avcap": ("train",), "ave": ("train", "test")}.items():
+        for split in splits:
+            write_slot(tmp_path, slot, split, data.samples, data.ids, data.instructions, data.targets)
+    assert benchmarks(tmp_path, ["ave", "avcap", "ks"]) == ["ave", "ks"] == [s for s in ("ave", "avcap", "ks") if tasks.get_slot(s).test]
+    table = overview(tmp_path, ["ave", "avcap", "ks"])
+    assert list(zip(table["slot"], table["split"])) == [
+        ("ave", "train"), ("ave", "test"), ("avcap", "train"), ("ks", "train"), ("ks", "test"),
+    ]  # fmt: skip
+    assert set(table["samples"]) == {16}
+    with pytest.raises(ValueError, match="unav: not encoded.*run the encode stage again"):
+        benchmarks(tmp_path, ["ks", "unav"])
+    (tmp_path / "ave/test.json").unlink()  # written last
+    with pytest.raises(ValueError, match="ave: not encoded, or not to the end"):
+        benchmarks(tmp_path, ["ave"])
 
 
 def test_media_of_each_kind(world):

@@ -1,11 +1,15 @@
 """Jobs in worker processes."""
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 
+import psutil
 import pytest
 
+from crab.data.workers import end_with_parent
 from crab.study.pool import run_pool
 
 
@@ -29,3 +33,58 @@ def test_wrong_jobs():
         run_pool([("a", os.getpid), ("a", os.getpid)], 2, "count")
     with pytest.raises(ValueError, match="at least 1"):
         run_pool([], 0, "count")
+
+
+# Each leaves something in the folder as soon as its workers are at work, for longer than the test lasts.
+PARENTS = {
+    "pool": """
+import sys
+from functools import partial
+from crab.study.pool import run_pool
+work = "open(%r, 'w')\\nfor _ in iter(int, 1): pass"
+run_pool([(n, partial(exec, work % f"{sys.argv[1]}/{n}", {})) for n in "ab"], 2, "work")
+""",
+    "build": """
+import sys
+from crab.data.generate import build
+build(sys.argv[1] + "/world", train=4000, test=1, workers=2, slots=["arig"], progress=False)
+""",
+}
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.05)
+
+
+def running(process):
+    try:  # an orphan that has ended stays a zombie where nobody collects it
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_workers_end_with_a_killed_parent(name, tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", PARENTS[name], str(tmp_path)])
+    workers = []
+    try:
+        wanted = {"pool": "[ab]", "build": ".world*/AVUIE_2/**/*.jpg"}[name]
+        until(lambda: len(list(tmp_path.glob(wanted))) > 1 or parent.poll() is not None)
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        assert sum("spawn_main" in " ".join(w.cmdline()) for w in workers) == 2
+        parent.kill()
+        parent.wait()
+        until(lambda: not any(map(running, workers)), 20)
+    finally:
+        parent.kill()
+        parent.wait()
+        for worker in filter(running, workers):
+            worker.kill()
+
+
+def test_only_a_worker_has_a_parent_to_end_with():
+    with pytest.raises(RuntimeError, match="this is no worker"):
+        end_with_parent()

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from crab.ilora import record_routing
+from crab.ilora import record_routing, routing_entropy, routing_information
 from crab.study import features, routing, train
 from crab.study.dataset import batch, load_base, read_slot
 from crab.study.predict import answer, load_adapter
@@ -24,15 +24,22 @@ def adapter(encoded, base, tmp_path_factory):
 
 
 def test_entropy_and_information_by_hand():
-    assert routing.entropy([[1, 0], [0.5, 0.5]]).tolist() == [0, 1]
-    assert routing.entropy(np.full((2, 3), 1 / 3)) == pytest.approx(1)
-    assert routing.entropy([[0.25, 0.75]])[0] == pytest.approx(0.811278, abs=1e-6)
-    assert routing.entropy([[1.0]]).tolist() == [0]
-    assert routing.mutual_information([[1, 0], [0, 1]]) == pytest.approx(1)
-    assert routing.mutual_information([[0.3, 0.7], [0.3, 0.7]]) == pytest.approx(0)
-    assert routing.mutual_information(np.eye(4)) == pytest.approx(2)
+    def entropy(weights):
+        weights = torch.tensor(weights, dtype=torch.float64)
+        return routing.share_of_maximum(routing_entropy(weights), weights.shape[-1]).numpy()
+
+    def mutual_information(gates):
+        return routing_information(torch.tensor(gates))
+
+    assert entropy([[1, 0], [0.5, 0.5]]).tolist() == [0, 1]
+    assert entropy(np.full((2, 3), 1 / 3)) == pytest.approx(1)
+    assert entropy([[0.25, 0.75]])[0] == pytest.approx(0.811278, abs=1e-6)
+    assert entropy([[1.0]]).tolist() == [0]
+    assert mutual_information([[1, 0], [0, 1]]) == pytest.approx(1)
+    assert mutual_information([[0.3, 0.7], [0.3, 0.7]]) == pytest.approx(0)
+    assert mutual_information(np.eye(4)) == pytest.approx(2)
     # binary symmetric channel of error 1/4 with even input: 1 - H(1/4)
-    assert routing.mutual_information([[0.75, 0.25], [0.25, 0.75]]) == pytest.approx(1 - 0.811278, abs=1e-6)
+    assert mutual_information([[0.75, 0.25], [0.25, 0.75]]) == pytest.approx(1 - 0.811278, abs=1e-6)
 
 
 def test_layer_names():

@@ -11,6 +11,7 @@ from crab.data.staging import Stage, cast, others, skewed
 from crab.data.views.view import Moment, View
 from crab.data.world import CLASSES, COLOURS, LATTICE, SECONDS, Scene, Thing
 from crab.tasks.referring import NULL
+from crab.tasks.segmentation import Point, points_inside
 
 #: Test splits of Ref-AVS: seen, unseen, and null, whose described thing is not there.
 REF_SPLITS = skewed(test_s=4, test_u=3, test_n=3)
@@ -23,6 +24,11 @@ def _still(stage: Stage, silent: int) -> tuple[Scene, Thing, int]:
     second = int(rng.integers(SECONDS))
     source = make[0](sounding=(second, second + 1))
     return stage.scene(rng, [source, *(m() for m in make[1:])]), source, second
+
+
+def _points(mask: np.ndarray, count: int = 3) -> list[Point]:
+    """`points_inside` on the lattice whose numbers the world's vocabulary has."""
+    return points_inside(mask, count, LATTICE)
 
 
 def _frame(stage: Stage, clip: str, moment: Moment, **fields) -> View:
@@ -47,7 +53,7 @@ def s4(stage: Stage) -> View:
     """AVSBench single source: the box of the sounding thing, three points on it, and its mask beside the frame."""
     scene, source, second = _still(stage, stage.wanted((0, 1, 1), "silent"))
     stem, box = stage.stems[0], source.box(second)
-    points = points_inside(render.mask(source, second))
+    points = _points(render.mask(source, second))
     view = _frame(stage, f"AVS/v1s/{stem}", (scene, second), vid=stem, uid=f"{stem}_0", a_obj=source.name,
                   label_content=f"{chains.source(scene, source)} {tasks.answer('s4', (box, points))}")
     view.mask[f"AVS/v1s/{stem}/labels_rgb/0.png"] = ((source,), second)
@@ -65,7 +71,7 @@ def ms3(stage: Stage) -> View:
     sources = chains.by_place(sources)
     masks = [render.mask(t, second) for t in sources]
     largest = int(np.argmax([m.sum() for m in masks]))
-    points = [p for i, m in enumerate(masks) for p in points_inside(m, 2 if i == largest and count == 2 else 1)]
+    points = [p for i, m in enumerate(masks) for p in _points(m, 2 if i == largest and count == 2 else 1)]
     corners = np.array([t.box(second) for t in sources])
     box = tuple(int(v) for v in (*corners[:, :2].min(0), *corners[:, 2:].max(0)))
     stem = stage.stems[0]
@@ -92,7 +98,7 @@ def ref_avs(stage: Stage) -> View:
     scene = stage.scene(rng, referred.things)
     truth = NULL
     if referred.target:
-        truth = referred.target.box(second), points_inside(render.mask(referred.target, second))
+        truth = referred.target.box(second), _points(render.mask(referred.target, second))
     stem = stage.stems[0]
     fields = {"idx": 0, "description": referred.words} if part == "train" else {"object": referred.words, "split": part}
     view = _frame(stage, f"media/{stem}", (scene, second), vid=stem, uid=f"{stem}_0", fid=0, **fields,
@@ -101,24 +107,6 @@ def ref_avs(stage: Stage) -> View:
         folder = f"{tasks.FOLDER}/ref_avs/"
         view.mask[tasks.mask_path("ref_avs", view.record).removeprefix(folder)] = ((referred.target,), second)
     return view
-
-
-def points_inside(mask: np.ndarray, count: int = 3) -> list[tuple[int, int]]:
-    """Some (x, y) on a mask, spread from high to low among its lattice points, off its edge where it is wide enough.
-
-    Args:
-        mask: bool [H, W] with at least `count` pixels.
-    """
-    deep = mask.copy()
-    for axis in (0, 1):
-        deep &= np.roll(mask, 2, axis) & np.roll(mask, -2, axis)
-    lattice = np.zeros_like(mask)
-    lattice[::LATTICE, ::LATTICE] = True
-    for candidates in (deep & lattice, mask & lattice, mask):
-        spots = np.argwhere(candidates)
-        if len(spots) >= count:
-            return [(int(x), int(y)) for y, x in (spots[len(spots) * (2 * n + 1) // (2 * count)] for n in range(count))]
-    raise ValueError(f"the mask has {int(mask.sum())} pixels; {count} points need at least as many")
 
 
 VIEWS = {"arig": arig, "s4": s4, "ms3": ms3, "ref_avs": ref_avs}
