@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from transformers.utils.logging import disable_progress_bar
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
 from crab import tasks
 from crab.data.files import aside, read_json
 from crab.models import omni
 from crab.study.dataset import Sample, batch, load_base, read_slot
+from crab.study.instruction import instruction_shown
 from crab.study.pool import run_pool
 from crab.study.runs import Run
 
@@ -37,7 +40,9 @@ def load_adapter(model, folder: str | Path) -> PeftModel:
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: missing or damaged adapter ({error}); run the train stage again") from error
     try:
-        peft_model = PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
+            peft_model = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: this adapter does not fit the base ({_short(error)}); train it on this base") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()}
@@ -62,7 +67,9 @@ def answer(model, tokenizer, samples: Sequence[Sample], batch_size: int, max_new
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         made = batch(model, tokenizer, [samples[i] for i in part])
-        for i, text in zip(part, omni.generate(model, tokenizer, made, max_new_tokens), strict=True):
+        with instruction_shown(model, made):
+            found = omni.generate(model, tokenizer, made, max_new_tokens)
+        for i, text in zip(part, found, strict=True):
             texts[i] = text
     return texts
 
@@ -76,15 +83,23 @@ def predict_run(
     slots: Sequence[str],
     batch_size: int = 32,
     max_new_tokens: int = 96,
+    held_out: int = 0,
 ) -> None:
-    """Predict the test split of each of the run's slots into ``<out>/<run>/<slot>.jsonl``."""
+    """Predict the test split of each of the run's slots into ``<out>/<run>/<slot>.jsonl``.
+
+    Args:
+        held_out: predict the last so many training samples in its place, which a run with the same ``held_out``
+            was not trained on; 0 for the test split.
+    """
+    disable_progress_bar()  # a bar for each model loaded would bury the one of the runs
     model, processor = load_base(base)
     peft_model = load_adapter(model, adapter)
     for slot in run.slots(slots):
-        data = read_slot(encoded, slot, "test")
-        texts = answer(peft_model, processor.tokenizer, data.samples, batch_size, max_new_tokens)
+        data = read_slot(encoded, slot, "train" if held_out else "test")
+        ids, samples = data.ids[-held_out:], data.samples[-held_out:]  # all of them where it is 0
+        texts = answer(peft_model, processor.tokenizer, samples, batch_size, max_new_tokens)
         with aside(Path(out) / run.name / f"{slot}.jsonl") as path, path.open("w") as file:
-            for name, text in zip(data.ids, texts, strict=True):
+            for name, text in zip(ids, texts, strict=True):
                 file.write(json.dumps({"id": name, "slot": slot, "text": text}) + "\n")
 
 

@@ -11,8 +11,9 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,25 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import disable_progress_bar
 
-import crab.ilora
+import crab
 from crab.data.files import aside_folder, read_json, write_json
-from crab.ilora import ILoraConfig
+from crab.ilora import ILoraConfig, parameter_groups
 from crab.models import omni
+from crab.study import sources
 from crab.study.dataset import SlotData, batch, load_base, read_slot
+from crab.study.instruction import instruction_shown
 from crab.study.pool import run_pool
 from crab.study.runs import Run
 
 WHOLE = "whole"  # empty file in a checkpoint, written last
-NOT_FOR_CONFIG = ("runs", "learning_rate")
+NOT_FOR_CONFIG = ("runs", "learning_rate", "router_rate")
+PRECISIONS = ("bf16", "fp32")
+#: What a CPU calls its bf16 arithmetic: AVX-512 and AMX of x86, NEON and SVE of ARM.
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+#: Modules that decide, with this one, what a run results in; the rest only brings runs about.
+DECIDING = "import crab.ilora, crab.models.omni, crab.study.dataset, crab.study.instruction"
 
 
 class AnswerTrainer(Trainer):
@@ -44,12 +53,13 @@ class AnswerTrainer(Trainer):
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(
-            inputs_embeds=inputs["inputs_embeds"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=inputs["position_ids"],
-            use_cache=False,
-        )
+        with instruction_shown(model, inputs):
+            outputs = model(
+                inputs_embeds=inputs["inputs_embeds"],
+                attention_mask=inputs["attention_mask"],
+                position_ids=inputs["position_ids"],
+                use_cache=False,
+            )
         labels = inputs["labels"][:, 1:]
         here = labels != omni.IGNORE
         loss = torch.nn.functional.cross_entropy(
@@ -109,18 +119,64 @@ def base_digest(base: str | Path) -> str:
     return digest.hexdigest()
 
 
-def run_key(run: Run, options: Mapping[str, Any], data: Sequence[SlotData], base: str | Path) -> str:
-    """Hash of the parameters, the data, the base and the code that trains: equal keys mean equal results."""
-    sources = [*sorted(Path(crab.ilora.__file__).parent.glob("*.py")), Path(omni.__file__), Path(__file__)]
+@cache
+def code_digest(imports: str, *own: Path) -> str:
+    """Digest of the code, without comments and docstrings, that ``imports`` may load, and of the files ``own``."""
+    folder = Path(crab.__file__).parents[1]
+    paths = [folder / path for path in sources.modules(folder, imports)] + list(own)
+    return hashlib.sha256("".join(sources.plain(path.read_text(), path.name) for path in paths).encode()).hexdigest()
+
+
+def run_options(
+    run: Run, section: Mapping[str, Any], passes: int, batch_size: int, warmup: float = 0.03,
+    precision: str = "fp32", held_out: int = 0, samples: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The parameters that decide a run's result, as `run_key` takes them; arguments as for `train_run`.
+
+    Raises:
+        ValueError: on an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"train.precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    kept = {name: value for name, value in section.items() if name != "runs"}
+    return {
+        "method": run.method, **kept, "passes": passes, "batch_size": batch_size, "warmup": warmup, "seed": run.seed,
+        "precision": precision, "held_out": held_out, "samples_a_slot": samples,
+    }  # fmt: skip
+
+
+def run_key(run: Run, options: Mapping[str, Any], data: Sequence[str], base: str | Path) -> str:
+    """Hash of the parameters, the data, the base and the code that trains: equal keys mean equal results.
+
+    Args:
+        options: of `run_options`. data: digests of the training data of each slot, in order.
+    """
     what = {
         "run": run.name,
         "options": options,
-        "data": [d.digest for d in data],
+        "data": list(data),
         "base": base_digest(base),
-        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources],
+        "code": code_digest(DECIDING, Path(__file__)),
         "versions": [torch.__version__, transformers.__version__, peft.__version__],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def native_bf16() -> bool:
+    """Whether the device that trains computes in bfloat16 itself; else it is emulated, and slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name, False) for name in CPU_BF16)
+
+
+def warn_of_emulation(precision: str) -> None:
+    """Warn where ``precision`` works, but more slowly than float32. Nothing is changed."""
+    if precision == "bf16" and not native_bf16():
+        warnings.warn(
+            "train.precision is bf16, but this device has no bfloat16 arithmetic of its own and emulates it, slowly; "
+            "fp32 trains faster here, with slightly different results",
+            stacklevel=3,
+        )
 
 
 def _last_whole(folder: Path) -> str | None:
@@ -140,38 +196,49 @@ def train_run(
     batch_size: int,
     warmup: float = 0.03,
     stop_at: int | None = None,
+    *,
+    precision: str = "fp32",
+    held_out: int = 0,
+    samples: int | None = None,
 ) -> Path:
     """Train one run, or finish it, and return the folder of its adapter (not yet promoted).
 
     Args:
         section: the method's own parameters: ``learning_rate``, ``runs`` (not used here) and the
-            PEFT config's (``r``, ``lora_alpha``, ``lora_dropout``, ``num_heads``, ...).
+            PEFT config's (``r``, ``lora_alpha``, ``lora_dropout``, ``num_heads``, ...). With ``router_rate``, I-LoRA's
+            routers learn at so many times the learning rate.
         encoded: output of the encode stage. slots: those a joint run trains on.
         passes: over every slot's samples, the same for single and joint runs.
         batch_size: samples a step. warmup: share of the steps the learning rate rises over.
         stop_at: raise KeyboardInterrupt after the first checkpoint at or past this step (for tests).
+        precision: ``bf16`` (autocast; weights, optimiser and loss stay in float32) or ``fp32``.
+        held_out: leave out the last so many samples of each slot. samples: of the rest, take the first so many.
+
+    Raises:
+        ValueError: a parameter the method does not have, an unknown precision, or nothing left to train on.
     """
     data = [read_slot(encoded, slot, "train") for slot in run.slots(slots)]
-    options = {
-        "method": run.method, **section, "passes": passes, "batch_size": batch_size, "warmup": warmup, "seed": run.seed,
-    }  # fmt: skip
-    options.pop("runs", None)
-    key = run_key(run, options, data, base)
+    options = run_options(run, section, passes, batch_size, warmup, precision, held_out, samples)
+    key = run_key(run, options, [d.digest for d in data], base)
     folder = Path(checkpoints) / run.name / key
     final = folder / "final"
     if (final / "run.json").exists():
         return final
 
+    disable_progress_bar()  # a bar for each model loaded would bury the one of the runs
     set_seed(run.seed)  # before the adapter draws its initial weights
     model, processor = load_base(base)
+    # the backward pass of torch's fused attention is slow on CPUs, in bf16 more than in fp32
+    model.set_attn_implementation("sdpa" if torch.cuda.is_available() else "eager")
     peft_model = _adapted(model, run, section)
-    samples = [pair for slot in data for pair in slot.answered(run.form)]
-    steps = -(-len(samples) // batch_size) * passes
+    pairs = [pair for slot in data for pair in _trained_on(slot, run.form, held_out, samples)]
+    steps = -(-len(pairs) // batch_size) * passes
     trainer = AnswerTrainer(
         model=peft_model,
-        args=_arguments(folder, run, section, passes, batch_size, warmup, steps),
-        train_dataset=samples,
+        args=_arguments(folder, run, section, passes, batch_size, warmup, steps, precision),
+        train_dataset=pairs,
         data_collator=partial(_collate, model, processor.tokenizer),
+        optimizers=(_optimizer(peft_model, section), None),
         callbacks=[_MarkWhole(stop_at)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -185,7 +252,7 @@ def train_run(
         "key": key,
         **options,
         "slots": run.slots(slots),
-        "samples": len(samples),
+        "samples": len(pairs),
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
         "steps": steps,
         "resumed_from": steps - done,
@@ -206,19 +273,42 @@ def train_run(
 
 
 def _adapted(model, run: Run, section: Mapping[str, Any]):
-    return get_peft_model(model, adapter_config(run.method, section))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
+        return get_peft_model(model, adapter_config(run.method, section))
+
+
+def _optimizer(model, section: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    """What Trainer makes by itself, but with the routers at a rate of their own; None where they have none."""
+    if "router_rate" not in section:
+        return None
+    rate = float(section["learning_rate"])
+    return torch.optim.AdamW(parameter_groups(model, rate, rate * section["router_rate"]), lr=rate, weight_decay=0.0)
+
+
+def _trained_on(slot: SlotData, form: str, held_out: int, samples: int | None) -> list[tuple]:
+    """Pairs of sample and answer, without the last ``held_out``, of the rest the first ``samples``."""
+    left = len(slot) - held_out
+    if held_out < 0 or left < 1 or (samples is not None and not 1 <= samples <= left):
+        raise ValueError(
+            f"{slot.slot}: of {len(slot)} training samples {held_out} are held out and {samples or left} wanted; hold out fewer, "
+            "or build more (build.train_samples)"
+        )
+    return slot.answered(form)[:left][:samples]
 
 
 def _arguments(
-    folder: Path, run: Run, section: Mapping, passes: int, batch_size: int, warmup: float, steps: int
+    folder: Path, run: Run, section: Mapping, passes: int, batch_size: int, warmup: float, steps: int, precision: str
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=passes,
         per_device_train_batch_size=batch_size,
         learning_rate=float(section["learning_rate"]),
         lr_scheduler_type="cosine",
         warmup_steps=round(warmup * steps),
+        bf16=precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
@@ -235,11 +325,30 @@ def _arguments(
         dataloader_num_workers=0,
         dataloader_pin_memory=False,  # batches are made on the model's device
     )
+    if arguments.mixed_precision != {"bf16": "bf16", "fp32": "no"}[precision]:  # `accelerate launch` can ask for another
+        raise ValueError(
+            f"train.precision: {precision}, but Accelerate was started with mixed precision {arguments.mixed_precision!r}; "
+            "make the two agree (accelerate launch --mixed_precision)"
+        )
+    return arguments
+
+
+def learning_rates(path: str | Path) -> dict[str, float]:
+    """Rates the sweep stage chose, by setting and form (``joint-bare``), from its ``metrics.json``.
+
+    Raises:
+        ValueError: when the file is missing or holds none.
+    """
+    rates = read_json(path).get("rates")
+    if not isinstance(rates, dict) or not rates or not all(isinstance(r, int | float) and r > 0 for r in rates.values()):
+        raise ValueError(f"{path}: no learning rates in it; run the sweep stage again")
+    return rates
 
 
 def train_all(
     runs: Sequence[Run],
     settings: Mapping[str, Any],
+    rates: Mapping[str, float],
     encoded: str | Path,
     base: str | Path,
     out: str | Path,
@@ -249,26 +358,39 @@ def train_all(
     batch_size: int,
     warmup: float = 0.03,
     workers: int = 2,
+    precision: str = "fp32",
 ) -> list[dict]:
     """Train independent runs of one method in worker processes, longest first, then promote their adapters.
 
     Args:
-        settings: the method's section; the rest as for `train_run`.
+        settings: the method's section, without a learning rate.
+        rates: the learning rate of each ``<setting>-<form>``, see `learning_rates`; the rest as for `train_run`.
         out: each adapter ends in ``<out>/<run>``, with its ``run.json``.
 
     Returns:
         Each run's record (its ``run.json``), in the order of ``runs``.
 
     Raises:
+        ValueError: a wrong parameter, or no rate for a run.
         RuntimeError: naming the run that failed, with the worker's error as its cause.
     """
+    warn_of_emulation(precision)
+    sections = {}
+    for run in runs:  # a wrong parameter fails here, not minutes later in a worker
+        if "learning_rate" in settings:
+            raise ValueError(f"methods.{run.method}.learning_rate: rates come from the sweep stage; name one in sweep.rates")
+        row = f"{run.setting}-{run.form}"
+        if row not in rates:
+            raise ValueError(f"{run.name}: the sweep chose no learning rate for {row}, only for {', '.join(rates)}; run the sweep stage")
+        sections[run] = {**settings, "learning_rate": rates[row]}
+        adapter_config(run.method, settings)
+        run_options(run, sections[run], passes, batch_size, warmup, precision)
     size = {slot: len(read_json(Path(encoded) / slot / "train.json")["ids"]) for slot in slots}
     jobs = [
-        (run.name, partial(train_run, run, dict(settings), encoded, base, checkpoints, list(slots), passes, batch_size, warmup))
+        (run.name, partial(train_run, run, sections[run], encoded, base, checkpoints, list(slots), passes, batch_size, warmup,
+                           precision=precision))
         for run in sorted(runs, key=lambda run: -sum(size[s] for s in run.slots(slots)))
-    ]
-    for run in runs:  # a wrong parameter fails here, not minutes later in a worker
-        adapter_config(run.method, settings)
+    ]  # fmt: skip
     finals = run_pool(jobs, workers, "train")
     records = []
     for run in runs:
@@ -285,6 +407,7 @@ def cost_table(records: Sequence[Mapping]) -> pd.DataFrame:
     rows = [
         {
             "run": r["run"],
+            "learning rate": r["learning_rate"],
             "trainable parameters": r["trainable_parameters"],
             "samples": r["samples"],
             "steps": r["steps"],

@@ -8,7 +8,7 @@ import tomllib
 import nbformat
 import pytest
 from ruamel.yaml import YAML
-from toys import REPOSITORY, STAGES
+from toys import A_METHOD, REPOSITORY, STAGES
 
 from crab.study import params
 
@@ -36,8 +36,18 @@ def test_profiles_hold_the_same_sections_and_no_other(profile):
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_parameters_cell_matches_its_section(path, profile):
-    for method in METHODS if path.stem == "train" else [None]:
+    for method in METHODS if path.stem in A_METHOD else [None]:
         params.check(path, params.section(LOADED, profile, path.stem, method))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_learning_rates_are_swept_as_the_runs_are_trained(profile):
+    found = LOADED["profiles"][profile]
+    swept, trained = found["sweep"], found["train"]
+    same = {"slots", "batch_size", "precision"} | ({"passes"} if profile != "tiny" else set())  # tiny sweeps half the passes
+    assert {name: swept[name] for name in same} == {name: trained[name] for name in same}
+    assert set(swept["seeds"]) <= set(trained["seeds"])
+    assert not any("learning_rate" in section for section in found["methods"].values())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -64,7 +74,7 @@ def test_stage_runs_its_notebook_with_its_section(stage):
     assert found["cmd"].startswith(f"python -m crab.study.notebook {stage} --profile ${{item.profile}}")
     assert f".stage/{stage}.json" in found["deps"]
     wanted = {f"profiles.${{item.profile}}.{stage}"}
-    if stage == "train":
+    if stage in A_METHOD:
         assert found["matrix"]["method"] == METHODS
         wanted.add("profiles.${item.profile}.methods.${item.method}")
     # evaluate and others may name `methods` too: they know of all runs

@@ -9,10 +9,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_markdown_cell, new_output
 from ruamel.yaml import YAML
-from toys import STAGES, clone, ran, sh, toy_clone
+from toys import A_METHOD, STAGES, clone, ran, sh, toy_clone
 
-from crab.data.vocabulary import vocabulary
 from crab.data.files import write_json
+from crab.data.vocabulary import vocabulary
 
 pytestmark = pytest.mark.slow
 
@@ -45,8 +45,8 @@ def toy(tmp_path_factory) -> Path:
     """A toy clone whose whole pipeline has run, committed as a user would commit it."""
     folder = toy_clone(tmp_path_factory.mktemp("toy"))
     said = ran(sh(folder, "dvc", "repro"))
-    trains = [f"train@tiny-{m}" for m in METHODS]
-    assert sorted(said) == sorted(["sources", "report@tiny", *trains, *(f"{s}@tiny" for s in STAGES if s != "train")])
+    several = [f"{stage}@tiny-{m}" for stage in A_METHOD for m in METHODS]
+    assert sorted(said) == sorted(["sources", "report@tiny", *several, *(f"{s}@tiny" for s in STAGES if s not in A_METHOD)])
     assert said[-1] == "report@tiny"
     sh(folder, "git", "add", "-A")
     sh(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "results")
@@ -87,10 +87,10 @@ def test_code_and_parameters_run_what_hangs_on_them(settled):
     edit(settled / "notebooks/transfer.ipynb", "transfer made this", "transfer made that")
     assert ran(sh(settled, "dvc", "repro")) == ["sources", "transfer@tiny", "report@tiny"]
     # one method's settings concern that method; another profile's nobody
-    set_parameter(settled, "smoke", "methods", "ilora", "learning_rate")
+    set_parameter(settled, "smoke", "methods", "ilora", "lora_alpha")
     assert ran(sh(settled, "dvc", "repro", "--dry")) == []
-    set_parameter(settled, "tiny", "methods", "ilora", "learning_rate")
-    assert ran(sh(settled, "dvc", "repro", "--dry", "train")) == ["train@tiny-ilora"]
+    set_parameter(settled, "tiny", "methods", "ilora", "lora_alpha")
+    assert ran(sh(settled, "dvc", "repro", "--dry", "train")) == ["sweep@tiny-ilora", "train@tiny-ilora"]
     set_parameter(settled, "tiny", "train", "passes")
     assert ran(sh(settled, "dvc", "repro", "--dry", "train")) == [f"train@tiny-{m}" for m in METHODS]
 
@@ -150,7 +150,7 @@ def test_smoke_study_runs_twice_and_its_notebooks_reproduce_themselves(tmp_path)
 
     before = metrics()
     assert before
-    notebooks = [f"reports/smoke/{s}/notebook.ipynb" for s in STAGES if s != "train"]
-    notebooks[3:3] = [f"reports/smoke/train-{m}/notebook.ipynb" for m in METHODS]
+    names = [[f"{stage}-{m}" for m in METHODS] if stage in A_METHOD else [stage] for stage in STAGES]
+    notebooks = [f"reports/smoke/{name}/notebook.ipynb" for group in names for name in group]
     sh(folder, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-kernel-name", "python3", *notebooks)
     assert metrics() == before

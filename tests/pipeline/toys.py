@@ -14,7 +14,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from crab.study import params
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STAGES = ("build", "base", "encode", "train", "evaluate", "transfer", "routing", "features")
+STAGES = ("build", "base", "encode", "sweep", "train", "evaluate", "transfer", "routing", "features")
+A_METHOD = ("sweep", "train")  # stages run once a method
 
 # What each stage leaves besides its report, as an expression of `paths`.
 OUTS = {
@@ -83,8 +84,8 @@ def toy_clone(folder: Path) -> Path:
     (folder / "dvc.lock").unlink(missing_ok=True)
     loaded = params.load(folder)
     for stage in STAGES:
-        values = params.section(loaded, "tiny", stage, "lora" if stage == "train" else None)
-        name = '"train-" + method' if stage == "train" else repr(stage)
+        values = params.section(loaded, "tiny", stage, "lora" if stage in A_METHOD else None)
+        name = f'"{stage}-" + method' if stage in A_METHOD else repr(stage)
         work = WORK.format(name=name, out=OUTS.get(stage, "paths.report(name)"), toy=f'"{stage} made this"')
         result = 'from IPython.display import Markdown\nMarkdown("**joint gains on 3 of 4**")'
         write_notebook(folder, stage, values, code(work), code(FIGURE), code(result, "result"))

@@ -10,6 +10,7 @@ from crab.study.figures.features import feature_maps  # noqa: E402
 from crab.study.figures.losses import loss_curves  # noqa: E402
 from crab.study.figures.routing import entropy_lines, routing_heatmaps  # noqa: E402
 from crab.study.figures.scores import score_bars  # noqa: E402
+from crab.study.figures.sweep import sweep_lines  # noqa: E402
 from crab.study.figures.transfer import transfer_bars  # noqa: E402
 
 SCORES = pd.DataFrame(
@@ -29,6 +30,10 @@ FEATURES = pd.DataFrame(
     [(m, s, f, i, i * 0.3) for m in ("base", "ilora") for s, f in (("ave", "time"), ("ks", "action")) for i in range(4)],
     columns=["model", "slot", "family", "x", "y"],
 )
+POINTS = pd.DataFrame(
+    [(s, rate, v, v - 0.1, v + 0.1, v == 0.5) for s in ("single-bare", "joint-bare") for rate, v in ((1e-3, 0.4), (2e-3, 0.5))],
+    columns=["setting", "rate", "score", "low", "high", "chosen"],
+)
 LOSSES = [{"run": "a", "steps": 10, "passes": 2, "loss": [[5, 1.0], [10, 0.5]]}]
 
 
@@ -36,7 +41,7 @@ LOSSES = [{"run": "a", "steps": 10, "passes": 2, "loss": [[5, 1.0], [10, 0.5]]}]
     ("draw", "table"),
     [
         (score_bars, SCORES), (transfer_bars, TRANSFER), (routing_heatmaps, ROUTING), (entropy_lines, ROUTING),
-        (feature_maps, FEATURES), (loss_curves, LOSSES),
+        (feature_maps, FEATURES), (loss_curves, LOSSES), (sweep_lines, POINTS), (sweep_lines, POINTS[:0]),
     ],
 )  # fmt: skip
 def test_draws(draw, table, tmp_path):

@@ -1,17 +1,18 @@
 """Training, resuming and predicting with a tiny real model."""
 
 import json
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from crab.models import omni
-from crab.study import predict, train
+from crab.study import instruction, predict, train
 from crab.study.dataset import batch, load_base, read_slot, segments
 from crab.study.runs import Run
-
-
 
 SLOTS = ("ks", "cremad")
 LORA = {"r": 2, "lora_alpha": 4, "learning_rate": 1e-2}
@@ -37,14 +38,61 @@ def test_same_seed_gives_same_adapter_and_another_does_not(encoded, base, tmp_pa
     assert not same(first, weights(go(Run("joint", "ilora", "bare", seed=1), ILORA, encoded, base, tmp_path / "c")))
 
 
-def test_killed_run_resumes_to_the_same_adapter(encoded, base, tmp_path):
-    whole = weights(go(JOINT, ILORA, encoded, base, tmp_path / "a", passes=3))
+@pytest.mark.parametrize("precision", train.PRECISIONS)
+def test_killed_run_resumes_to_the_same_adapter(encoded, base, tmp_path, precision):
+    whole = weights(go(JOINT, ILORA, encoded, base, tmp_path / "a", passes=3, precision=precision))
     with pytest.raises(KeyboardInterrupt):
-        go(JOINT, ILORA, encoded, base, tmp_path / "b", passes=3, stop_at=4)
-    resumed = go(JOINT, ILORA, encoded, base, tmp_path / "b", passes=3)
+        go(JOINT, ILORA, encoded, base, tmp_path / "b", passes=3, precision=precision, stop_at=4)
+    resumed = go(JOINT, ILORA, encoded, base, tmp_path / "b", passes=3, precision=precision)
     assert json.loads((resumed / "run.json").read_text())["resumed_from"] == 4
     assert same(whole, weights(resumed))
     assert not list(resumed.parent.glob("checkpoint-*"))
+
+
+def test_precision_is_the_one_asked_for(encoded, base, tmp_path, monkeypatch):
+    """bf16 inside the model; loss, gradients and weights in float32; and one precision after the other in one process."""
+    seen = []
+
+    class Spy(train.AnswerTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            inner = []
+            layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+            handle = layer.register_forward_hook(lambda module, args, out: inner.append(out.dtype))
+            loss = super().compute_loss(model, inputs, **kwargs)
+            handle.remove()
+            seen.append((inner[0], loss.dtype, {p.dtype for p in model.parameters()}, model.config._attn_implementation))
+            return loss
+
+    monkeypatch.setattr(train, "AnswerTrainer", Spy)
+    for precision, inside in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        final = go(JOINT, ILORA, encoded, base, tmp_path / f"{precision}{len(seen)}", passes=1, precision=precision)
+        attention = "sdpa" if torch.cuda.is_available() else "eager"
+        assert seen[-1] == (inside, torch.float32, {torch.float32}, attention)
+        assert json.loads((final / "run.json").read_text())["precision"] == precision
+        assert {tensor.dtype for tensor in weights(final).values()} == {torch.float32}
+
+
+def test_precision_is_never_changed_silently(encoded, base, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="train.precision: 'fp16' is unknown; use one of bf16, fp32"):
+        go(JOINT, ILORA, encoded, base, tmp_path, precision="fp16")
+    with monkeypatch.context() as context:
+        context.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` sets it
+        with pytest.raises(ValueError, match="train.precision: fp32, but Accelerate was started with mixed precision 'bf16'"):
+            go(JOINT, ILORA, encoded, base, tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, native in (({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx512_f": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.warn_of_emulation("bf16")
+            train.warn_of_emulation("fp32")
+        assert [("train.precision is bf16" in str(w.message)) for w in caught] == [True] * (not native)
+
+
+def test_key_hangs_on_the_code_that_decides_and_on_no_other():
+    names = {path.as_posix() for path in train.sources.modules(Path(train.crab.__file__).parents[1], train.DECIDING)}
+    assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/study/dataset.py"} <= names
+    assert not {"crab/ilora/published.py", "crab/study/paths.py", "crab/study/notebook.py", "crab/study/pool.py"} & names
 
 
 def test_other_parameters_do_not_resume(encoded, base, tmp_path):
@@ -65,9 +113,9 @@ def test_half_written_checkpoint_is_not_taken(encoded, base, tmp_path):
 
 def test_learns_and_predicts(encoded, base, tmp_path):
     run = Run("single", "lora", "bare", "ks")
-    section = LORA | {"r": 8, "lora_alpha": 16, "learning_rate": 3e-2}
-    record = train.train_all([run], section, encoded, base, tmp_path / "out", tmp_path / "work", SLOTS, 40, 8, workers=1)[0]
-    assert record["samples"] == 16 and record["steps"] == 80
+    section, rates = {"r": 8, "lora_alpha": 16}, {"single-bare": 3e-2, "joint-bare": 1e-9}
+    record = train.train_all([run], section, rates, encoded, base, tmp_path / "out", tmp_path / "work", SLOTS, 40, 8, workers=1)[0]
+    assert record["samples"] == 16 and record["steps"] == 80 and record["learning_rate"] == 3e-2
     assert record["loss"][-1][1] < 0.5 * record["loss"][0][1]
     assert not (tmp_path / "work" / run.name).exists()
     found = predict.find_runs({"lora": tmp_path / "out"})
@@ -77,6 +125,39 @@ def test_learns_and_predicts(encoded, base, tmp_path):
     assert [row["id"] for row in rows] == read_slot(encoded, "ks", "test").ids
     right = sum(a in row["text"] for a, row in zip(["red", "green", "blue", "yellow"] * 2, rows))
     assert right >= 6
+
+
+def test_routers_that_read_the_instruction_train_and_answer(encoded, base, tmp_path, monkeypatch):
+    section = ILORA | {"router_input": "instruction", "router_init_std": 0.5}
+    folder = go(JOINT, section, encoded, base, tmp_path, passes=1, precision="bf16")
+    model, processor = load_base(base)
+    peft_model = predict.load_adapter(model, folder)
+    samples = read_slot(encoded, "ks", "test").samples
+    alone = predict.answer(peft_model, processor.tokenizer, samples, 1, 4)
+    assert predict.answer(peft_model, processor.tokenizer, samples, 8, 4) == alone
+    # told nothing, such a router refuses
+    made = batch(model, processor.tokenizer, samples[:3])
+    with pytest.raises(ValueError, match="instruction_tokens"):
+        omni.generate(peft_model, processor.tokenizer, made, 1)
+    shown = []
+    with monkeypatch.context() as context:
+        context.setattr(instruction, "instruction_tokens", lambda model, mask: shown.append(mask) or nullcontext())
+        with instruction.instruction_shown(peft_model, made), instruction.instruction_shown(model.base_model, made):
+            pass
+    assert [m.sum(1).tolist() for m in shown] == [[2, 3, 4]]  # "which" once to three times, and "?"; not the media, no padding
+
+
+def test_routers_learn_at_their_own_rate(encoded, base, tmp_path):
+    def routers(folder):
+        return {name: tensor for name, tensor in weights(folder).items() if "router" in name}
+
+    kept = routers(go(JOINT, ILORA | {"router_rate": 0.0}, encoded, base, tmp_path / "a", passes=1))
+    longer = routers(go(JOINT, ILORA | {"router_rate": 0.0}, encoded, base, tmp_path / "b", passes=2))
+    assert kept and same(kept, longer)  # as they were drawn
+    whole = weights(go(JOINT, ILORA, encoded, base, tmp_path / "c"))
+    assert same(whole, weights(go(JOINT, ILORA | {"router_rate": 1.0}, encoded, base, tmp_path / "d")))
+    with pytest.raises(ValueError, match="router_rate|no router"):
+        go(Run("joint", "lora", "bare"), LORA | {"router_rate": 0.1}, encoded, base, tmp_path / "e")
 
 
 def test_answers_do_not_depend_on_the_batch(encoded, base):
@@ -104,11 +185,19 @@ def test_unknown_parameter_and_method(encoded, base, tmp_path):
         train.adapter_config("vera", LORA)
 
 
+def test_rates_come_from_the_sweep(encoded, base, tmp_path):
+    run, places = Run("single", "lora", "bare", "ks"), (encoded, base, tmp_path / "o", tmp_path / "w", SLOTS, 1, 8)
+    with pytest.raises(ValueError, match="methods.lora.learning_rate: rates come from the sweep stage"):
+        train.train_all([run], LORA, {"single-bare": 1e-3}, *places)
+    with pytest.raises(ValueError, match="ks: the sweep chose no learning rate for single-bare, only for joint-bare"):
+        train.train_all([run], {"r": 2, "lora_alpha": 4}, {"joint-bare": 1e-3}, *places)
+
+
 def test_failing_run_is_named(encoded, base, tmp_path):
     run = Run("single", "lora", "bare", "ks")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RuntimeError, match="single-lora-bare-ks failed.*no base model"):
-        train.train_all([run], LORA, encoded, tmp_path / "empty", tmp_path / "o", tmp_path / "w", SLOTS, 1, 8, workers=1)
+        train.train_all([run], {"r": 2, "lora_alpha": 4}, {"single-bare": 1e-2}, encoded, tmp_path / "empty", tmp_path / "o", tmp_path / "w", SLOTS, 1, 8, workers=1)
 
 
 def test_adapter_that_does_not_fit(encoded, base, tmp_path):
