@@ -1,0 +1,122 @@
+"""What I-LoRA costs in the whole model: a training step and greedy decoding, beside plain LoRA of the same rank."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import LoraConfig, get_peft_model
+
+from crab import tasks
+from crab.data import records
+from crab.ilora import ILoraConfig
+from crab.models import omni
+from crab.study.benchmark import RATIO, estimate, interleaved, quartiles, quotient
+from crab.study.dataset import batch, load_base
+from crab.study.encode import load_media
+
+METHODS = ("LoRA", "I-LoRA")
+_PARTS = ("forward", "backward", "optimizer")
+
+
+def adapted(base, rank: int, heads: int) -> dict:
+    """The base with each method's adapter; they share the frozen weights, so that a large base lies in memory once."""
+    configs = {
+        "LoRA": LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=omni.LANGUAGE_TARGETS),
+        "I-LoRA": ILoraConfig(r=rank, lora_alpha=2 * rank, num_heads=heads, target_modules=omni.LANGUAGE_TARGETS),
+    }
+    models = {}
+    for name, config in configs.items():
+        shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+        with warnings.catch_warnings():  # PEFT asks transformers by a name that is to go
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            models[name] = get_peft_model(copy.deepcopy(base, shared), config)
+        models[name].generation_config.eos_token_id = None  # both write as many tokens as they may
+    return models
+
+
+def model_costs(
+    base: str | Path, root: str | Path, slot: str, batch_size: int, new_tokens: int, rank: int, heads: int,
+    dtypes: Iterable[str], seconds: float,
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
+    """Time a training step (AdamW) and greedy decoding on the first training samples of a slot.
+
+    Args:
+        base: folder of the base. root: holds ``AVUIE_2``.
+        new_tokens: decoded for each sample of the batch; none ends earlier.
+        dtypes: ``bfloat16`` runs float32 weights under autocast, as the Trainer's ``bf16`` does.
+        seconds: of repetitions, for each of training and decoding.
+
+    Returns:
+        Costs, a row a number format, method and part, with medians and quartiles; and ratios.
+    """
+    model, processor = load_base(base)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    found = records.read(root, slot, "train")[:batch_size]
+    frames = tasks.get_slot(slot).frames
+    samples = omni.encode(model, [omni.prepare(processor, load_media(r, frames), tasks.instruction(slot, r)) for r in found])
+    answers = [tasks.target(slot, record, "bare") for record in found]
+    learned, asked = batch(model, processor.tokenizer, samples, answers), batch(model, processor.tokenizer, samples)
+    inputs = {name: value for name, value in learned.items() if name != "input_ids"}
+    models = adapted(model, rank, heads)
+
+    costs, ratios = [], []
+    for dtype in dtypes:
+        precision = getattr(torch, dtype)
+
+        def context():
+            return nullcontext() if precision == torch.float32 else torch.autocast(device, precision)  # noqa: B023
+
+        def train(model):
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+            def step(_: int):
+                model.train()
+                with context():
+                    loss = model(**inputs, use_cache=False).loss
+                yield
+                loss.backward()
+                yield
+                optimizer.step()
+                optimizer.zero_grad()
+                yield
+
+            return step
+
+        def decode(model):
+            def step(_: int):
+                model.eval()
+                with context():
+                    omni.generate(model, processor.tokenizer, asked, new_tokens)
+                yield
+
+            return step
+
+        about = {"device": device, "dtype": dtype}
+        where = f"batch {len(found)} x {asked['input_ids'].shape[1]} tokens, r {rank}, N {heads}"
+        for name, work, parts in (("train", train, _PARTS), ("decode", decode, ("decoding",))):
+            times = interleaved({method: work(m) for method, m in models.items()}, seconds, device)
+            for method, taken in times.items():
+                costs += [{**about, "method": method, "part": p, **quartiles(t)} for p, t in zip(parts, taken, strict=True)]
+            whole = {method: taken.sum(0) for method, taken in times.items()}
+            ratio = {"ratio": f"{name}_ilora_over_lora", **estimate(quotient("I-LoRA", "LoRA"), whole)}
+            ratios.append({"part": "model", "where": where, **about, **ratio})
+    return pd.DataFrame(costs), pd.DataFrame(ratios, columns=RATIO)
+
+
+def model_table(costs: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
+    """Milliseconds of each part by method, a row a number format, and the ratios of training and decoding."""
+    table = (1000 * costs.pivot(index=["device", "dtype"], columns=["part", "method"], values="seconds")).round(1)
+    table = table[[(part, method) for part in (*_PARTS, "decoding") for method in METHODS]]
+    for name in ("train", "decode"):
+        part = ratios[ratios["ratio"] == f"{name}_ilora_over_lora"].set_index(["device", "dtype"])
+        said = [f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for r in part.itertuples()]
+        table[(name, "I-LoRA / LoRA")] = pd.Series(said, index=part.index)
+    return table
