@@ -26,7 +26,7 @@ class Bank:
         self, model, processor, scenes: list[Scene], seed: int, workers: int = 0, batch: int = 16, through_files: bool = False
     ):
         self.scenes = scenes
-        self.seconds = np.random.default_rng(seed).integers(SECONDS, size=len(scenes))
+        self.seconds = _moments(scenes, np.random.default_rng(seed))
         views = _SceneMedia(processor, scenes, self.seconds, through_files)
         loader = torch.utils.data.DataLoader(views, batch, num_workers=workers, collate_fn=_join)
         parts: dict[str, list[torch.Tensor]] = {k: [] for k in ("video", "audio", "image", "second")}
@@ -39,6 +39,13 @@ class Bank:
                 parts["audio"].append(perception.hear(model, mel).half())
                 parts["second"].append(perception.hear(model, window).half())
         self.tokens = {k: torch.cat(v) for k, v in parts.items()}
+
+
+def _moments(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
+    """One second of each scene: any, or one time in two that of which stills have most to ask, [N]."""
+    any_second = rng.integers(SECONDS, size=len(scenes))
+    both = np.array([[sum(t.seen_at(s) and t.heard_at(s) for t in scene.things) for s in range(SECONDS)] for scene in scenes])
+    return np.where(rng.random(len(scenes)) < 0.5, any_second, both.argmax(1))
 
 
 class _SceneMedia(torch.utils.data.Dataset):

@@ -83,7 +83,7 @@ class Sampler:
 
     def _caption(self) -> Row:
         i = self._index()
-        return Row([("video", i), ("audio", i)], [Probe("caption", "describe the scene .", probes.caption(self.bank.scenes[i]))])
+        return Row([("video", i), ("audio", i)], [Probe("caption", probes.wording("caption", self.rng), probes.caption(self.bank.scenes[i]))])
 
     def _matching(self) -> tuple[int, int]:
         """A scene in which something is seen and heard, and another that does not hold it."""
@@ -97,7 +97,7 @@ class Sampler:
     def _match(self) -> Row:
         i, j = self._matching()
         same = self.rng.random() < 0.5
-        probe = Probe("match", "do sight and sound match ?", "yes" if same else "no")
+        probe = Probe("match", probes.wording("match", self.rng), "yes" if same else "no")
         return Row([("video", i), ("audio", i if same else j)], [probe])
 
     def _pair(self) -> Row:
@@ -108,9 +108,9 @@ class Sampler:
         scenes = self.bank.scenes[a], self.bank.scenes[b]
         answer = "first" if first else "second"
         if self.rng.random() < 0.5:
-            asked = [Probe("which video", "which video matches the sound ?", answer), *probes.pair_probes(*scenes, "video", self.rng)]
+            asked = [Probe("which video", probes.wording("which video", self.rng), answer), *probes.pair_probes(*scenes, "video", self.rng)]
             return Row([("audio", i), ("video", a), ("video", b)], self._keep(asked))
-        asked = [Probe("which sound", "which sound matches the video ?", answer), *probes.pair_probes(*scenes, "sound", self.rng)]
+        asked = [Probe("which sound", probes.wording("which sound", self.rng), answer), *probes.pair_probes(*scenes, "sound", self.rng)]
         return Row([("video", i), ("audio", a), ("audio", b)], self._keep(asked))
 
 
@@ -127,8 +127,11 @@ CONTEXTS: dict[str, tuple[float, float, tuple[str, ...]]] = {
 }  # fmt: skip
 
 #: Questions that few scenes answer, and how much oftener one is kept when a scene does.
-RARE = {"emotion": 4.0, "voice": 4.0, "box": 2.0, "still box": 2.0, "time heard": 2.0, "time seen": 2.0, "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still box sounds": 3.0, "still box around": 3.0, "still sounds": 2.0,
-        "which video": 3.0, "which sound": 3.0}  # fmt: skip
+RARE = {
+    "emotion": 4.0, "voice": 4.0, "box": 3.0, "still box": 2.0, "time heard": 3.0, "time seen": 3.0, "seen at": 2.0,
+    "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still sounds": 2.0, "still box sounds": 3.0,
+    "still box around": 4.0, "which video": 3.0, "which sound": 3.0,
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -184,6 +187,8 @@ class Curriculum:
         gate: accuracy every skill of a stage must reach before the next begins.
         stage_steps: most steps a stage may take before the next begins regardless.
         steps: all steps; the learning rate decays over the last third, all skills in the mix.
+        precision: ``bf16`` (autocast) or ``fp32``. With native bfloat16 a step on a CPU takes half the time, if
+            attention is written out: the fused kernel's backward is slower in bfloat16 than in float32.
     """
 
     steps: int
@@ -193,6 +198,7 @@ class Curriculum:
     learning_rate: float
     check_every: int
     seed: int
+    precision: str = "fp32"
     per_row: int = 8
     history: list[dict] = field(default_factory=list)
 
@@ -202,8 +208,11 @@ def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Cu
     rng = np.random.default_rng(plan.seed)
     sampler = Sampler(train, vocabulary(processor), rng, plan.per_row)
     checker = Sampler(held_out, vocabulary(processor), np.random.default_rng(plan.seed + 1), plan.per_row)
-    packer = Packer(model, processor)
+    packer = Packer(model, processor, plan.precision)
     lm = model.model.language_model
+    attention = lm.config._attn_implementation
+    if model.device.type == "cpu" and plan.precision == "bf16":
+        lm.set_attn_implementation("eager")
     rest = [*lm.embed_tokens.parameters(), *lm.norm.parameters(), *model.lm_head.parameters()]
     optimizer = MuonAdamW(lm.layers, rest, plan.learning_rate, warm_up_then_decay(plan.steps))
     stage, since = 0, 0
@@ -235,6 +244,7 @@ def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Cu
             ready = all(accuracy.get(s, 0) >= plan.gate for s in STAGES[stage][1])
             if stage + 1 < len(STAGES) and (ready or since >= plan.stage_steps):
                 stage, since = stage + 1, 0
+    lm.set_attn_implementation(attention)
     model.eval()
     return plan.history
 

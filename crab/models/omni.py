@@ -48,6 +48,7 @@ PAD, UNKNOWN, START, END = "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im
 ROLES = ("user", "assistant")
 SAMPLE_RATE = 16_000
 CLIP_SECONDS = 10
+CHUNK_SECONDS = 2
 IGNORE = -100
 
 PLACEHOLDER = {
@@ -215,7 +216,8 @@ def build_model(processor: Qwen2_5OmniProcessor, size: dict, seed: int) -> Qwen2
         vision_end_token_id=token(SPECIAL["vision_eos_token"]),
         user_token_id=token("user"),
         # One position a token of sound, so that sight and sound keep the same clock.
-        position_id_per_seconds=mel_frames // 4 // CLIP_SECONDS,
+        position_id_per_seconds=tokens_per_second(processor),
+        seconds_per_chunk=CHUNK_SECONDS,
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
@@ -258,6 +260,25 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
     return model.eval(), processor
 
 
+def tokens_per_second(processor) -> int:
+    """Audio tokens a second of sound: the encoder gives one for four frames of the spectrogram."""
+    return SAMPLE_RATE // processor.feature_extractor.hop_length // 4
+
+
+def clock(processor) -> dict[str, float]:
+    """How the processor is to place sight beside sound: positions a second, and seconds a turn."""
+    return {"position_id_per_seconds": tokens_per_second(processor), "seconds_per_chunk": float(CHUNK_SECONDS)}
+
+
+def interleaves(kinds: Sequence[str]) -> bool:
+    """Whether these media are one clip, its sight and its sound, whose tokens then go in turns of two seconds.
+
+    That is how Qwen2.5-Omni shows a video with its sound (``load_audio_from_video``), so that what is
+    seen and what is heard at one time stand side by side. Two videos, or two sounds, stand one after the other.
+    """
+    return tuple(kinds) == ("video", "audio")
+
+
 @dataclass
 class Media:
     """One item of a prompt.
@@ -275,8 +296,11 @@ class Media:
 
 
 def prompt_text(kinds: Sequence[str], instruction: str) -> str:
-    """The chat turn that ends where the answer begins; one placeholder an item, media first."""
-    media = "".join(PLACEHOLDER[kind] for kind in kinds)
+    """The chat turn that ends where the answer begins; one placeholder an item, media first.
+
+    The sound of a clip has none: the processor puts it between the frames (`interleaves`).
+    """
+    media = "".join(PLACEHOLDER[kind] for kind in (("video",) if interleaves(kinds) else kinds))
     return f"{START} user {media} {instruction} {END} {START} assistant"
 
 
@@ -284,13 +308,16 @@ def prepare(processor, media: Sequence[Media], instruction: str) -> BatchFeature
     """Run the processor on one sample (batch of one); media of one kind must share their fps."""
     of = lambda kind: [m for m in media if m.kind == kind]  # noqa: E731
     videos, images, audio = of("video"), of("image"), of("audio")
+    kinds = [m.kind for m in media]
+    own_sound = dict(load_audio_from_video=True, audio_from_video_indices=[0], **clock(processor))
     inputs = processor(
-        text=[prompt_text([m.kind for m in media], instruction)],
+        text=[prompt_text(kinds, instruction)],
         images=[m.data for m in images] or None,
         videos=[m.data for m in videos] or None,
         audio=[m.data for m in audio] or None,
         **({"fps": videos[0].fps} if videos else {}),
         **({"sampling_rate": SAMPLE_RATE} if audio else {}),
+        **(own_sound if interleaves(kinds) else {}),
         return_tensors="pt",
     )
     return inputs
@@ -330,6 +357,21 @@ def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tenso
     return samples
 
 
+#: Precisions of training: all in float32, or matrix products in bfloat16 by autocast.
+PRECISIONS = ("fp32", "bf16")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass has this precision; the weights stay in float32.
+
+    Raises:
+        ValueError: on a precision that is not one of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def media_mask(config, ids: torch.Tensor) -> torch.Tensor:
     """True at placeholder tokens."""
     return torch.isin(ids, torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id]))
@@ -340,8 +382,10 @@ def prompt_positions(model, inputs: BatchFeature, audio_lengths: torch.Tensor | 
     ids = inputs["input_ids"]
     if "image_grid_thw" not in inputs and "video_grid_thw" not in inputs:
         return torch.arange(ids.shape[1]).expand(3, -1)  # get_rope_index needs vision; text and sound count up
+    bos, sound = model.config.vision_start_token_id, model.config.audio_start_token_id
     positions, _ = model.get_rope_index(
         ids,
+        use_audio_in_video=bool(((ids[:, :-1] == bos) & (ids[:, 1:] == sound)).any()),
         image_grid_thw=inputs.get("image_grid_thw"),
         video_grid_thw=inputs.get("video_grid_thw"),
         attention_mask=torch.ones_like(ids),

@@ -29,43 +29,54 @@ class Row:
 
 #: The prompt a context stands in, by its media: clip, still, two videos, two sounds, none.
 KINDS = {"video": "video", "audio": "audio", "image": "image", "second": "audio"}
+TOKEN = {kind: omni.SPECIAL[f"{kind}_token"] for kind in ("video", "audio", "image")}
 
 
 class Packer:
     """Turns rows of one context kind into tensors; templates of ids and positions are computed once."""
 
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
+    def __init__(self, model, processor, precision: str = "fp32"):
+        self.model, self.processor, self.precision = model, processor, precision
         self.tokenizer = processor.tokenizer
         self.ids_of = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.templates: dict[tuple, tuple[list[int], torch.Tensor]] = {}
+        self.templates: dict[tuple, tuple[list[int], torch.Tensor, torch.Tensor]] = {}
 
-    def template(self, media, bank: Bank) -> tuple[list[int], torch.Tensor]:
+    def template(self, media, bank: Bank) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        """Of a context: ids, positions [3, L], and for each placeholder the row of the media, laid end to end, that it takes."""
         key = tuple(kind for kind, _ in media)
         if key not in self.templates:
-            text = f"{omni.START} user "
-            for kind in key:
-                name = KINDS[kind]
-                text += omni.PLACEHOLDER[name].replace(f"<|{name.upper()}|>", f"<|{name.upper()}|>" * bank.tokens[kind].shape[1])
-            ids = torch.tensor([self.ids_of(text)])
-            m = self.processor.video_processor.merge_size
+            kinds = [KINDS[kind] for kind in key]
+            counts = [bank.tokens[kind].shape[1] for kind in key]
+            merge = self.processor.video_processor.merge_size
             side = self.processor.video_processor.side // self.processor.video_processor.patch_size
-            inputs = {"input_ids": ids}
-            videos, images = key.count("video"), key.count("image")
-            if videos:
-                steps = bank.tokens["video"].shape[1] * m * m // side**2
-                inputs["video_grid_thw"] = torch.tensor([[steps, side, side]] * videos)
-                inputs["video_second_per_grid"] = torch.tensor([SECONDS / steps] * videos)
-            if images:
-                inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * images)
-            mel = torch.tensor([bank.tokens[k].shape[1] * 4 for k in key if KINDS[k] == "audio"])
-            positions = omni.prompt_positions(self.model, inputs, mel if len(mel) else None)
-            self.templates[key] = ids[0].tolist(), positions
+            inputs = {}
+            if "video" in kinds:
+                steps = counts[kinds.index("video")] * merge**2 // side**2
+                inputs["video_grid_thw"] = torch.tensor([[steps, side, side]] * kinds.count("video"))
+                inputs["video_second_per_grid"] = [SECONDS / steps] * kinds.count("video")
+            if "image" in kinds:
+                inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * kinds.count("image"))
+            sounds = torch.tensor([count for kind, count in zip(kinds, counts, strict=True) if kind == "audio"])
+            if omni.interleaves(kinds):
+                turns = self.processor.replace_video_with_audio_token(
+                    inputs, 0, {"num_audio_tokens": sounds.tolist()}, 0, **omni.clock(self.processor)
+                )
+                text = omni.PLACEHOLDER["video"].replace(TOKEN["video"], turns)
+            else:
+                text = "".join(omni.PLACEHOLDER[k].replace(TOKEN[k], TOKEN[k] * n) for k, n in zip(kinds, counts, strict=True))
+            ids = torch.tensor(self.ids_of(f"{omni.START} user {text}"))
+            positions = omni.prompt_positions(self.model, inputs | {"input_ids": ids[None]}, 4 * sounds if len(sounds) else None)
+            # tokens of one kind come in the order of their media, but sight and sound may take turns
+            placed = ids[omni.media_mask(self.model.config, ids)]
+            laid = torch.tensor([i for k, n in zip(kinds, counts, strict=True) for i in self.ids_of(TOKEN[k]) * n], dtype=torch.long)
+            order = torch.empty_like(placed)
+            order[placed.argsort(stable=True)] = laid.argsort(stable=True)
+            self.templates[key] = ids.tolist(), positions, order
         return self.templates[key]
 
     def pack(self, rows: list[Row], bank: Bank) -> dict[str, torch.Tensor]:
         """ids [B, L], position_ids [3, B, L], block [B, L] (0 context, -1 padding), target [B, L], probe [B, L]."""
-        prefix, prefix_positions = self.template(rows[0].media, bank)
+        prefix, prefix_positions, order = self.template(rows[0].media, bank)
         start = int(prefix_positions.max()) + 1
         turn = self.ids_of(f"{omni.END} {omni.START} assistant")
         built = []
@@ -96,7 +107,7 @@ class Packer:
         device = self.model.device
         out = {k: v.to(device) for k, v in out.items()} | {"position_ids": place.to(device)}
         out["media"] = [
-            torch.cat([bank.tokens[kind][i] for kind, i in row.media]) if row.media else None for row in rows
+            torch.cat([bank.tokens[kind][i] for kind, i in row.media])[order] if row.media else None for row in rows
         ]
         return out
 
@@ -111,9 +122,13 @@ class Packer:
         length = block.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=block.device).tril()
         visible = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
-        mask = (causal & visible)[:, None]
-        hidden = model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
-        ).last_hidden_state
-        where = (batch["target"] != omni.IGNORE).flatten().nonzero()[:, 0]
-        return model.lm_head(hidden.flatten(0, 1)[where]), batch["target"].flatten()[where], where
+        allowed = (causal & visible)[:, None]
+        # as numbers to add, which every attention implementation takes
+        mask = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+        with omni.autocast(model.device, self.precision):
+            hidden = model.model.language_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
+            ).last_hidden_state
+            where = (batch["target"] != omni.IGNORE).flatten().nonzero()[:, 0]
+            logits = model.lm_head(hidden.flatten(0, 1)[where]).float()
+        return logits, batch["target"].flatten()[where], where

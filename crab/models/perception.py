@@ -58,7 +58,7 @@ def visual_targets(scene: Scene, second: int) -> dict[str, np.ndarray]:
 def audio_targets(scene: Scene, tokens: int) -> dict[str, np.ndarray]:
     """Sound events a token: present [tokens, 9] for classes and the voice, emotion [tokens], second [tokens].
 
-    The second is asked where something sounds; -100 elsewhere, and for emotion where no voice does.
+    Silence has its second too, so that it tells when what is seen beside it happens. Emotion is -100 where no voice sounds.
     """
     present = np.zeros((tokens, len(CLASSES) + 1), np.float32)
     emotion = np.full(tokens, omni.IGNORE)
@@ -67,7 +67,7 @@ def audio_targets(scene: Scene, tokens: int) -> dict[str, np.ndarray]:
         present[first:last, NAMES.index(thing.name)] = 1
         if thing.heard_emotion:
             emotion[first:last] = EMOTIONS.index(thing.heard_emotion)
-    second = np.where(present.any(1), np.arange(tokens) * SECONDS // tokens, omni.IGNORE)
+    second = np.arange(tokens) * SECONDS // tokens
     return {"present": present, "emotion": emotion, "second": second}
 
 

@@ -15,6 +15,48 @@ from crab.data.world import CLASSES, COLOURS, FACE, QUADRANTS, SECONDS, Scene, T
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 
+#: Each skill's question in several wordings, so that the base does not hang on one: pretraining would not
+#: either. ``{n}`` is a thing's name, ``{s}`` a second, ``{q}`` a place. Gates count all of them.
+WORDINGS = {
+    "visible": ("is the {n} visible ?", "can you see the {n} ?", "is a {n} seen in the video ?"),
+    "heard": ("is the {n} heard ?", "can you hear the {n} ?", "does the {n} make a sound ?"),
+    "colour": ("what colour is the {n} ?", "name the colour of the {n} .", "which colour does the {n} have ?"),
+    "motion": ("how does the {n} move ?", "name the action of the {n} .", "what does the {n} do in the video ?"),
+    "position": ("where is the {n} ?", "name the place of the {n} ."),
+    "time seen": ("when is the {n} visible ?", "from when to when is the {n} seen ?", "give the range in which you see the {n} ."),
+    "time heard": ("when is the {n} heard ?", "from when to when does the {n} sound ?", "give the range in which you hear the {n} ."),
+    "seen at": ("is the {n} visible at {s} ?", "is the {n} seen at {s} ?", "can you see the {n} at {s} ?"),
+    "box": ("box of the {n} at {s} ?", "give the box of the {n} at {s} ."),
+    "at": ("what is at {q} ?", "which thing is seen at {q} ?", "name the thing at {q} ."),
+    "heard at": ("what is heard at {s} ?", "which thing makes a sound at {s} ?"),
+    "which sounds": ("which visible thing is heard ?", "which visible thing makes the sound ?", "name the thing that is both seen and heard ."),
+    "where sounds": ("where is the thing that is heard ?", "where is the thing that makes the sound ?"),
+    "count seen": ("how many things are visible ?", "how many things are seen in the video ?"),
+    "count heard": ("how many things are heard ?", "how many things make a sound ?"),
+    "order": ("which is heard first ?", "which thing sounds before the other ?"),
+    "emotion": ("how does the face feel ?", "which emotion does the face show ?"),
+    "voice": ("how does the voice feel ?", "which emotion does the voice show ?"),
+    "still box": ("box of the {n} ?", "give the box of the {n} .", "where is the {n} ? give its box ."),
+    "still position": ("where is the {n} ?", "name the place of the {n} ."),
+    "still colour": ("what colour is the {n} ?", "name the colour of the {n} .", "which colour does the {n} have ?"),
+    "still sounds": ("which visible thing is heard ?", "which visible thing makes the sound ?"),
+    "still box sounds": ("box of the thing that is heard ?", "give the box of the thing that sounds .", "which thing makes the sound ? give its box ."),
+    "still box around": ("box around the things that are heard ?", "give the box around all things that sound ."),
+    "still heard": ("what is heard ?", "which thing sounds ?"),
+    "match": ("do sight and sound match ?", "does the sound match the video ?"),
+    "which video": ("which video matches the sound ?", "find the video of the sound .", "which video shows the thing that is heard ?"),
+    "which sound": ("which sound matches the video ?", "find the sound of the video .", "which sound is of a thing that is visible ?"),
+    "video of": ("which video shows the {n} ?", "find the {n} in the two videos ."),
+    "sound of": ("which sound is the {n} ?", "find the {n} in the two sounds ."),
+    "caption": ("describe the scene .", "describe all that is seen and heard ."),
+}  # fmt: skip
+
+
+def wording(skill: str, rng: np.random.Generator, **named) -> str:
+    """One of the skill's questions, filled in."""
+    known = WORDINGS[skill]
+    return known[rng.integers(len(known))].format(**named)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -41,13 +83,13 @@ def _numbers(values) -> str:
     return " ".join(str(v) for v in values)
 
 
-def _select(skill: str, question: str, answer_of, things: Sequence[Thing], rng) -> list[Probe]:
-    """One probe about a thing chosen from several by what ``question`` names it with."""
+def _select(skill: str, answer_of, things: Sequence[Thing], rng, **named) -> list[Probe]:
+    """One probe about a thing chosen from several by its name."""
     if not things:
         return []
     thing = things[rng.integers(len(things))]
     picked = tuple(answer_of(t) for t in things)
-    return [Probe(skill, question.format(t=thing), answer_of(thing), picked if len(things) > 1 else ())]
+    return [Probe(skill, wording(skill, rng, n=thing.name, **named), answer_of(thing), picked if len(things) > 1 else ())]
 
 
 def clip_probes(scene: Scene, rng: np.random.Generator) -> list[Probe]:
@@ -63,42 +105,38 @@ def clip_probes(scene: Scene, rng: np.random.Generator) -> list[Probe]:
             pool = sorted(names) if wanted else (decoys if decoys and rng.random() < 0.4 else absent)
             if pool:
                 name = pool[rng.integers(len(pool))]
-                out.append(Probe(skill, f"is the {name} {skill} ?", "yes" if wanted else "no"))
-    for skill, question, answer in (
-        ("colour", "what colour is the {t.name} ?", lambda t: t.colour),
-        ("motion", "how does the {t.name} move ?", lambda t: t.motion),
-        ("position", "where is the {t.name} ?", lambda t: t.quadrant),
-    ):
-        out += _select(skill, question, answer, seen, rng)
+                out.append(Probe(skill, wording(skill, rng, n=name), "yes" if wanted else "no"))
+    out += _select("colour", lambda t: t.colour, seen, rng)
+    out += _select("motion", lambda t: t.motion, seen, rng)
+    out += _select("position", lambda t: t.quadrant, seen, rng)
     # Half of all things are seen throughout; mostly the others are asked about, of whom there is more to say.
     passing = [t for t in seen if t.visible != (0, SECONDS)]
     timed = passing if passing and rng.random() < 0.8 else seen
-    out += _select("time seen", "when is the {t.name} visible ?", lambda t: _interval(t.visible), timed, rng)
-    out += _select("time heard", "when is the {t.name} heard ?", lambda t: _interval(t.sounding), heard, rng)
+    out += _select("time seen", lambda t: _interval(t.visible), timed, rng)
+    out += _select("time heard", lambda t: _interval(t.sounding), heard, rng)
     second = int(rng.integers(SECONDS))
-    out += _select("seen at", f"is the {{t.name}} visible at {second} ?", lambda t: "yes" if t.seen_at(second) else "no", timed, rng)
+    out += _select("seen at", lambda t: "yes" if t.seen_at(second) else "no", timed, rng, s=second)
     now = [t for t in seen if t.seen_at(second)]
-    out += _select("box", f"box of the {{t.name}} at {second} ?", lambda t: _numbers(t.box(second)), now, rng)
-    out += [_at(seen, rng), *_heard_at(heard, second)]
+    out += _select("box", lambda t: _numbers(t.box(second)), now, rng, s=second)
+    out += [_at(seen, rng), *_heard_at(heard, second, rng)]
     both = [t for t in seen if t.sounding]
+    things = tuple(t.name for t in seen)
     if len(both) == 1 and len(seen) > 1:
         one = both[0]
-        out.append(Probe("which sounds", "which visible thing is heard ?", one.name, tuple(t.name for t in seen)))
-        out.append(
-            Probe("where sounds", "where is the thing that is heard ?", one.quadrant, tuple(t.quadrant for t in seen))
-        )
+        out.append(Probe("which sounds", wording("which sounds", rng), one.name, things))
+        out.append(Probe("where sounds", wording("where sounds", rng), one.quadrant, tuple(t.quadrant for t in seen)))
     elif not both:
-        out.append(Probe("which sounds", "which visible thing is heard ?", "nothing", tuple(t.name for t in seen)))
-    out.append(Probe("count seen", "how many things are visible ?", NUMBER_WORDS[len(seen)]))
-    out.append(Probe("count heard", "how many things are heard ?", NUMBER_WORDS[len(heard)]))
+        out.append(Probe("which sounds", wording("which sounds", rng), "nothing", things))
+    out.append(Probe("count seen", wording("count seen", rng), NUMBER_WORDS[len(seen)]))
+    out.append(Probe("count heard", wording("count heard", rng), NUMBER_WORDS[len(heard)]))
     if len(heard) == 2 and heard[0].sounding[0] != heard[1].sounding[0]:
         first = min(heard, key=lambda t: t.sounding[0])
-        out.append(Probe("order", "which is heard first ?", first.name, tuple(t.name for t in heard)))
+        out.append(Probe("order", wording("order", rng), first.name, tuple(t.name for t in heard)))
     for t in scene.things:
         if t.name == FACE:
-            out.append(Probe("emotion", "how does the face feel ?", t.emotion))
+            out.append(Probe("emotion", wording("emotion", rng), t.emotion))
             if t.sounding:
-                out.append(Probe("voice", "how does the voice feel ?", t.heard_emotion))
+                out.append(Probe("voice", wording("voice", rng), t.heard_emotion))
     return out
 
 
@@ -107,36 +145,37 @@ def _at(seen: Sequence[Thing], rng) -> Probe:
     quadrant = QUADRANTS[rng.integers(4)]
     if rng.random() < 0.7:
         quadrant = list(used)[rng.integers(len(used))] if used else quadrant
-    return Probe("at", f"what is at {quadrant} ?", used.get(quadrant, "nothing"), tuple(used.values()))
+    return Probe("at", wording("at", rng, q=quadrant), used.get(quadrant, "nothing"), tuple(used.values()))
 
 
-def _heard_at(heard: Sequence[Thing], second: int) -> list[Probe]:
+def _heard_at(heard: Sequence[Thing], second: int, rng) -> list[Probe]:
     now = [t.name for t in heard if t.heard_at(second)]
     if len(now) > 1:
         return []
-    return [Probe("heard at", f"what is heard at {second} ?", now[0] if now else "nothing", tuple(t.name for t in heard))]
+    answer = now[0] if now else "nothing"
+    return [Probe("heard at", wording("heard at", rng, s=second), answer, tuple(t.name for t in heard))]
 
 
 def still_probes(scene: Scene, second: int, rng: np.random.Generator) -> list[Probe]:
     """What one frame and its second of sound answer."""
     seen = [t for t in scene.visible if t.seen_at(second)]
     heard = [t for t in scene.sounding if t.heard_at(second)]
-    out = _select("still box", "box of the {t.name} ?", lambda t: _numbers(t.box(second)), seen, rng)
-    out += _select("still position", "where is the {t.name} ?", lambda t: t.quadrant, seen, rng)
-    out += _select("still colour", "what colour is the {t.name} ?", lambda t: t.colour, seen, rng)
+    out = _select("still box", lambda t: _numbers(t.box(second)), seen, rng)
+    out += _select("still position", lambda t: t.quadrant, seen, rng)
+    out += _select("still colour", lambda t: t.colour, seen, rng)
     out.append(_at(seen, rng))
     both = [t for t in seen if t.heard_at(second)]
     if len(both) == 1 and len(seen) > 1:
         one = both[0]
-        out.append(Probe("still sounds", "which visible thing is heard ?", one.name, tuple(t.name for t in seen)))
+        out.append(Probe("still sounds", wording("still sounds", rng), one.name, tuple(t.name for t in seen)))
         boxes = tuple(_numbers(t.box(second)) for t in seen)
-        out.append(Probe("still box sounds", "box of the thing that is heard ?", _numbers(one.box(second)), boxes))
+        out.append(Probe("still box sounds", wording("still box sounds", rng), _numbers(one.box(second)), boxes))
     if len(both) > 1:
         edges = np.array([t.box(second) for t in both])
         around = (*edges[:, :2].min(0), *edges[:, 2:].max(0))
-        out.append(Probe("still box around", "box around the things that are heard ?", _numbers(around)))
+        out.append(Probe("still box around", wording("still box around", rng), _numbers(around)))
     if len(heard) == 1:
-        out.append(Probe("still heard", "what is heard ?", heard[0].name))
+        out.append(Probe("still heard", wording("still heard", rng), heard[0].name))
     return out
 
 
@@ -148,8 +187,8 @@ def pair_probes(first: Scene, second: Scene, what: str, rng: np.random.Generator
     """
     names = [{t.name for t in (scene.visible if what == "video" else scene.sounding)} for scene in (first, second)]
     only = [*((n, "first") for n in sorted(names[0] - names[1])), *((n, "second") for n in sorted(names[1] - names[0]))]
-    verb = {"video": "shows", "sound": "is"}[what]
-    return [Probe(f"{what} of", f"which {what} {verb} the {n} ?", answer) for n, answer in (only[i] for i in rng.permutation(len(only))[:2])]
+    skill = f"{what} of"
+    return [Probe(skill, wording(skill, rng, n=n), answer) for n, answer in (only[i] for i in rng.permutation(len(only))[:2])]
 
 
 def shares_sound(a: Scene, b: Scene) -> bool:
@@ -176,10 +215,7 @@ def words() -> set[str]:
     """Every word a probe, a caption or a scene can use."""
     from crab.data.world import EMOTIONS, MOTIONS
 
-    text = (
-        "around is the visible heard yes no what colour how does move where when box of at nothing which thing that are "
-        "how many things first second face feel repeat do sight and sound match video matches from to "
-        "never voice describe shows , . ? "
-    )
+    asked = " ".join(text for known in WORDINGS.values() for text in known).format(n="", s="", q="")
+    text = f"{asked} is yes no nothing of first second repeat from to never heard at ,"
     closed = [*CLASSES, *COLOURS, *MOTIONS, *EMOTIONS, *NUMBER_WORDS, FACE, *" ".join(QUADRANTS).split()]
     return {*text.split(), *closed, *map(str, range(SECONDS + 1)), *map(str, range(0, 225, 8))}

@@ -91,8 +91,23 @@ def test_a_packed_question_is_the_prompt_the_tasks_use(model, processor, bank):
     length = len(sample["input_ids"])
     assert packed["ids"][0, :length].tolist() == sample["input_ids"].tolist()
     assert torch.equal(packed["position_ids"][:, 0, :length], sample["position_ids"])
-    stored = torch.cat([bank.tokens["video"][1], bank.tokens["audio"][1]]).float()
+    (stored,) = (rows.float() for rows in packed["media"])
     torch.testing.assert_close(stored, sample["features"], rtol=1e-2, atol=1e-2)  # half precision
+
+
+def test_written_out_attention_in_bfloat16_is_close_to_the_fused_one(model, processor, bank):
+    rows = [packing.Row([("video", 2), ("audio", 2)], [probes.Probe("a", "is the bell visible ?", "yes")]), packing.Row([("video", 3), ("audio", 3)], [])]
+    exact, rough = packing.Packer(model, processor), packing.Packer(model, processor, "bf16")
+    with torch.no_grad():
+        fused, _, _ = exact.logits(exact.pack(rows, bank))
+        model.model.language_model.set_attn_implementation("eager")
+        plain, _, _ = exact.logits(exact.pack(rows, bank))
+        low, _, _ = rough.logits(rough.pack(rows, bank))
+        model.model.language_model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-4)
+    assert low.dtype == torch.float32 and (low - fused).abs().max() < 0.05 * fused.abs().max()
+    with pytest.raises(ValueError, match="precision 'fp8' is unknown"):
+        packing.Packer(model, processor, "fp8").logits(exact.pack(rows, bank))
 
 
 def test_bank_through_files_is_close_to_the_rendered_one(model, processor, bank):
@@ -165,8 +180,14 @@ def test_pair_probes_name_what_only_one_of_two_scenes_holds():
         for seed in range(50):
             answers.update({p.question: p.answer for p in probes.pair_probes(SCENE, other, what, np.random.default_rng(seed))})
     # the bell is seen and heard in both; the flute is heard only
-    assert said["video"] == {"which video shows the drum ?": "first", "which video shows the horn ?": "second"}
-    assert said["sound"] == {"which sound is the flute ?": "first", "which sound is the horn ?": "second"}
+    assert said["video"] == {
+        "which video shows the drum ?": "first", "which video shows the horn ?": "second",
+        "find the drum in the two videos .": "first", "find the horn in the two videos .": "second",
+    }  # fmt: skip
+    assert said["sound"] == {
+        "which sound is the flute ?": "first", "which sound is the horn ?": "second",
+        "find the flute in the two sounds .": "first", "find the horn in the two sounds .": "second",
+    }  # fmt: skip
 
 
 def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(model):

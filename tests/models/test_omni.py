@@ -23,9 +23,12 @@ def media(kinds: str) -> list[omni.Media]:
     return [made[k] for k in kinds]
 
 
-def whole(inputs) -> dict:
+def whole(model, inputs) -> dict:
     """The inputs as the whole model takes them, encoders included."""
-    return {k: torch.as_tensor(v) for k, v in inputs.items()}
+    inputs = {k: torch.as_tensor(v) for k, v in inputs.items()}
+    bos = (inputs["input_ids"][0] == model.config.vision_start_token_id).nonzero()[:, 0]
+    own_sound = (inputs["input_ids"][0, bos + 1] == model.config.audio_start_token_id).any()
+    return inputs | ({"use_audio_in_video": True} if own_sound else {})
 
 
 @pytest.fixture(scope="module", params=["va", "is", "avv", "vaa", "a"])
@@ -39,7 +42,28 @@ def test_cached_embeddings_give_the_whole_models_logits(model, processor, inputs
         cached = model(
             inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]
         )
-        torch.testing.assert_close(cached.logits, model(**whole(inputs)).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cached.logits, model(**whole(model, inputs)).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_sight_and_sound_of_a_clip_take_turns_of_two_seconds(model, processor):
+    ids = omni.prepare(processor, media("va"), "what is heard ?")["input_ids"][0].tolist()
+    config = model.config
+    kind = {config.video_token_id: "v", config.audio_token_id: "a", config.vision_start_token_id: "(", config.vision_end_token_id: ")",
+            config.audio_start_token_id: "[", config.audio_end_token_id: "]"}  # fmt: skip
+    shown = "".join(kind.get(i, "") for i in ids)
+    assert shown == "([" + "vvvvaaaa" * 5 + "])"  # four visual tokens a pair of frames, two audio tokens a second
+    (sample,) = omni.encode(model, [omni.prepare(processor, media("va"), "what is heard ?")])
+    time = sample["position_ids"][0]
+    first = lambda token: time[sample["input_ids"] == token]  # noqa: E731
+    seen, heard = first(config.video_token_id), first(config.audio_token_id)
+    assert (heard - heard[0]).tolist() == list(range(20))
+    assert (seen - seen[0]).tolist() == [4 * (i // 4) for i in range(20)] and seen[0] == heard[0]
+
+
+def test_two_clips_stand_one_after_the_other(model, processor):
+    ids = omni.prepare(processor, media("avv"), "which ?")["input_ids"][0]
+    placed = ids[omni.media_mask(model.config, ids)].tolist()
+    assert placed == [model.config.audio_token_id] * 20 + [model.config.video_token_id] * 40
 
 
 def test_batched_left_padded_generation_says_what_each_alone_says(model, processor):
@@ -48,7 +72,7 @@ def test_batched_left_padded_generation_says_what_each_alone_says(model, process
     assert (batch["attention_mask"][:, -1] == 1).all() and (batch["attention_mask"][1, 0] == 0)
     together = omni.generate(model, processor.tokenizer, batch, max_new_tokens=8)
     for text, one in zip(together, prepared, strict=True):
-        out = model.generate(**whole(one), max_new_tokens=8, do_sample=False)
+        out = model.generate(**whole(model, one), max_new_tokens=8, do_sample=False)
         assert text == processor.tokenizer.decode(out[0, one["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
