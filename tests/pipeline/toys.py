@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from crab.study import params
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STAGES = ("build", "base", "encode", "train", "evaluate", "transfer", "routing", "features")
+STAGES = ("build", "base", "encode", "train", "evaluate", "transfer", "mechanism", "routing", "features")
 
 # What each stage leaves besides its report, as an expression of `paths`.
 OUTS = {
