@@ -21,7 +21,9 @@ from crab.study.paths import root
 from crab.study.sources import FOLDER, code_cells
 
 # In the order a reader wants them: the claim, what it rests on, why, and how it was made.
-ORDER = ("transfer", "evaluate", "routing", "features", "benchmark", "base", "sweep", "train", "encode", "build")
+ORDER = (
+    "transfer", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "sweep", "train", "encode", "build",
+)  # fmt: skip
 
 
 def executed(folder: Path, profile: str) -> dict[str, Any]:

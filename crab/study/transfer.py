@@ -5,25 +5,28 @@ Works on the per-sample scores that `crab.study.score` writes; needs no model.
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from crab.data.files import aside, write_json
 from crab.study.resample import bootstrap_means, interval
 
+#: Crab+ (arXiv 2603.04128): share of tasks that get worse by joint training with plain LoRA, and better with Crab+.
+PAPER = {"negative": 0.55, "positive": 0.88}
+
 COLUMNS = [
-    "comparison", "slot", "single", "joint", "difference", "low", "high", "relative",
-    "chance", "at_chance", "verdict", "samples", "seeds",
+    "comparison", "slot", "baseline", "joint", "difference", "low", "high", "relative",
+    "chance", "at_chance", "joint_above_chance", "verdict", "samples", "seeds",
 ]  # fmt: skip
 
 
 def verdict(difference: float, margin: float) -> str:
     """``gain`` above +margin, ``loss`` below -margin, else ``tie`` (the margin itself is a tie)."""
+    margin += 1e-9  # .52 - .50 is more than .02 in binary
     if difference > margin:
         return "gain"
     return "loss" if difference < -margin else "tie"
@@ -31,9 +34,22 @@ def verdict(difference: float, margin: float) -> str:
 
 def sign_test(gains: int, losses: int) -> float:
     """Two-sided exact sign test (Dixon and Mood, 1946); ties are left out, as is usual."""
-    trials = gains + losses
-    tail = sum(math.comb(trials, k) for k in range(min(gains, losses) + 1)) / 2**trials
-    return min(1.0, 2 * tail)
+    return float(binomtest(gains, gains + losses).pvalue) if gains + losses else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's (1979) step-down rule, in the order given."""
+    adjusted, least = [0.0] * len(p), 0.0
+    for rank, i in enumerate(np.argsort(p, kind="stable")):
+        least = max(least, min(1.0, (len(p) - rank) * float(p[i])))
+        adjusted[i] = least
+    return adjusted
+
+
+def rate(count: int, of: int) -> tuple[float, float, float]:
+    """A share and its exact 95 % interval (Clopper and Pearson, 1934), the slots taken as drawn from all such tasks."""
+    bounds = binomtest(count, of).proportion_ci(0.95, "exact")
+    return count / of, float(bounds.low), float(bounds.high)
 
 
 def _grid(samples: pd.DataFrame, family: str, slot: str) -> pd.DataFrame:
@@ -45,38 +61,47 @@ def _grid(samples: pd.DataFrame, family: str, slot: str) -> pd.DataFrame:
 
 
 def compare_slot(
-    single: pd.DataFrame, joint: pd.DataFrame, chance: float, margin: float, resamples: int, seed: int
-) -> tuple[dict, np.ndarray]:
-    """One slot's row of the table and its resampled differences [resamples].
+    baseline: pd.DataFrame, joint: pd.DataFrame, floor: pd.DataFrame, chance: float, margin: float, resamples: int, seed: int, slot: str
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """One slot's row of the table, and its resampled differences and relative changes, each [resamples].
 
     Args:
-        single, joint: scores in [0, 1], index seed, columns sample id; both must hold the same ones.
+        baseline, joint: scores in [0, 1], index seed, columns sample id; both must hold the same ones.
+        floor: scores that tell whether the slot can be learned at all: those of single-task training.
         chance: score of the best constant answer.
 
     Raises:
         ValueError: when the two were not scored on the same samples and seeds.
     """
-    if list(single.columns) != list(joint.columns) or list(single.index) != list(joint.index):
-        raise ValueError("transfer: single and joint hold different samples or seeds; evaluate both on the same test set")
-    difference = (joint - single).to_numpy()
-    draws = bootstrap_means(difference, resamples, seed)
-    low, high = interval(draws)
-    mean_single, mean_joint = float(single.to_numpy().mean()), float(joint.to_numpy().mean())
-    floors = [interval(bootstrap_means(runs.to_numpy(), resamples, seed))[0] for runs in (single, joint)]
+    if list(baseline.columns) != list(joint.columns) or list(baseline.index) != list(joint.index):
+        raise ValueError(
+            f"transfer: {slot}: the runs compared hold different samples or seeds "
+            f"({baseline.shape[1]} and {joint.shape[1]} samples, seeds {list(baseline.index)} and {list(joint.index)}); "
+            "evaluate both on the same test set, and train both with the same seeds"
+        )
+    # equal streams draw equal samples: the draws of the two runs are paired
+    of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))
+    least = interval(bootstrap_means(floor.to_numpy(), resamples, seed, slot))[0]
+    mean, mean_joint = float(baseline.to_numpy().mean()), float(joint.to_numpy().mean())
+    low, high = interval(of_joint - of_baseline)
+    ratio = mean_joint / mean if mean > 0 else float("nan")
     row = {
-        "single": mean_single,
+        "baseline": mean,
         "joint": mean_joint,
-        "difference": mean_joint - mean_single,
+        "difference": mean_joint - mean,
         "low": low,
         "high": high,
-        "relative": (mean_joint - mean_single) / mean_single if mean_single > 0 else float("nan"),
+        "relative": ratio - 1,
         "chance": chance,
-        "at_chance": max(floors) <= chance,
-        "verdict": verdict(mean_joint - mean_single, margin),
-        "samples": single.shape[1],
-        "seeds": single.shape[0],
+        "at_chance": least <= chance,
+        "joint_above_chance": interval(of_joint)[0] > chance,
+        "verdict": verdict(mean_joint - mean, margin),
+        "samples": baseline.shape[1],
+        "seeds": baseline.shape[0],
     }
-    return row, draws
+    # the ratio to first order, so that a draw of the baseline near 0 does not run away
+    relative = ratio - 1 + (of_joint - ratio * of_baseline) / mean if mean > 0 else np.full(resamples, np.nan)
+    return row, of_joint - of_baseline, relative
 
 
 def compare(
@@ -87,73 +112,89 @@ def compare(
     margin: float = 0.02,
     resamples: int = 2000,
     seed: int = 0,
+    floor: str | None = None,
 ) -> tuple[pd.DataFrame, dict]:
-    """Compare one joint row with the single-task baseline on every slot both were scored on.
+    """Compare one joint row with a baseline on every slot the baseline was scored on.
 
     Args:
         samples: columns family, seed, slot, id, score (see `crab.study.score.load_samples`).
         chance: chance score by slot.
         baseline, joint: families of runs, e.g. ``single-lora-bare`` and ``joint-ilora-explicit``.
         margin: differences up to this size, in score, are ties.
+        floor: family that tells whether a slot can be learned; the baseline unless given.
 
     Returns:
-        The table (`COLUMNS`), and the summary over slots. A slot where neither run's 95 % interval
-        lies above chance is flagged ``at_chance``: it counts neither for nor against.
+        The table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not lie
+        above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
+        that every joint run is judged on the same slots.
     """
-    rows, draws = [], []
-    wanted = samples[samples["family"] == baseline]["slot"]
-    for slot in dict.fromkeys(wanted):
-        row, resampled = compare_slot(
+    rows, differences, changes = [], [], []
+    for slot in dict.fromkeys(samples[samples["family"] == baseline]["slot"]):
+        row, difference, change = compare_slot(
             _grid(samples, baseline, slot),
             _grid(samples, joint, slot),
+            _grid(samples, floor or baseline, slot),
             float(chance[slot]),
             margin,
             resamples,
-            # every slot draws from its own stream: slots are independent, runs within one are paired
-            seed + zlib.crc32(slot.encode()),
+            seed,
+            slot,
         )
         rows.append({"comparison": f"{joint} vs {baseline}", "slot": slot, **row})
-        draws.append(resampled)
+        differences.append(difference)
+        changes.append(change)
     if not rows:
         raise ValueError(f"transfer: no scores of the baseline {baseline}; known: {sorted(set(samples['family']))}")
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table, summarise(table, np.stack(draws), margin)
+    return table, summarise(table, np.stack(differences), np.stack(changes), margin)
 
 
-def summarise(table: pd.DataFrame, draws: np.ndarray, margin: float) -> dict:
-    """Rates over the slots above chance. ``draws`` [slots, resamples] gives their intervals.
+def summarise(table: pd.DataFrame, differences: np.ndarray, changes: np.ndarray, margin: float) -> dict:
+    """Rates and means over the slots above chance.
 
-    Rates are None when no slot is above chance. ``mean_relative_change`` is the mean over slots of
-    (joint - single) / single, leaving out slots whose single score is 0 (they have no relative change).
+    Args:
+        differences, changes: resampled differences and relative changes, [slots, resamples].
+
+    Returns:
+        Counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
+        ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative
+        change with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot whose
+        baseline is 0 has no relative change, and is left out of that mean.
     """
     counted = ~table["at_chance"].to_numpy(bool)
-    kept, draws = table[counted], draws[counted]
+    kept = table[counted]
     count = {name: int((kept["verdict"] == name).sum()) for name in ("gain", "tie", "loss")}
     summary = {
         "slots": len(table),
         "slots_counted": len(kept),
         "slots_at_chance": int((~counted).sum()),
         "at_chance": list(table["slot"][~counted]),
+        "learned_only_jointly": list(table["slot"][~counted & table["joint_above_chance"].to_numpy(bool)]),
+        "seeds": int(table["seeds"].min()),
         **count,
         "margin": margin,
-        "clear_gain": int((kept["low"] > 0).sum()),
-        "clear_loss": int((kept["high"] < 0).sum()),
+        "clear_gain": int(((kept["verdict"] == "gain") & (kept["low"] > 0)).sum()),
+        "clear_loss": int(((kept["verdict"] == "loss") & (kept["high"] < 0)).sum()),
     }
     if kept.empty:
         return summary | {"positive_rate": None, "negative_rate": None, "mean_difference": None,
                           "mean_relative_change": None, "sign_test_p": None}  # fmt: skip
-    relative = kept["relative"].dropna()
-    summary |= {
-        "positive_rate": count["gain"] / len(kept),
-        "positive_rate_interval": list(interval((draws > margin).mean(0))),
-        "negative_rate": count["loss"] / len(kept),
-        "negative_rate_interval": list(interval((draws < -margin).mean(0))),
-        "mean_difference": float(kept["difference"].mean()),
-        "mean_difference_interval": list(interval(draws.mean(0))),
-        "mean_relative_change": float(relative.mean()) if len(relative) else None,
-        "sign_test_p": sign_test(count["gain"], count["loss"]),
-    }
-    return summary
+    for name, verdicts in (("positive_rate", "gain"), ("negative_rate", "loss")):
+        summary[name], *summary[f"{name}_interval"] = rate(count[verdicts], len(kept))
+    summary["mean_difference"] = float(kept["difference"].mean())
+    summary["mean_difference_interval"] = list(interval(differences[counted].mean(0)))
+    known = counted & (table["baseline"].to_numpy() > 0)
+    summary["mean_relative_change"] = float(table["relative"][known].mean()) if known.any() else None
+    if known.any():
+        summary["mean_relative_change_interval"] = list(interval(changes[known].mean(0)))
+    return summary | {"sign_test_p": sign_test(count["gain"], count["loss"])}
+
+
+def correct(summary: Mapping[str, dict]) -> None:
+    """Add ``sign_test_holm`` to each row of a table: its sign test's p, corrected for the number of rows."""
+    tested = [values for values in summary.values() if values["sign_test_p"] is not None]
+    for values, p in zip(tested, holm([values["sign_test_p"] for values in tested]), strict=True):
+        values["sign_test_holm"] = p
 
 
 def transfer(
@@ -161,38 +202,49 @@ def transfer(
     scores: pd.DataFrame,
     out: str | Path,
     baseline: str = "single-lora-bare",
-    joint: Sequence[str] | None = None,
+    rival: str = "lora_matched",
     margin: float = 0.02,
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[pd.DataFrame, dict]:
-    """Compare every joint row with the baseline; write ``transfer.csv`` and ``metrics.json`` to ``out``.
+) -> tuple[pd.DataFrame, dict, pd.DataFrame, dict]:
+    """Compare every joint row with the baseline, and with a joint rival; write both to ``out``.
+
+    ``transfer.csv`` and ``rival.csv`` hold the tables, ``metrics.json`` the summaries.
 
     Args:
         samples, scores: as `crab.study.score` writes them.
-        joint: families to compare; by default every joint one scored.
+        baseline: family of single-task runs.
+        rival: method whose joint runs, on the same form of answers, the other methods' are compared with as well.
+
+    Returns:
+        Table and summaries (by joint family) against the baseline, then the same against the rival, which are empty
+        where it has no joint run.
     """
-    families = [f for f in dict.fromkeys(samples["family"]) if f.startswith("joint-")]
-    joint = families if joint is None else list(joint)
+    joint = [family for family in dict.fromkeys(samples["family"]) if family.startswith("joint-")]
     if not joint:
-        raise ValueError(f"transfer: no joint run among {sorted(set(samples['family']))}")
+        raise ValueError(f"transfer: no joint run among {sorted(set(samples['family']))}; add one to a method's runs")
     chance = scores[scores["primary"]].groupby("slot", sort=False)["chance"].first()
-    tables, summary = [], {}
-    for family in joint:
-        table, summary[family] = compare(samples, chance, baseline, family, margin, resamples, seed)
-        tables.append(table)
-    result = pd.concat(tables, ignore_index=True)
-    with aside(Path(out) / "transfer.csv") as path:
-        result.to_csv(path, index=False, float_format="%.6g")
-    write_json(Path(out) / "metrics.json", {"baseline": baseline, **summary})
-    return result, summary
+    against = {family: "-".join(["joint", rival, family.rpartition("-")[2]]) for family in joint}
+    made = []
+    for pairs in ([(baseline, family) for family in joint], [(r, f) for f, r in against.items() if r in joint and r != f]):
+        tables, summary = [], {}
+        for first, second in pairs:
+            table, summary[second] = compare(samples, chance, first, second, margin, resamples, seed, baseline)
+            tables.append(table)
+        correct(summary)
+        made += [pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS), summary]
+    for name, table in (("transfer", made[0]), ("rival", made[2])):
+        with aside(Path(out) / f"{name}.csv") as path:
+            table.to_csv(path, index=False, float_format="%.6g")
+    write_json(Path(out) / "metrics.json", {"baseline": baseline, **made[1], "rival": rival, "against_rival": made[3]})
+    return tuple(made)
 
 
 def summary_table(summary: Mapping[str, Mapping]) -> pd.DataFrame:
-    """A row a joint family: what was counted, and the rates with their intervals."""
+    """A row a joint family: what was counted, and the rates and means with their intervals."""
 
     def cell(values: Mapping, name: str, form: str) -> str:
-        if values.get(name) is None:
+        if values[name] is None:
             return "none above chance"
         low, high = values[f"{name}_interval"]
         return f"{values[name]:{form}} [{low:{form}}, {high:{form}}]"
@@ -200,31 +252,62 @@ def summary_table(summary: Mapping[str, Mapping]) -> pd.DataFrame:
     rows = [
         {
             "joint run": family,
+            "seeds": values["seeds"],
             "slots": values["slots"],
             "at chance, not counted": values["slots_at_chance"],
+            "of these learned jointly": len(values["learned_only_jointly"]),
             "gain / tie / loss": f"{values['gain']} / {values['tie']} / {values['loss']}",
+            "clear gain / loss": f"{values['clear_gain']} / {values['clear_loss']}",
             "gains": cell(values, "positive_rate", ".0%"),
             "losses": cell(values, "negative_rate", ".0%"),
             "mean difference": cell(values, "mean_difference", "+.3f"),
-            "mean relative change": None if values["mean_relative_change"] is None else f"{values['mean_relative_change']:+.1%}",
+            "mean relative change": cell(values, "mean_relative_change", "+.1%"),
             "sign test p": values["sign_test_p"],
+            "Holm": values.get("sign_test_holm"),
         }
         for family, values in summary.items()
     ]
-    return pd.DataFrame(rows).set_index("joint run")
+    return pd.DataFrame(rows).set_index("joint run") if rows else pd.DataFrame()
 
 
-def headline(summary: Mapping[str, Mapping], baseline: str) -> str:
-    """The result in words, a Markdown list with a line a joint family."""
-    lines = [f"Against single-task training (`{baseline}`), of the slots on which either is above chance:", ""]
-    for family, values in summary.items():
-        if values["positive_rate"] is None:
-            lines.append(f"- `{family}`: no slot is above chance, so nothing can be said.")
-            continue
-        low, high = values["mean_difference_interval"]
-        sense = "a gain" if low > 0 else "a loss" if high < 0 else "no clear difference"
-        lines.append(
-            f"- `{family}`: {values['gain']} of {values['slots_counted']} gain, {values['loss']} lose by more than "
-            f"{values['margin']:g}; mean difference {values['mean_difference']:+.3f} [{low:+.3f}, {high:+.3f}], {sense} overall."
+def _sense(values: Mapping, gain: str, loss: str, neither: str) -> str:
+    low, high = values["mean_difference_interval"]
+    said = gain if low > 0 else loss if high < 0 else neither
+    return f"{values['mean_difference']:+.3f} [{low:+.3f}, {high:+.3f}], {said}"
+
+
+def finding(
+    summary: Mapping[str, Mapping],
+    against: Mapping[str, Mapping],
+    plain: str = "joint-lora-bare",
+    routed: str = "joint-ilora-explicit",
+) -> str:
+    """The result in two sentences: whether ``plain`` loses, and whether ``routed`` gains and beats its rival.
+
+    Args:
+        summary, against: against the baseline and against the rival, of `transfer`.
+    """
+
+    def share(values: Mapping, count: str, name: str, verb: str) -> str:
+        low, high = (100 * bound for bound in values[f"{name}_rate_interval"])
+        return (
+            f"{verb} on {values[count]} of {values['slots_counted']} slots ({100 * values[f'{name}_rate']:.0f} %, "
+            f"interval {low:.0f} to {high:.0f} %; the paper: nearly {100 * PAPER[name]:.0f} %)"
         )
-    return "\n".join(lines)
+
+    def one(family: str, count: str, name: str, verb: str) -> str:
+        values = summary.get(family)
+        if values is None:
+            return f"`{family}` was not run"
+        if values["positive_rate"] is None:
+            return f"`{family}` cannot be judged, since single-task training lifts no slot above chance"
+        sense = _sense(values, "a gain overall", "a loss overall", "no clear difference overall")
+        return f"`{family}` {share(values, count, name, verb)}, mean difference {sense}"
+
+    first = one(plain, "loss", "negative", "loses")
+    second = one(routed, "gain", "positive", "gains")
+    beside = against.get(routed)
+    if beside is not None and beside["mean_difference"] is not None:
+        sense = _sense(beside, "in its favour", "against it", "which favours neither")
+        second += f"; against plain joint LoRA of its size the difference is {sense}"
+    return f"Of the slots that single-task training lifts above chance, {first}. {second[0].upper()}{second[1:]}."

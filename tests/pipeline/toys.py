@@ -14,7 +14,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from crab.study import params
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STAGES = ("build", "base", "encode", "sweep", "train", "evaluate", "transfer", "routing", "features", "benchmark")
+STAGES = (
+    "build", "base", "encode", "sweep", "train", "evaluate", "transfer", "mechanism", "routing", "features", "benchmark",
+)  # fmt: skip
 A_METHOD = ("sweep", "train")  # stages run once a method
 
 # What each stage leaves besides its report, as an expression of `paths`.

@@ -8,10 +8,11 @@ matplotlib.use("Agg")
 
 from crab.study.figures.features import feature_maps  # noqa: E402
 from crab.study.figures.losses import loss_curves  # noqa: E402
+from crab.study.figures.mechanism import conflict_maps, head_costs, head_likeness, mechanism_bars, swap_map  # noqa: E402
 from crab.study.figures.routing import entropy_lines, routing_heatmaps  # noqa: E402
 from crab.study.figures.scores import score_bars  # noqa: E402
 from crab.study.figures.sweep import sweep_lines  # noqa: E402
-from crab.study.figures.transfer import transfer_bars  # noqa: E402
+from crab.study.figures.transfer import rate_bars, transfer_bars  # noqa: E402
 
 SCORES = pd.DataFrame(
     [("single-lora-bare", s, True, v, v - 0.1, v + 0.1, 0.3) for s, v in (("ave", 0.5), ("ks", 0.8))]
@@ -34,6 +35,30 @@ POINTS = pd.DataFrame(
     [(s, rate, v, v - 0.1, v + 0.1, v == 0.5) for s in ("single-bare", "joint-bare") for rate, v in ((1e-3, 0.4), (2e-3, 0.5))],
     columns=["setting", "rate", "score", "low", "high", "chosen"],
 )
+RATES = {
+    "joint-lora-bare": {
+        "positive_rate": 0.25, "positive_rate_interval": [0.1, 0.5], "negative_rate": 0.5, "negative_rate_interval": [0.3, 0.7],
+        "clear_gain": 1, "clear_loss": 0, "slots_counted": 4,
+    },
+    "joint-ilora-bare": {"positive_rate": None},
+}  # fmt: skip
+PAIRS = pd.DataFrame(
+    [(m, "end", "all", a, b, 0.3) for m in ("lora", "ilora") for a, b in (("ave", "ave"), ("ave", "ks"), ("ks", "ks"))],
+    columns=["method", "point", "part", "one", "other", "cosine"],
+)
+CONFLICT = pd.DataFrame(
+    [("lora", point, "all", 0.1, 0.0, 0.2, r) for point, r in (("start", 0.9), ("half-way", 0.8), ("end", 0.1))],
+    columns=["method", "point", "part", "cosine", "cosine_low", "cosine_high", "reliability"],
+)
+EFFECTS = pd.DataFrame(
+    [(s, c, of, 0.4, 0.1) for s in ("ave", "ks") for c, of in (("head off", "0"), ("uniform routing", ""), ("routing of", "ks"))],
+    columns=["slot", "change", "of", "cost", "exact"],
+)
+COST = {"cost": {name: {"mean": 0.4, "low": 0.3, "high": 0.5} for name in ("adapter off", "head off 0", "uniform routing")}}
+HEADS = pd.DataFrame(
+    [(f"layers.{k}.mlp.up_proj", 0, 1, 0.2, 0.3, 0.1) for k in (0, 1)],
+    columns=["module", "one", "other", "cosine", "overlap", "overlap_by_chance"],
+)
 LOSSES = [{"run": "a", "steps": 10, "passes": 2, "loss": [[5, 1.0], [10, 0.5]]}]
 
 
@@ -41,16 +66,29 @@ LOSSES = [{"run": "a", "steps": 10, "passes": 2, "loss": [[5, 1.0], [10, 0.5]]}]
     ("draw", "table"),
     [
         (score_bars, SCORES), (transfer_bars, TRANSFER), (routing_heatmaps, ROUTING), (entropy_lines, ROUTING),
-        (feature_maps, FEATURES), (loss_curves, LOSSES), (sweep_lines, POINTS), (sweep_lines, POINTS[:0]),
+        (sweep_lines, POINTS), (sweep_lines, POINTS[:0]),
+        (feature_maps, FEATURES), (loss_curves, LOSSES), (rate_bars, RATES), (head_costs, EFFECTS), (swap_map, EFFECTS),
+        (head_likeness, HEADS), (lambda t, path: conflict_maps(t, "end", path), PAIRS), (lambda t, path: mechanism_bars(COST, t, path), CONFLICT),
     ],
 )  # fmt: skip
 def test_draws(draw, table, tmp_path):
     figure = draw(table, tmp_path / "sub" / "a.png")
     axes = [a for a in figure.axes if a.get_visible()]
     assert figure.get_suptitle() or any(a.get_title() for a in axes)
-    assert any(a.get_xlabel() for a in axes)
+    assert any(a.get_xlabel() or a.get_ylabel() for a in axes)
     first = (tmp_path / "sub" / "a.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     draw(table, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes() == first
     assert len(list(tmp_path.rglob("*"))) == 3  # no temporary file is left
+
+
+def test_rates_stand_beside_the_papers(tmp_path):
+    axes = rate_bars(RATES, tmp_path / "a.png").axes[0]
+    bars = {label.get_text(): place for place, label in enumerate(axes.get_yticklabels())}
+    lengths = {round(bar.get_y() + bar.get_height() / 2): [] for bar in axes.patches}
+    for bar in axes.patches:
+        lengths[round(bar.get_y() + bar.get_height() / 2)].append(round(bar.get_width(), 3))
+    assert lengths[bars["paper: joint LoRA"]] == [-0.55] and lengths[bars["paper: Crab+"]] == [0.88]
+    assert sorted(lengths[bars["joint-lora-bare"]]) == [-0.5, 0, 0.25, 0.25]  # shares, and the clear part of each
+    assert "no slot above chance" in [text.get_text() for text in axes.texts]

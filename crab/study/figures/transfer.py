@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,44 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from crab.study.figures.style import VERDICTS, save, subplots
+from crab.study.transfer import PAPER
+
+SIDES = {"positive": ("gain", 1), "negative": ("loss", -1)}
+
+
+def rate_bars(summary: Mapping[str, Mapping], path: str | Path) -> Figure:
+    """Shares of slots that gain (to the right) and lose (to the left) by each joint run, the paper's on top.
+
+    The full colour is the part that is clear by its own interval; the line on a bar is its exact 95 % interval over slots.
+
+    Args:
+        summary: by joint family, of `crab.study.transfer`.
+    """
+    names = ["paper: joint LoRA", "paper: Crab+", *summary]
+    figure, axes = subplots(figsize=(8.5, 1.7 + 0.42 * len(names)))
+    axes.barh(names[0], -PAPER["negative"], color="white", edgecolor=VERDICTS["loss"], hatch="//")
+    axes.barh(names[1], PAPER["positive"], color="white", edgecolor=VERDICTS["gain"], hatch="//")
+    for family, values in summary.items():
+        if values["positive_rate"] is None:
+            axes.barh(family, 0)
+            axes.annotate("no slot above chance", (0, family), xytext=(4, 0), textcoords="offset points", va="center", fontsize="small")
+            continue
+        for side, (verdict, sign) in SIDES.items():
+            share, (low, high) = values[f"{side}_rate"], values[f"{side}_rate_interval"]
+            axes.barh(family, sign * share, color=VERDICTS[verdict], alpha=0.4)
+            axes.barh(family, sign * values[f"clear_{verdict}"] / values["slots_counted"], color=VERDICTS[verdict])
+            axes.plot([sign * low, sign * high], [family, family], color="0.25", linewidth=1)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    ticks = np.linspace(-1, 1, 9)
+    axes.set_xticks(ticks, [f"{abs(tick):.0%}" for tick in ticks])
+    axes.set(title="Slots that lose (left) and gain (right) by joint training", xlabel="share of the slots above chance")
+    axes.set_xlim(-1.02, 1.02)
+    return save(figure, path)
 
 
 def transfer_bars(table: pd.DataFrame, path: str | Path) -> Figure:
-    """Difference joint - single of each slot, a panel a comparison, with 95 % paired intervals.
+    """Difference joint - baseline of each slot, a panel a comparison, with 95 % paired intervals.
 
     Args:
         table: of `crab.study.transfer`.
@@ -36,5 +71,5 @@ def transfer_bars(table: pd.DataFrame, path: str | Path) -> Figure:
     grid[0][0].set_xlim(-1.05 * widest, 1.05 * widest)  # zero in the middle, and noise is not blown up
     handles = [Patch(color=colour, label=verdict) for verdict, colour in VERDICTS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle("Transfer: joint training against single-task training")
+    figure.suptitle("Difference on each slot")
     return save(figure, path)
