@@ -64,10 +64,10 @@ def build(
     for name, value in {"train": train, "test": test, "caption": caption, "workers": workers, "seed": seed}.items():
         least = 0 if name == "seed" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            real = " (profile full is for the real AV-UIE v2, which is not generated)" if value == 0 else ""
+            real = " (profile full is for the real AV-UIE v2, which is not generated: source tree)" if value == 0 else ""
             raise ValueError(f"build: {name} is {value!r}; give a whole number of at least {least}{real}")
     root = Path(root)
-    _refuse_foreign(root)
+    refuse_foreign(root)
     began = time.perf_counter()
     aside = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:
@@ -93,10 +93,11 @@ def _slots(names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _refuse_foreign(root: Path) -> None:
+def refuse_foreign(root: Path) -> None:
+    """ValueError if data lie at `root` that no build put there."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: is a file; give a folder for the data root")
-    if root.is_dir() and any(root.iterdir()) and not (root / SUMMARY).is_file():
+    if root.is_dir() and any(root.iterdir()) and not any((root / name).is_file() for name in (SUMMARY, records.ROOT)):
         raise ValueError(f"{root}: is not empty and was not built here (no {SUMMARY}); give another folder, or "
                          "remove it yourself if nothing in it is needed")
 

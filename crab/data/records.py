@@ -3,92 +3,185 @@
 A record is the published JSON object as it is, with three keys added: ``id`` (unique in the slot), ``media`` (the
 prompt's media in order, their paths resolved) and, for slots scored on masks, ``mask`` (path of the true one; where
 nothing is to be found, no file lies there).  The same code reads a generated tree and the real one.
+
+The media lie beside the records, or under the folder that ``<root>/root.json`` names: a data root may hold checked
+record lists alone (:mod:`crab.data.assemble`) while hundreds of gigabytes stay where they are.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 
 from crab import tasks
 from crab.data import media
+from crab.data.files import read_json, write_json
+from crab.tasks.registry import MEDIA, describe, wrong_type
 
 ADDED = ("id", "media", "mask")
+ROOT = "root.json"  # in a data root: names the folder under which its media lie, where that is another
 
 
 class RecordError(ValueError):
-    """Records that cannot be used: the message names the file, the record, the field and the mend."""
+    """Records that cannot be used: the message names the file, the record, the field and the mend.
+
+    Attributes:
+        kind: what is wrong, one of `crab.data.findings.PROBLEMS`.
+        words: the message without the names of file and record.
+    """
+
+    def __init__(self, where: str, words: str = "", kind: str = "field"):
+        super().__init__(f"{where}: {words}" if words else where)
+        self.kind, self.words = kind, words or where
 
 
 def read(root: str | os.PathLike, slot: str, split: str) -> list[dict[str, Any]]:
     """The records of a slot's split, in file order, each with ``id`` and ``media`` (and ``mask``) added.
 
-    ``media`` is a list of :class:`crab.tasks.MediaItem` with paths that start with `root`; media files are not
-    touched before :func:`load`.
+    ``media`` is a list of :class:`crab.tasks.MediaItem` with paths that start with `root`, or with the folder that
+    its ``root.json`` names; media files are not touched before :func:`load`.
 
     Raises:
         ValueError: unknown slot, or no such split of it.
-        RecordError: no file, malformed JSON, a record that lacks a field or gives a path outside its folder, an id
-            that occurs twice.
+        RecordError: no file, malformed JSON, a record that lacks a field or gives one of another type or a path
+            outside its folder, an id that occurs twice, media that lie in a folder that is not there.
     """
     slot = tasks.get_slot(slot)
     path = Path(root) / tasks.json_path(slot, split)
-    loaded = _json(path)
-    if not isinstance(loaded, list):
-        raise RecordError(f"{path}: holds a {type(loaded).__name__}; it must be a list of records")
+    folder = media_root(root)
     out, seen = [], {}
-    for index, raw in enumerate(loaded):
+    for index, raw in enumerate(parse(path)):
         where = f"{path}: record {index}"
-        record = _checked(where, slot, split, raw)
-        record["id"] = tasks.sample_id(slot, record, index, split)
+        record = check(where, slot, split, index, raw)
         if record["id"] in seen:
-            raise RecordError(f"{where}, field 'id': {record['id']!r} is also that of record {seen[record['id']]}; "
-                              "give every record its own, or none")
+            raise RecordError(where, twice(record["id"], seen[record["id"]]), "id twice")
         seen[record["id"]] = index
-        try:
-            items = tasks.media_paths(slot, record)
-        except ValueError as error:
-            raise RecordError(f"{where}: {error}") from error
-        record["media"] = [item._replace(path=str(Path(root) / item.path)) for item in items]
-        if slot.masks:
-            record["mask"] = str(Path(root) / tasks.mask_path(slot, raw))
+        record["media"] = [item._replace(path=str(folder / item.path)) for item in record["media"]]
+        if "mask" in record:
+            record["mask"] = str(folder / record["mask"])
         out.append(record)
     return out
 
 
-def _json(path: Path) -> Any:
+def twice(name: str, index: int) -> str:
+    """Words for an id that an earlier record, the one at `index`, has too."""
+    return f"field 'id': {name[:80]!r} is also that of record {index}; give every record its own, or none"
+
+
+def parse(path: str | os.PathLike) -> list[Any]:
+    """The list that a file of records holds, its members unchecked; NaN and infinite numbers read as null.
+
+    Raises:
+        RecordError: no file, one that is not UTF-8 or not JSON, or not a list.
+    """
+    path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None, parse_float=_finite)
     except FileNotFoundError:
-        raise RecordError(f"{path}: no such file; run the build stage, or set the data root to the folder that "
-                          f"holds {tasks.FOLDER}") from None
+        raise RecordError(str(path), "no such file; run the build stage, or set the data root to the folder that "
+                          f"holds {tasks.FOLDER}", "no list") from None
+    except OSError as error:
+        raise RecordError(str(path), f"cannot be read ({error.strerror or error}); it must be a file you may read",
+                          "unreadable list") from None
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise RecordError(str(path), f"not UTF-8 at byte {error.start}; save it as UTF-8", "unreadable list") from error
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: malformed JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
-                          "mend it there, or build or copy it again") from error
+        raise RecordError(str(path), f"malformed JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
+                          "mend it there, or build or copy it again", "unreadable list") from error
     except RecursionError as error:
-        raise RecordError(f"{path}: nested too deep; it must be a flat list of records") from error
+        raise RecordError(str(path), "nested too deep; it must be a flat list of records", "unreadable list") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise RecordError(str(path), f"holds a number that cannot be read ({error}); mend it", "unreadable list") from error
+    if not isinstance(loaded, list):
+        raise RecordError(str(path), f"holds a {type(loaded).__name__}; it must be a list of records", "unreadable list")
+    return loaded
 
 
-def _checked(where: str, slot: tasks.Slot, split: str, raw: Any) -> dict[str, Any]:
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def check(where: str, slot: tasks.Slot, split: str, index: int, raw: Any) -> dict[str, Any]:
+    """One member of a list as a record: ``id``, ``media`` and ``mask`` added, their paths relative to the root.
+
+    Args:
+        where: file and place, for the message.
+        index: its place in the list.
+
+    Raises:
+        RecordError: it is no object, lacks a field, or has one of another type or a path outside its folder.
+    """
     if not isinstance(raw, dict):
-        raise RecordError(f"{where}: is a {type(raw).__name__}; it must be an object with fields")
-    for name in slot.fields(split):
+        raise RecordError(where, f"is a {type(raw).__name__}; it must be an object with fields")
+    fields = slot.fields(split)
+    for name in (*fields, *(("id",) if "id" in raw else ())):
         if name not in raw:
-            raise RecordError(f"{where}: no field '{name}'; records of {slot.name}/{split} need "
-                              f"{', '.join(slot.fields(split))}")
+            raise RecordError(where, f"no field '{name}'; records of {slot.name}/{split} need {', '.join(fields)}")
         if raw[name] is None:
-            raise RecordError(f"{where}, field '{name}': is null; give its value")
+            raise RecordError(where, f"field '{name}': is null; give its value")
+        if (wrong := wrong_type(name, raw[name])) and name not in _paths(slot):  # a path's words say more
+            raise RecordError(where, f"field '{name}': {wrong}")
     for name in ("media", "mask"):
         if name in raw:
-            raise RecordError(f"{where}, field '{name}': is a name this reader uses itself; rename it")
-    return dict(raw)
+            raise RecordError(where, f"field '{name}': is a name this reader uses itself; rename it")
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RecordError(where, "holds half a character (a lone surrogate); write the text as whole characters") from None
+    except RecursionError:
+        raise RecordError(where, "nested too deep; give plain fields") from None
+    record = dict(raw)
+    record["id"] = tasks.sample_id(slot, record, index, split)
+    try:
+        record["media"] = tasks.media_paths(slot, record)
+        if slot.masks:
+            record["mask"] = tasks.mask_path(slot, raw)
+    except ValueError as error:
+        raise RecordError(where, said(error, slot, record), "path") from error
+    return record
+
+
+def said(error: Exception, slot: tasks.Slot, record: dict[str, Any]) -> str:
+    """Words of an error of `crab.tasks` without the record's name, which stands elsewhere, but with a mend."""
+    words = str(error).removeprefix(f"{describe(slot, record)}: ") or type(error).__name__
+    return words if "; " in words else f"{words}; correct the record"
+
+
+def _paths(slot: tasks.Slot) -> set[str]:
+    return {name for _, names in MEDIA[slot.media] for name in names}
+
+
+def media_root(root: str | os.PathLike) -> Path:
+    """The folder under which the media of a data root lie: `root`, or the one that its ``root.json`` names.
+
+    Raises:
+        RecordError: the file is not as :func:`write_root` leaves it, or its folder is not there.
+    """
+    path = Path(root) / ROOT
+    if not path.is_file():
+        return Path(root)
+    try:
+        loaded = read_json(path)
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    named = loaded.get("media_root") if isinstance(loaded, dict) else None
+    if not isinstance(named, str) or not (Path(named) / tasks.FOLDER).is_dir():
+        raise RecordError(str(path), f"the media's folder {named!r} is not there, or holds no {tasks.FOLDER}; mount it again, or set "
+                          "`root` of the build section in params.yaml to where it is now and run the build stage")
+    return Path(named)
+
+
+def write_root(root: str | os.PathLike, folder: str | os.PathLike, media: str = "") -> None:
+    """Note in the data root `root` that its media lie under `folder`, and what they are now (a digest)."""
+    write_json(Path(root) / ROOT, {"media_root": str(Path(folder).resolve()), "media": media})
 
 
 def load(record: dict[str, Any], frames: int) -> list[tuple[np.ndarray, np.ndarray] | np.ndarray]:
@@ -111,11 +204,28 @@ def load(record: dict[str, Any], frames: int) -> list[tuple[np.ndarray, np.ndarr
     return out
 
 
-def write(root: str | os.PathLike, slot: str, split: str, records: Iterable[dict[str, Any]]) -> Path:
-    """Write a split's records (without the added keys) to its place under `root`; returns the file."""
+def clip_seconds(path: str | os.PathLike) -> float:
+    """How long a clip lasts by the time stamps of its packets, over which :func:`crab.data.media.read_video` spreads frames.
+
+    Raises MediaError for a clip that this cannot read either.
+    """
+    try:
+        with av.open(str(path)) as container:
+            return media._span(Path(path), container, container.streams.video[0])[1]
+    except (av.error.FFmpegError, EOFError, IndexError) as error:
+        raise media.MediaError(path, f"has no length that can be read ({error})", "copy or build it again") from error
+
+
+def write(root: str | os.PathLike, slot: str, split: str, records: Iterable[dict[str, Any]], ids: bool = False) -> Path:
+    """Write a split's records (without the added keys) to its place under `root`; returns the file.
+
+    Args:
+        ids: write ``id`` as well, so that a record keeps its name when others before it are left out.
+    """
     path = Path(root) / tasks.json_path(slot, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    added = [name for name in ADDED if name not in tasks.get_slot(slot).fields(split)]  # some slots publish an id
+    own = (*tasks.get_slot(slot).fields(split), *(("id",) if ids else ()))  # some slots publish an id
+    added = [name for name in ADDED if name not in own]
     kept = [{name: value for name, value in record.items() if name not in added} for record in records]
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -19,6 +19,9 @@ BATCH = 16
 def load_media(record: Mapping, frames: int) -> list[omni.Media]:
     """Decoded media of a record that `crab.data.records.read` gave, in the order in which the prompt shows them.
 
+    A video's rate is that at which its frames were taken, from their own times: a clip of 3 s and one of 60 s, shown by
+    as many frames, differ in it.
+
     Raises:
         crab.data.media.MediaError: naming the file that is missing or cannot be read.
     """
@@ -27,10 +30,22 @@ def load_media(record: Mapping, frames: int) -> list[omni.Media]:
         if item.kind == "video":
             pictures, seconds = data
             step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
+            if len(set(seconds)) < len(seconds):  # a short clip gives some frames twice: each then stands for its part of the clip
+                step = records.clip_seconds(item.path) / frames
             items.append(omni.Media("video", pictures, fps=round(float(1 / step), 6) if step > 0 else 1.0))
         else:
             items.append(omni.Media(item.kind, data))
     return items
+
+
+def prepared(processor, record: Mapping, frames: int, instruction: str):
+    """A record's prompt, as `omni.prepare` makes it, in which each video keeps its own seconds a frame."""
+    media = load_media(record, frames)
+    prompt = omni.prepare(processor, media, instruction)
+    rates = [item.fps for item in media if item.kind == "video"]
+    if len(set(rates)) > 1:  # the processor takes one rate for all of a prompt's videos
+        prompt["video_second_per_grid"] = [processor.video_processor.temporal_patch_size / rate for rate in rates]
+    return prompt
 
 
 def encode_slot(root: str | Path, slot: str, split: str, base: str | Path, out: str | Path, limit: int | None = None) -> int:
@@ -46,7 +61,7 @@ def encode_slot(root: str | Path, slot: str, split: str, base: str | Path, out: 
     samples, frames = [], tasks.get_slot(slot).frames
     for first in range(0, len(found), BATCH):
         batch = found[first : first + BATCH]
-        prompts = [omni.prepare(processor, load_media(r, frames), tasks.instruction(slot, r)) for r in batch]
+        prompts = [prepared(processor, r, frames, tasks.instruction(slot, r)) for r in batch]
         samples += omni.encode(model, prompts)
     write_slot(
         out,

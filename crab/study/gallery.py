@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from crab import tasks
 from crab.data import records
-from crab.data.media import RATE
+from crab.data.findings import Report
+from crab.data.media import RATE, read_mask
 from crab.data.words import split
 from crab.study.figures.style import save, subplots
 from crab.tasks.referring import NULL
@@ -28,14 +29,36 @@ _MARK, _TIME = "#e8006f", "#3b7dd8"
 _KIND = {"audio": "heard", "visual": "seen"}
 
 
-def sizes(summary: Mapping) -> pd.DataFrame:
-    """One row a slot and split, from what `crab.data.generate.build` returns: records, scenes, files, MiB."""
+def sizes(report: Report) -> pd.DataFrame:
+    """One row a slot and split of what a walk (`crab.data.validate`) found.
+
+    Returns:
+        slot, the data set and family it stands for, split; records of the published split (None where not known), in the
+        list, kept and left out; media files, their MiB, and the median length of clips (or sounds) in seconds.
+    """
     rows = [
-        {"slot": name, "stands for": tasks.get_slot(name).dataset, "family": tasks.get_slot(name).family, "split": part,
-         "records": n["records"], "scenes": n["scenes"], "files": n["files"], "MiB": n["bytes"] / 2**20}
-        for name, parts in summary["slots"].items() for part, n in parts.items()
+        {"slot": c.slot, "stands for": tasks.get_slot(c.slot).dataset, "family": tasks.get_slot(c.slot).family, "split": c.split,
+         "published": c.published, "listed": c.listed, "kept": c.kept, "left out": sum(c.left_out.values()), "files": c.files,
+         "MiB": c.bytes / 2**20, "seconds": float(np.median(c.seconds)) if c.seconds else None}
+        for c in report.counts
     ]  # fmt: skip
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.astype({"published": "Int64", "listed": "Int64"})  # whole numbers, of which some are not known
+
+
+def problems(report: Report) -> pd.DataFrame:
+    """One row a problem, slot and split: how often it was found, how many records that left out, and the first case in words."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for finding in report.findings:
+        row = rows.setdefault((finding.problem, finding.slot, finding.split), {
+            "problem": finding.problem, "slot": finding.slot, "split": finding.split, "found": 0, "left out": 0,
+            "first": f"{finding.record or 'the list'}: {finding.file}", "in words": finding.words,
+        })  # fmt: skip
+        row["found"] += 1
+    for count in report.counts:
+        for problem, number in count.left_out.items():
+            rows[problem, count.slot, count.split]["left out"] = number
+    return pd.DataFrame(list(rows.values()), columns=["problem", "slot", "split", "found", "left out", "first", "in words"])
 
 
 def _present(root: str | Path) -> list[tasks.Slot]:
@@ -137,8 +160,8 @@ def samples(root: str | Path, path: str | Path) -> Figure:
 
     It is the first, or the first in which what is referred to is there.
 
-    Drawn from the answer: the box and the points; on the sound, the seconds it names (for video parsing,
-    heard events are shaded, seen ones a bar above).
+    Drawn from the answer: the box and the points, and around them the outline of the true mask; on the sound, the seconds
+    it names (for video parsing, heard events are shaded, seen ones a bar above).
     """
     slots = _present(root)
     figure, grid = subplots(len(slots), _SHOWN + 1, figsize=(14, 3.1 * len(slots)), squeeze=False, width_ratios=[1] * _SHOWN + [2])
@@ -178,6 +201,8 @@ def _pictures(row: np.ndarray, slot: tasks.Slot, record: Mapping, media: list[tu
         axes.imshow(picture)
         axes.set_title(title, fontsize=10, pad=3)
     if slot.module in ("spatial", "segmentation", "referring") and tasks.truth(slot, record) != NULL:
+        if "mask" in record and Path(record["mask"]).is_file():  # published train records may come without
+            row[1].contour(read_mask(record["mask"]), levels=[0.5], colors="white", linewidths=1.2)
         _draw_place(row[1], tasks.truth(slot, record))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Mapping, NamedTuple
 
 FOLDER = "AVUIE_2"
 SPLITS = ("train", "test")
+PUBLISHED_SAMPLES = 222_000  # of all slots together, "about", as published; by slot see Slot.published
 
 # Media of a prompt in the order in which the published prompts show them: (kind, field or fields).
 # Image slots name their frame `image_path` in train records and `visual_path` in test records.
@@ -30,6 +31,30 @@ MEDIA: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("video", ("video_path",)), ("audio", ("audio1_path",)), ("audio", ("audio2_path",)),
     ),
 }
+
+
+# What a field holds, as types of JSON; every field that is not named here is text. Names and numbers of things are
+# either, since the data sets differ in it; so is what a data set gives as a list or as a list's text.
+_TEXT, _LIST = (str,), (list,)
+_ANY_LABEL = (str, int, float)
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "vid", "uid", "fid", "filename", "video_name", "video_id", "question_id"), _ANY_LABEL),
+    **dict.fromkeys(("start_time", "end_time", "frame_idx", "idx"), _ANY_LABEL),
+    **dict.fromkeys(("answer", "correct_video", "correct_audio"), _ANY_LABEL),
+    **dict.fromkeys(("multi_choice", "top_left", "bottom_right"), _LIST),
+    **dict.fromkeys(("type", "event"), _TEXT + _LIST),
+}
+_SAID = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object", bool: "true or false"}
+
+
+def wrong_type(field: str, value: Any) -> str | None:
+    """What is wrong with the type of a field's value, with its mend; None where it is right."""
+    types = FIELD_TYPES.get(field, _TEXT)
+    if isinstance(value, types) and not isinstance(value, bool):
+        return None
+    wanted = " or ".join(dict.fromkeys(_SAID[t] for t in types))
+    given = "null" if value is None else _SAID.get(type(value), type(value).__name__)
+    return f"is {given}; give {wanted}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,7 @@ class Slot:
         train_fields, test_fields: published fields; no test fields = train only.
         truth_fields: fields of a record holding the truth; empty = read it from the answer.
         media_slot: slot under whose folder the media lie, where it is not the slot itself.
+        published_train, published_test: how many records the published split has; None where that is not known.
     """
 
     name: str
@@ -65,6 +91,8 @@ class Slot:
     test_fields: tuple[str, ...] = ()
     truth_fields: tuple[str, ...] = ()
     media_slot: str = ""
+    published_train: int | None = None
+    published_test: int | None = None
 
     def __post_init__(self) -> None:
         if self.media not in MEDIA:
@@ -92,6 +120,10 @@ class Slot:
         if split not in SPLITS or not (split == "train" or self.test):
             raise ValueError(f"slot {self.name} has no split '{split}'")
         return self.train_fields if split == "train" else self.test_fields
+
+    def published(self, split: str) -> int | None:
+        """How many records the published split has, or None."""
+        return self.published_train if split == "train" else self.published_test
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -271,7 +303,7 @@ def _inside(slot: Slot, record: Mapping[str, Any], field: str) -> PurePosixPath:
         raise ValueError(f"{describe(slot, record)}: field '{field}' is {value!r:.80}; give a relative POSIX path")
     path = PurePosixPath(value)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"{describe(slot, record)}: field '{field}' leaves its folder: {value!r:.200}")
+        raise ValueError(f"{describe(slot, record)}: field '{field}' leaves its folder: {value!r:.200}; give a path below it")
     return path
 
 

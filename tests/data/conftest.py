@@ -2,7 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from crab.data import probe
 from crab.data.generate import build
+
+PROBE_ALL = probe.probe_all
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +14,17 @@ def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "tree"
     counts = {"seed": 5, "train": 4, "test": 3, "caption": 3}
     return SimpleNamespace(root=root, counts=counts, summary=build(root, **counts, workers=1, progress=False), **counts)
+
+
+@pytest.fixture(scope="module")
+def probed_here():
+    """Files are probed in this process, which takes no second to start and cannot be killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "probe_all", lambda jobs, workers, limit: ((job, probe.probe(*job)) for job in jobs))
+        yield
+
+
+@pytest.fixture
+def probed_apart(probed_here, monkeypatch):
+    """Files are probed in processes of their own again."""
+    monkeypatch.setattr(probe, "probe_all", PROBE_ALL)

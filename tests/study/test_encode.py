@@ -1,14 +1,15 @@
 """Encoding real files of a small world, and reading the result back."""
 
+import numpy as np
 import pytest
 import torch
 
 from crab import tasks
 from crab.data import generate, records
-from crab.data.media import MediaError
+from crab.data.media import MediaError, write_audio, write_video
 from crab.models import omni
 from crab.study.dataset import benchmarks, examples, load_base, overview, read_slot, write_slot
-from crab.study.encode import encode_all, encode_slot, load_media
+from crab.study.encode import encode_all, encode_slot, load_media, prepared
 
 SLOTS = ["s4", "cremad", "a2v"]
 
@@ -61,6 +62,40 @@ def test_media_of_each_kind(world):
     assert video.data.shape == (4, 224, 224, 3) and video.fps == pytest.approx(0.4, abs=0.01)
     image, second = load_media(records.read(world, "s4", "test")[0], 1)
     assert second.data.shape == (16000,) and audio.data.shape == (160000,)
+
+
+def clip(path, seconds, rate):
+    write_video(path, np.random.default_rng(0).integers(0, 255, (round(seconds * rate), 32, 32, 3), dtype=np.uint8), rate)
+    return tasks.MediaItem("video", str(path), "video_path")
+
+
+@pytest.mark.parametrize("seconds, rate, frames", [(3, 10, 10), (25, 4, 10), (60, 2, 10), (10, 2, 4), (7, 25, 4)])
+def test_a_videos_rate_is_its_own(tmp_path, seconds, rate, frames):
+    """Frames are at the middles of equal parts, so one stands for seconds / frames, to within one frame of the clip."""
+    (video,) = load_media({"media": [clip(tmp_path / "v.mp4", seconds, rate)]}, frames)
+    assert 1 / video.fps == pytest.approx(seconds / frames, abs=1 / rate / (frames - 1) + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.avi"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_rate_of_a_clip_with_fewer_frames_than_are_taken(tmp_path, name, count):
+    (video,) = load_media({"media": [clip(tmp_path / name, 6, count / 6)]}, 10)
+    assert len(video.data) == 10 and 1 / video.fps == pytest.approx(0.6, abs=1e-4)
+
+
+def test_two_videos_of_a_prompt_keep_a_clock_each(base, tmp_path):
+    """Positions in time follow from the seconds a frame: a temporal patch of two frames is 2 s of one clip, 4 s of the other."""
+    model, processor = load_base(base)
+    write_audio(tmp_path / "a.wav", np.full(160000, 0.1))
+    record = {"media": [tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path"),
+                        clip(tmp_path / "one.mp4", 10, 2), clip(tmp_path / "two.mp4", 20, 2)]}  # fmt: skip
+    prompt = prepared(processor, record, 10, "which ?")
+    assert [float(s) for s in prompt["video_second_per_grid"]] == pytest.approx([2.0, 4.0])
+    (sample,) = omni.encode(model, [prompt])
+    times = sample["position_ids"][0][sample["input_ids"] == model.config.video_token_id].view(2, 5, -1)
+    per_second = model.config.position_id_per_seconds
+    for video, seconds in zip(times, (2, 4), strict=True):
+        assert ((video - video[0, 0]) == torch.arange(5)[:, None] * seconds * per_second).all()
 
 
 def test_missing_file_is_named_and_nothing_is_left(world, base, tmp_path, monkeypatch):

@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from crab.data.views import VIEWS
 from crab.data.generate import build
+from crab.data.validate import validate
+from crab.data.views import VIEWS
 from crab.study import gallery
 
 
@@ -16,12 +17,26 @@ def built(tmp_path_factory):
     return root, build(root, 3, 4, 2, 3, workers=1, progress=False)
 
 
-def test_sizes_has_a_row_for_each_split(built):
-    table = gallery.sizes(built[1])
+def test_sizes_and_problems_are_the_validators(built, tmp_path):
+    table = gallery.sizes(validate(built[0], workers=1, progress=False))
     assert len(table) == 2 * len(VIEWS) - 3 and table.index.is_unique
-    assert table["records"].sum() == built[1]["records"]
-    assert table["MiB"].sum() * 2**20 == pytest.approx(built[1]["bytes"])
-    assert "<table" in table.style.hide().format(precision=2).to_html()
+    assert table["listed"].sum() == table["kept"].sum() == built[1]["records"] and table["left out"].sum() == 0
+    assert table["published"].isna().all()  # nowhere known
+    assert "<table" in table.style.hide().format(precision=2, na_rep="").to_html()
+
+    lists = tmp_path / "AVUIE_2/ks"
+    lists.mkdir(parents=True)
+    raw = json.loads((built[0] / "AVUIE_2/ks/train.json").read_text())
+    (lists / "train.json").write_text(json.dumps([*raw, "text", {**raw[0], "action": 3}]))  # and no media, no test list
+    report = validate(tmp_path, ["ks"], "skip", workers=1, progress=False)
+    found = gallery.problems(report).set_index(["problem", "split"])
+    assert found.loc[("missing", "train"), ["found", "left out"]].tolist() == [2 * len(raw), len(raw)]
+    assert found.loc[("field", "train"), ["found", "left out"]].tolist() == [2, 2]
+    assert found.loc[("no list", "test"), ["found", "left out", "first"]].tolist() == [1, 0, "the list: AVUIE_2/ks/test.json"]
+    assert len(found) == 3 and gallery.sizes(report)["listed"].tolist()[0] == len(raw) + 2
+    assert "<table" in gallery.sizes(report).style.hide().format(precision=2, na_rep="").to_html()
+    nothing = gallery.problems(validate(built[0], ["ks"], workers=1, progress=False))
+    assert not len(nothing) and "in words" in nothing.style.hide().to_html()
 
 
 def test_labels_are_those_of_the_files(built):

@@ -1,0 +1,166 @@
+"""What a walk through an ``AVUIE_2`` tree found: each thing that is wrong, counts by slot, and what is left to use."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from crab.data.files import aside
+from crab.tasks.registry import PUBLISHED_SAMPLES
+
+#: What may be wrong, and what that means.
+PROBLEMS = {
+    "no list": "a slot's list of records is not there",
+    "unreadable list": "a list is not UTF-8, not JSON, or not a list",
+    "no records": "a list is empty",
+    "field": "a field is missing, null or of another type",
+    "path": "a path is no relative path, or climbs out of its folder",
+    "id twice": "two records of a list have one id",
+    "answer": "an answer, or a truth, cannot be read",
+    "unread answer": "the answer of a test record cannot be read; it is not needed, since the truth is in other fields",
+    "missing": "a media file is not there",
+    "not a file": "a media path leads to a folder or a device",
+    "link": "a link leads out of the root",
+    "empty": "a media file has 0 bytes",
+    "name": "a file's name does not say what it holds",
+    "undecodable": "a media file cannot be decoded",
+    "truncated": "a media file ends before what it promises",
+    "no video": "a clip has no video stream",
+    "no frames": "a clip has no frames",
+    "no sound": "a sound file has no sound",
+    "no such second": "the sound ends before the second that a record asks for",
+    "hangs": "the decoder did not come to an end in time",
+    "crashes": "the decoder crashed",
+    "overlap": "a training record shows media, or has the id, of a test record",
+    "stranger": "a folder looks like a slot and is none",
+}
+#: Those that never leave a record out, and those that need not: such a record can be used.
+NOTES = ("unread answer", "stranger")
+TOLERABLE = ("name", "link", "overlap")
+_NAMED = 5  # problems named in the error
+
+
+class ValidationError(ValueError):
+    """A tree has problems that were not to be skipped; the message names the first and where all are listed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        slot, split: whose list; empty for a folder that belongs to none.
+        record: id of the record; empty where the whole list is meant.
+        index: place of the record in its list, from 0; None where the whole list is meant.
+        file: the file at fault, a POSIX path under the root.
+        problem: one of :data:`PROBLEMS`.
+        words: what is wrong, and the mend.
+        left_out: whether the record (or the list) is left out for it.
+    """
+
+    slot: str
+    split: str
+    record: str
+    index: int | None
+    file: str
+    problem: str
+    words: str
+    left_out: bool
+
+    def __str__(self) -> str:
+        which = f", record {self.index} ({self.record})" if self.index is not None else ""
+        return f"{self.slot}/{self.split}{which}: {self.file}: {self.words}"
+
+
+@dataclass
+class Count:
+    """A slot's split in numbers.
+
+    Attributes:
+        published: records of the published split, None where not known.
+        listed: records in its list, None where there is no list that can be read.
+        kept: records that can be used.
+        left_out: the others, by the first problem of each.
+        files, bytes: media of the kept records, masks included, each file once.
+        seconds: lengths of the clips of the kept records, of their sounds where they have no clips.
+    """
+
+    slot: str
+    split: str
+    published: int | None
+    listed: int | None = None
+    kept: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    files: int = 0
+    bytes: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What a walk found.
+
+    Attributes:
+        root: the folder that holds ``AVUIE_2``.
+        counts: a row a slot and split.
+        findings: all that is wrong, in the order of the lists.
+        lists: (slot, split) -> records that can be used, as published; those of lists that lost some bear an ``id``.
+        media: digest of the names, sizes and times of change of all media in use.
+        probed, known: files probed in this walk, and those unchanged since an earlier one.
+        took: seconds.
+    """
+
+    root: Path
+    counts: list[Count] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    lists: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    media: str = ""
+    probed: int = 0
+    known: int = 0
+    took: float = 0.0
+
+    @property
+    def problems(self) -> list[Finding]:
+        """The findings that leave a record or a list out."""
+        return [finding for finding in self.findings if finding.left_out]
+
+    def summary(self) -> str:
+        """What was found, in a few sentences."""
+        listed, kept = (sum(value or 0 for value in values) for values in zip(*((c.listed, c.kept) for c in self.counts), strict=True))
+        files, left = sum(c.files for c in self.counts), sum((c.left_out for c in self.counts), Counter())
+        reasons = ", ".join(f"{n} {problem}" for problem, n in left.most_common())
+        absent = [f"{c.slot}/{c.split}" for c in self.counts if c.listed is None]
+        notes = Counter(f.problem for f in self.findings if not f.left_out)
+        return " ".join(filter(None, [
+            f"{listed} records listed, {kept} kept, {listed - kept} left out{f' ({reasons})' if reasons else ''}.",
+            f"{files} media files in use; {self.probed} probed now, {self.known} unchanged since an earlier walk.",
+            f"Without a list that can be read: {', '.join(absent)}." if absent else "",
+            f"Noted, and kept: {', '.join(f'{n} {problem}' for problem, n in notes.most_common())}." if notes else "",
+            f"The whole published set has about {PUBLISHED_SAMPLES} samples.",
+        ]))
+
+    def write(self, path: str | os.PathLike) -> None:
+        """All findings as csv, a row each."""
+        with aside(path) as part, open(part, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            names = [f.name for f in fields(Finding)]
+            rows.writerow(names)
+            rows.writerows([getattr(finding, name) for name in names] for finding in self.findings)
+
+    def complaint(self, path: str | os.PathLike | None) -> str:
+        """The problems in words: how many, the first few, where all are listed (`path`), and what to do."""
+        problems = self.problems
+        lines = "".join(f"\n- {finding}"[:600] for finding in problems[:_NAMED])
+        more = f"\nand {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        kinds = Counter(finding.problem for finding in problems)
+        usable = [kind for kind in kinds if kind in TOLERABLE]
+        return (
+            f"{len(problems)} problems ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}):{lines}{more}\n"
+            + (f"All are listed in {path}. " if path else "")
+            + "Mend them, or set on_problem to skip to leave these records out"
+            + (f"; or keep their records, with {', '.join(usable)} in tolerate" if usable else "") + "."
+        )
