@@ -68,7 +68,7 @@ def read_video(path: str | os.PathLike, frames: int, threads: int = 1) -> tuple[
                 raise MediaError(path, "has no video stream", "give a file with pictures, or read it with read_audio")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = threads
-            start, length = _span(path, container, stream)
+            start, length = span(path, container, stream)
             middles = (np.arange(frames) + 0.5) * length / frames
             return _on_display(path, container, stream, start, middles)
     except (av.error.FFmpegError, EOFError) as error:
@@ -76,7 +76,7 @@ def read_video(path: str | os.PathLike, frames: int, threads: int = 1) -> tuple[
                          "video: copy or build it again") from error
 
 
-def _span(path: Path, container, stream) -> tuple[float, float]:
+def span(path: Path, container, stream) -> tuple[float, float]:
     """(time stamp of the first frame, length), both in seconds, from the packets' own time stamps.
 
     Headers are not to be trusted with this: mp4 muxers sum up durations in decoding order, avi has no length for a
@@ -86,9 +86,10 @@ def _span(path: Path, container, stream) -> tuple[float, float]:
     stamps = [(stamp, duration) for stamp, duration in packets if stamp is not None]
     if not stamps:
         raise MediaError(path, "has a video stream without frames", "copy or build it again")
-    # An index at the front of the file survives a cut: what it promises must also be there.
-    if stream.frames and len(packets) < stream.frames:
-        raise MediaError(path, f"is truncated: {len(packets)} of {stream.frames} frames are there",
+    # An index at the front of the file survives a cut: what it promises must also be there. Avi counts ticks, skipped ones too.
+    found = max(stamps)[0] + 1 if container.format.name == "avi" else len(packets)
+    if stream.frames and found < stream.frames:
+        raise MediaError(path, f"is truncated: {found} of {stream.frames} frames are there",
                          "copy or build it again")
     container.seek(0)
     first, (last, duration) = min(stamps)[0], max(stamps)

@@ -112,7 +112,7 @@ def _video(path: str) -> tuple[float, str]:
             seconds = float((stamps[-1] - stamps[0] + step) * stream.time_base)
         else:  # no index of all frames: walk through the packets, as the reader does
             try:
-                _, seconds = media._span(Path(path), container, stream)
+                _, seconds = media.span(Path(path), container, stream)
             except media.MediaError as error:
                 if "without frames" in error.fault:
                     raise _Bad("no frames", f"{error.fault}; {_AGAIN}") from None

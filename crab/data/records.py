@@ -211,7 +211,7 @@ def clip_seconds(path: str | os.PathLike) -> float:
     """
     try:
         with av.open(str(path)) as container:
-            return media._span(Path(path), container, container.streams.video[0])[1]
+            return media.span(Path(path), container, container.streams.video[0])[1]
     except (av.error.FFmpegError, EOFError, IndexError) as error:
         raise media.MediaError(path, f"has no length that can be read ({error})", "copy or build it again") from error
 
