@@ -16,24 +16,27 @@ Importing this package makes the method known to PEFT; from then on PEFT's own c
     with crab.ilora.record_routing_means(model) as means:   # means by kind of token, in constant memory
         ...
     crab.ilora.to_static(model, means.weights(), "plain")   # a plain LoRA with the weights frozen at those means
+
+Over several processes it trains as any PEFT method does. What FSDP or ZeRO-3 has sharded is gathered before it is saved,
+by all processes, as HF Trainer does::
+
+    model.save_pretrained(path, state_dict=accelerator.get_state_dict(wrapped), is_main_process=accelerator.is_main_process)
 """
 
 from .config import ILoraConfig
+from .instruction import instruction_tokens
 from .layer import ILoraLayer, Linear
 from .model import ILoraModel, parameter_groups
 from .registration import register
 from .routing import (
     RoutingMeans,
-    StaticLora,
-    fixed_routing,
-    instruction_tokens,
     join_steps,
     record_routing,
     record_routing_means,
     routing_entropy,
     routing_information,
-    to_static,
 )
+from .static import StaticLora, fixed_routing, to_static
 
 register(ILoraConfig, ILoraModel)
 

@@ -13,8 +13,9 @@ from .registration import ILORA
 
 ROUTERS = ("token", "uniform")
 ROUTER_INPUTS = ("token", "instruction")
+ROUTER_SHARING = ("module", "layer", "model")
 # Left out of the saved file at these values, so that what was saved before they existed is saved the same today.
-LATER_FIELDS = {"top_k": None, "router_input": "token", "shared_A": True}
+LATER_FIELDS = {"top_k": None, "router_input": "token", "router_sharing": "module", "shared_A": True}
 
 
 def _is_positive_int(value) -> bool:
@@ -34,10 +35,10 @@ class ILoraConfig(PeftConfig):
         y = W x + scaling * sum_i softmax(R x / router_temperature)_i * B_i A dropout(x)
 
     where `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; `shared_A=False` puts an A_i in
-    the place of A, `top_k` takes the softmax over the k largest logits alone, and `router_input` says which x the
-    router reads. Each field below carries its meaning in its metadata; the published run is r = 128, lora_alpha = 256,
-    num_heads = 3, lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Sets given for the module lists
-    are saved sorted, so that the same choice always writes the same bytes.
+    the place of A, `top_k` takes the softmax over the k largest logits alone, `router_input` says which x the router
+    reads and `router_sharing` how many modules have one R. Each field below carries its meaning in its metadata; the
+    published run is r = 128, lora_alpha = 256, num_heads = 3, lora_dropout = 0.1 on the q, k, v, o, gate, up and down
+    projections. Sets given for the module lists are saved sorted, so that the same choice always writes the same bytes.
 
     Raises:
         ValueError: a value out of its range; the message names the field.
@@ -89,6 +90,17 @@ class ILoraConfig(PeftConfig):
                           "media tokens come before the instruction under a causal mask, so a router that reads them "
                           "one by one cannot know the task there. The model must then run inside "
                           "crab.ilora.instruction_tokens(model, mask)."},
+    )
+    router_sharing: Literal["module", "layer", "model"] = field(
+        default="module",
+        metadata={"help": "How far one router serves. 'module': each module has its own (published). 'layer': the "
+                          "adapted modules of one numbered layer ('layers.3', 'blocks.0', ...) that read inputs of the "
+                          "same width have one together; in a usual decoder layer that is one for q, k, v, o, gate and "
+                          "up, and one for down alone, whose input is wider. A module outside any numbered layer keeps "
+                          "its own. 'model': the same over all adapted modules of the model, encoders included, so one "
+                          "router a width. Only the router's weight is shared: each module still weighs its heads by "
+                          "its own input. It is saved once, under the name of the first module that uses it. Under FSDP "
+                          "'model' needs each router to be a unit of its own, as PEFT's fsdp_auto_wrap_policy has it."},
     )
     shared_A: bool = field(
         default=True,
@@ -164,6 +176,9 @@ class ILoraConfig(PeftConfig):
         require(self.router_input in ROUTER_INPUTS, "router_input", f"one of {ROUTER_INPUTS}")
         require(self.router_input == "token" or self.router == "token", "router_input",
                 "'token' unless router='token' (a uniform router reads nothing)")
+        require(self.router_sharing in ROUTER_SHARING, "router_sharing", f"one of {ROUTER_SHARING}")
+        require(self.router_sharing == "module" or self.router == "token", "router_sharing",
+                "'module' unless router='token' (a uniform router has no weight to share)")
         require(isinstance(self.shared_A, bool), "shared_A", "True or False")
         require(_is_positive_number(self.router_init_std), "router_init_std",
                 "above 0 (a zero router over zero heads never tells the heads apart)")

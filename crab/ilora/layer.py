@@ -1,4 +1,4 @@
-"""The adapted linear layer and its routers."""
+"""The adapted linear layer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import ILoraConfig
+from .fused import FusedLinear, Setting, project
+from .routers import SharedRouter, TokenRouter, UniformRouter, autocast_dtype, autocast_off
 
 MERGE_REFUSAL = (
     "I-LoRA cannot be merged: its heads are weighed anew for every token, so no single weight matrix equals the base "
@@ -19,144 +20,8 @@ MERGE_REFUSAL = (
     "approximation with frozen weights by crab.ilora.to_static()."
 )
 
-
-class TokenRouter(nn.Linear):
-    """Softmax weights of the heads for each token. No bias; the softmax runs in float32 at least.
-
-    With `top_k` the softmax is over the k largest logits and the other heads weigh 0.
-
-    Shapes: x [..., in_features] -> [..., num_heads], rows summing to 1.
-    """
-
-    def __init__(self, in_features: int, num_heads: int, temperature: float, top_k: int | None = None):
-        super().__init__(in_features, num_heads, bias=False)
-        self.temperature = temperature
-        self.top_k = top_k
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weigh(F.linear(x, self.weight))
-
-    def weigh(self, logits: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Weights of the logits R x, of the same shape, float32 or wider; the heads lie along `dim`."""
-        if logits.dtype.itemsize < 4:
-            logits = logits.float()
-        if self.temperature != 1:
-            logits = logits / self.temperature
-        if self.top_k is not None:
-            chosen = logits.topk(self.top_k, dim=dim)
-            logits = torch.full_like(logits, -math.inf).scatter(dim, chosen.indices, chosen.values)
-        return torch.softmax(logits, dim=dim)
-
-
-class UniformRouter(nn.Module):
-    """Equal weights for every token: x [..., in_features] -> [..., num_heads], all 1 / num_heads."""
-
-    def __init__(self, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return torch.full((*x.shape[:-1], self.num_heads), 1 / self.num_heads, dtype=dtype, device=x.device)
-
-
-class _FusedLinear(torch.autograd.Function):
-    """Base and adapter of one layer together, for 2-D inputs: what the tokens cost is three matrix products forward.
-
-    Against the same formula left to autograd it keeps only x and the small product [A; R] x for backward (the routed
-    projections, num_heads times as wide, are made again), adds into the base's output and into the input's gradient
-    inside the matrix products, and so makes no further tensor of the size of either. The small tensors lie with the
-    tokens last: a few rows as long as there are tokens are what CPUs multiply and add fastest.
-
-    Shapes: x [T, in], weight [out, in], bias [out] or None, A [r or num_heads * r, in], R [num_heads, in],
-    B [out, num_heads * r]. Returns y [T, out] and, without gradient, [A; R] x^T [rows of A + num_heads, T].
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, R, B, router, scaling):
-        y, small = _fused_forward(x, weight, bias, A, R, B, router, scaling)
-        ctx.save_for_backward(x, weight, A, R, B, small)
-        ctx.mark_non_differentiable(small)
-        ctx.set_materialize_grads(False)  # or backward would be handed zeros for `small`
-        ctx.router, ctx.scaling = router, scaling
-        return y, small
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 8
-        x, weight, A, R, B, small = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the steps below write in place, the formula can be derived again
-            return _FusedLinear._differentiable_backward(ctx, grad, x, weight, A, R, B)
-        need_x, _, _, need_A, need_R, need_B, _, _ = ctx.needs_input_grad
-        z, weights = _gates(small, A, R, B, ctx.router)
-        scaled = (weights * ctx.scaling).to(z.dtype)
-        up_grad = grad.to(B.dtype)
-        grad_x = grad_A = grad_R = grad_B = None
-        if need_B:
-            grad_B = ((scaled * z).flatten(0, 1) @ up_grad).t()
-        if need_x or need_A or need_R:
-            routed_grad = (B.t() @ up_grad.t()).unflatten(0, (R.shape[0], -1))
-            # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j); a head left out by top_k has w_i = 0
-            logits_grad = (routed_grad * z).sum(1, keepdim=True).to(weights.dtype) * (ctx.scaling / ctx.router.temperature)
-            logits_grad *= weights
-            logits_grad -= weights * logits_grad.sum(0, keepdim=True)
-            z_grad = scaled * routed_grad
-            z_grad = z_grad.sum(0) if _is_shared(A, R, B) else z_grad.flatten(0, 1)
-            small_grad = torch.cat((z_grad, logits_grad.squeeze(1).to(z_grad.dtype)))
-            if need_A or need_R:
-                grad_A, grad_R = (small_grad @ x.to(A.dtype)).split((A.shape[0], R.shape[0]))
-            if need_x:
-                grad_x = grad @ weight
-                _accumulate(grad_x, small_grad.t(), torch.cat((A, R)))
-        return grad_x, None, None, grad_A, grad_R, grad_B, None, None
-
-    @staticmethod
-    def _differentiable_backward(ctx, grad, x, weight, A, R, B):
-        # views, so that a path from one of them to another outside this layer is not counted here
-        given = [t.view_as(t) for t in (x, A, R, B)]
-        x, A, R, B = given
-        z, weights = _gates(torch.cat((A, R)) @ x.to(A.dtype).t(), A, R, B, ctx.router)
-        routed = ((weights * ctx.scaling).to(z.dtype) * z).flatten(0, 1).t()
-        y = F.linear(x, weight) + F.linear(routed, B)
-        wanted = [need for i, need in enumerate(ctx.needs_input_grad) if i in (0, 3, 4, 5)]
-        found = iter(torch.autograd.grad(y, [t for t, need in zip(given, wanted, strict=True) if need],
-                                         grad.to(y.dtype), create_graph=True, materialize_grads=True))
-        grad_x, grad_A, grad_R, grad_B = (next(found) if need else None for need in wanted)
-        return grad_x, None, None, grad_A, grad_R, grad_B, None, None
-
-
-def _fused_forward(x, weight, bias, A, R, B, router, scaling):
-    """y [T, out] and [A; R] x^T [rows of A + num_heads, T], the latter in the dtype of A."""
-    y = F.linear(x, weight, bias)
-    columns = x.to(A.dtype).t()
-    if x.shape[0] > A.shape[0]:
-        small = torch.cat((A, R)) @ columns
-    else:  # few tokens, as in decoding: reading A and R is the cost, so do not copy them first
-        small = torch.cat((A @ columns, R @ columns))
-    z, weights = _gates(small, A, R, B, router)
-    _accumulate(y, (weights.to(z.dtype) * z).flatten(0, 1).t(), B.t(), scaling)
-    return y, small
-
-
-def _is_shared(A: torch.Tensor, R: torch.Tensor, B: torch.Tensor) -> bool:
-    return A.shape[0] * R.shape[0] == B.shape[1]
-
-
-def _gates(small, A, R, B, router):
-    """Parts of [A; R] x^T: A x as [1 or num_heads, r, T], and the routing weights as [num_heads, 1, T]."""
-    rows, heads = A.shape[0], R.shape[0]
-    weights = router.weigh(small[rows:], dim=0).unsqueeze(1)
-    z = small[:rows].view(rows * heads // B.shape[1], B.shape[1] // heads, small.shape[1])
-    return z, weights
-
-
-def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> None:
-    """total += factor * left @ right in place; of a wider dtype than `total` it is rounded once, after the sum."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, alpha=factor)
-    else:
-        total.add_(left @ right, alpha=factor)
+CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+FEW_TOKENS = 32
 
 
 def _untouched(module: nn.Module) -> bool:
@@ -169,16 +34,26 @@ def _untouched(module: nn.Module) -> bool:
                 or own["_backward_pre_hooks"] or "forward" in own)
 
 
+def _is_eager() -> bool:
+    """Neither compiled, nor traced, nor under a torch.func transform."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
 class ILoraLayer(BaseTunerLayer):
     """Holds, for each adapter name, A, the stacked heads B, the router and the dropout.
 
     Shapes: `ilora_A` weight [r, in], or [num_heads * r, in] when each head has its own; `ilora_B` weight
     [out, num_heads * r], that is [B_1 | ... | B_N] side by side; `ilora_router` weight [num_heads, in] (none for the
-    uniform router).
+    uniform router, nor where another layer holds the router that this one shares).
 
     Attributes:
         fused: let the layer run base and adapter together where that is possible (the default). Set it to False, on
             the class or on one layer, to have every part called as a module, for instance to compare the two.
+        check_routing: refuse, by the module's name, logits that are not finite. None (the default) checks on the CPU,
+            where it costs 2 microseconds a layer; True also on other devices, which then wait for the host in every
+            layer; False nowhere. Set it on the class or on one layer. Code that is compiled, traced or under a
+            torch.func transform is not checked.
+        module_name: the layer's name in the base model, for messages.
         routing_observers: adapter name -> functions that are given (module, weights [..., num_heads]) in each forward.
         fixed_routing: adapter name -> weights [num_heads] used in place of the router's.
         instruction: which tokens the routers with router_input='instruction' read, set by
@@ -188,9 +63,11 @@ class ILoraLayer(BaseTunerLayer):
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_router")
     other_param_names = ("r", "lora_alpha", "num_heads", "scaling", "shared_A", "router_input", "ilora_dropout")
     fused = True
+    check_routing: bool | None = None
 
-    def __init__(self, base_layer: nn.Module, **kwargs) -> None:
+    def __init__(self, base_layer: nn.Module, module_name: str = "", **kwargs) -> None:
         self.base_layer = base_layer
+        self.module_name = module_name
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.num_heads: dict[str, int] = {}
@@ -210,8 +87,14 @@ class ILoraLayer(BaseTunerLayer):
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: ILoraConfig) -> None:
-        """Add the adapter `adapter_name` to this layer (r and lora_alpha after the patterns were applied)."""
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: ILoraConfig,
+                     shared_routers: nn.ModuleDict | None = None) -> None:
+        """Add the adapter `adapter_name` to this layer.
+
+        Args:
+            r, lora_alpha: after the patterns were applied.
+            shared_routers: another layer's, whose router for this adapter this one shares; None makes one.
+        """
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.num_heads[adapter_name] = config.num_heads
@@ -221,10 +104,13 @@ class ILoraLayer(BaseTunerLayer):
         rows = r if config.shared_A else config.num_heads * r
         self.ilora_A[adapter_name] = nn.Linear(self.in_features, rows, bias=False)
         self.ilora_B[adapter_name] = nn.Linear(config.num_heads * r, self.out_features, bias=False)
-        self.ilora_router[adapter_name] = (
-            TokenRouter(self.in_features, config.num_heads, config.router_temperature, config.top_k)
-            if config.router == "token" else UniformRouter(config.num_heads)
-        )
+        if shared_routers is not None:
+            self.ilora_router[adapter_name] = SharedRouter(shared_routers, adapter_name)
+        elif config.router == "token":
+            self.ilora_router[adapter_name] = TokenRouter(
+                self.in_features, config.num_heads, config.router_temperature, config.top_k)
+        else:
+            self.ilora_router[adapter_name] = UniformRouter(config.num_heads)
         self.ilora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self._reset_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -254,62 +140,82 @@ class Linear(nn.Module, ILoraLayer):
     """An `nn.Linear` with I-LoRA adapters: x [..., in_features] -> [..., out_features]."""
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, r: int, lora_alpha: float, config: ILoraConfig,
-                 **kwargs) -> None:
+                 shared_routers: nn.ModuleDict | None = None, **kwargs) -> None:
         super().__init__()
         ILoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config)
+        self.update_layer(adapter_name, r, lora_alpha, config, shared_routers)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.ilora_A]
         if len(names) == 1 and not args and not kwargs:
-            weights = self._fusible(names[0], x)
-            if weights is not None:
-                return self._fused(names[0], x, *weights)
+            tensors = self._fusible(names[0], x)
+            if tensors is not None:
+                return self._fused(names[0], *tensors)
         result = self.base_layer(x, *args, **kwargs)
         for name in names:
             result = self._add_adapter(name, x, result)
         return result
 
     def _fusible(self, name: str, x: torch.Tensor) -> tuple | None:
-        """The tensors `_FusedLinear` works on and the router, or None where using them directly would miss something.
+        """The tensors and setting `FusedLinear` works on, or None where using them directly would miss something.
 
-        Left to autograd and the modules: quantised, sharded, offloaded or trained base layers, hooked parts, dropout
-        in training, autocast, torch.func transforms, and tracing or compiling, where the compiler does the fusing.
+        Left to autograd and the modules: quantised, sharded, offloaded or trained base layers, hooked parts, torch.func
+        transforms, float64 under autocast (which leaves that alone), and tracing or compiling, where the compiler does
+        the fusing.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-            return None
-        if not self.fused or name in self.fixed_routing or self.router_input[name] != "token":
+        if not self.fused or name in self.fixed_routing or self.router_input[name] != "token" or not _is_eager():
             return None
         own = self._modules  # the plain dictionaries: in decoding these look-ups cost as much as the arithmetic
         base, down, up, router, dropout = own["base_layer"], *(
             own[part]._modules[name] for part in ("ilora_A", "ilora_B", "ilora_router", "ilora_dropout"))
+        if type(router) is SharedRouter and _untouched(router):
+            router = router.router
         if not (type(base) is type(down) is type(up) is nn.Linear) or type(router) is not TokenRouter:
-            return None
-        if dropout.training and type(dropout) is not nn.Identity or torch.is_autocast_enabled(x.device.type):
             return None
         for part in (base, down, up, router, dropout):
             if not _untouched(part):
                 return None
+        rate = 0.0
+        if dropout.training and type(dropout) is not nn.Identity:
+            if type(dropout) is not nn.Dropout:
+                return None
+            rate = dropout.p
         weight, bias, A, R, B = base.weight, base.bias, down.weight, router.weight, up.weight
         for tensor in (weight, A, R, B):
             if type(tensor) is not nn.Parameter and type(tensor) is not torch.Tensor:
                 return None
-        if weight.requires_grad or (bias is not None and bias.requires_grad) or x.dtype != weight.dtype:
+        if weight.requires_grad or (bias is not None and bias.requires_grad) or R.device != x.device:
             return None
         if not A.dtype == R.dtype == B.dtype:
             return None
-        if A.dtype != x.dtype and not getattr(self, "cast_input_dtype_enabled", True):
-            return None
-        return weight, bias, A, R, B, router
+        dtype = autocast_dtype(x.device.type)
+        if dtype is None:
+            if x.dtype != weight.dtype or A.dtype != x.dtype and not getattr(self, "cast_input_dtype_enabled", True):
+                return None
+            return x, None, weight, bias, A, R, B, Setting(router, self.scaling[name], rate, A.dtype, A.dtype)
+        for tensor in (x, weight, A):
+            if tensor.dtype not in CAST_BY_AUTOCAST:
+                return None
+        read = None if x.dtype == dtype else x.detach()
+        bias = bias if bias is None else bias.to(dtype)
+        # Casting A and B costs as much as multiplying a few tokens by them; as they are stored they are more exact.
+        few = x.numel() <= FEW_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
+        setting = Setting(router, self.scaling[name], rate, A.dtype if few else dtype, torch.float32)
+        return x.to(dtype), read, weight.to(dtype), bias, A, R, B, setting
 
-    def _fused(self, name: str, x: torch.Tensor, weight, bias, A, R, B, router: TokenRouter) -> torch.Tensor:
-        shape = x.shape[:-1]
-        run = _FusedLinear.apply if torch.is_grad_enabled() else _fused_forward
-        y, small = run(x.reshape(-1, x.shape[-1]), weight, bias, A, R, B, router, self.scaling[name])
+    def _fused(self, name: str, x: torch.Tensor, read, weight, bias, A, R, B, setting: Setting) -> torch.Tensor:
+        shape, flat = x.shape[:-1], (-1, x.shape[-1])
+        read = read if read is None else read.reshape(flat)
+        with autocast_off(x.device.type):
+            if torch.is_grad_enabled():
+                y, logits = FusedLinear.apply(x.reshape(flat), read, weight, bias, A, R, B, setting)
+            else:
+                y, _, logits, _ = project(x.reshape(flat), read, weight, bias, A, R, B, setting)
+        if self.check_routing is not False:
+            self._require_finite(name, logits)
         if self.routing_observers.get(name):
-            weights = router.weigh(small[A.shape[0]:].detach(), dim=0).t()
-            self._show_routing(name, weights.reshape(*shape, -1))
+            self._show_routing(name, setting.router.weigh(logits.detach(), dim=0).t().reshape(*shape, -1))
         return y.view(*shape, y.shape[-1])
 
     def _add_adapter(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -322,6 +228,8 @@ class Linear(nn.Module, ILoraLayer):
         x = self._cast_input_dtype(x, B.weight.dtype)
         z = self.ilora_A[name](self.ilora_dropout[name](x))
         weights = self._weights(name, x)
+        if self.check_routing is not False and _is_eager():
+            self._require_finite(name, weights)
         if self.routing_observers.get(name):
             self._show_routing(name, weights.expand(*x.shape[:-1], -1))
         scaled = (weights * self.scaling[name]).to(z.dtype).unsqueeze(-1)
@@ -343,6 +251,21 @@ class Linear(nn.Module, ILoraLayer):
             raise ValueError("I-LoRA: a router with router_input='instruction' does not know which tokens are the "
                              "instruction. Run the model inside `with crab.ilora.instruction_tokens(model, mask):`.")
         return self.instruction.weights(self, name, x)
+
+    def _require_finite(self, name: str, values: torch.Tensor) -> None:
+        """Raise if the routing logits, or the weights made of them, hold NaN or infinite values."""
+        if self.check_routing is None and values.device.type != "cpu" or type(values) is not torch.Tensor:
+            return
+        if math.isfinite(values.sum(dtype=torch.float32).item()):
+            return
+        if torch.isfinite(values).all():  # large, but each of them finite
+            return
+        router = self.ilora_router[name]
+        own = getattr(router, "router", router).weight
+        fault = ("its input does; look for the first module that gives such values" if torch.isfinite(own).all()
+                 else "its own weight does; lower the learning rate, or go back to a sound checkpoint")
+        raise ValueError(f"I-LoRA: the routing of {self.module_name!r} (adapter {name!r}) is not finite: {fault}. "
+                         "ILoraLayer.check_routing = False lets such values pass.")
 
     def _show_routing(self, name: str, weights: torch.Tensor) -> None:
         for observer in self.routing_observers[name]:

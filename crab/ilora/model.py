@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .adapters import base_name
 from .config import ILoraConfig
 from .layer import MERGE_REFUSAL, ILoraLayer, Linear
 from .registration import PREFIX
-
-WRAPPER = "base_model.model."  # what PeftModel puts before the base's own module names
+from .routers import SharedRouter, UniformRouter
 
 
 class ILoraModel(BaseTuner):
@@ -29,19 +30,26 @@ class ILoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ILoraConfig, model: nn.Module) -> None:
         """Check every target before the first one is replaced, so that a refusal leaves the base as it was."""
+        self._routers: dict[tuple, nn.ModuleDict] = {}  # group -> the routers of the layer that holds the one it shares
         if peft_config.target_modules == "all-linear":
             return
         inside: list[str] = []
-        targets = []
+        names, targets = [], []
         for name, module in model.named_modules():
             if not name or name.startswith(tuple(inside)):
                 continue
+            names.append(name)
             found = self._check_target_module_exists(peft_config, name)
             if found and not isinstance(found, _ExcludedModule):
                 _require_linear(module, name)
                 targets.append(name)
             if isinstance(module, BaseTunerLayer):
                 inside.append(name + ".")
+        listed = () if isinstance(peft_config.target_modules, str) or not targets else peft_config.target_modules
+        for entry in sorted(listed):
+            if not any(f".{name}".endswith(f".{entry}") for name in names):
+                raise ValueError(f"ILoraConfig: `target_modules` entry {entry!r} matches no module of the model; mend its "
+                                 "spelling or leave it out.")
         for field in ("rank_pattern", "alpha_pattern") if targets else ():
             for key in getattr(peft_config, field):
                 if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
@@ -54,13 +62,20 @@ class ILoraModel(BaseTuner):
         ranks, alphas = ilora_config.rank_pattern, ilora_config.alpha_pattern
         r = ranks.get(get_pattern_key(ranks.keys(), current_key), ilora_config.r)
         alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), ilora_config.lora_alpha)
+        group = _router_group(ilora_config.router_sharing, current_key, target.in_features)
+        shared = self._routers.get(group)
         if isinstance(target, ILoraLayer):
-            target.update_layer(adapter_name, r, alpha, ilora_config)
-            return
-        new_module = Linear(target, adapter_name, r, alpha, ilora_config)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)  # a further adapter is not trained until it is made active
-        self._replace_module(parent, target_name, new_module, target)
+            layer = target
+            layer.update_layer(adapter_name, r, alpha, ilora_config, shared)
+        else:
+            layer = Linear(target, adapter_name, r, alpha, ilora_config, shared, module_name=current_key)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # a further adapter is not trained until it is made active
+            self._replace_module(parent, target_name, layer, target)
+        self._routers.setdefault(group, layer.ilora_router)
+
+    def _post_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
+        del self._routers
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSAL)
@@ -70,24 +85,39 @@ class ILoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        """PEFT's selection of what to save, refused when a tensor is absent or not whole (a shard, for instance)."""
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        """The adapter's tensors, refused when one is absent or not whole (a shard, for instance).
+
+        Found by name: PEFT's own selection, by modules, misses those inside the wrappers of FSDP's first version.
+        """
         expected = _adapter_shapes(model, adapter_name)
-        given = {key.removeprefix(WRAPPER): tuple(value.shape) for key, value in selected.items()}
-        _require_fit(expected, {key: given[key] for key in expected if key in given}, "Cannot save adapter", adapter_name)
+        selected = {key: value for key, value in state_dict.items() if base_name(key) in expected}
+        if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return selected  # empty: what was gathered went to the main process alone, which saves it
+        _require_fit(expected, {base_name(key): tuple(value.shape) for key, value in selected.items()},
+                     "Cannot save adapter", adapter_name)
         return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's renaming of saved tensors, refused when they do not fit the layers of this base one to one."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        known = {key.removeprefix(WRAPPER) for key in model.state_dict()}
+        known = {base_name(key) for key in model.state_dict()}
         expected = _adapter_shapes(model, adapter_name)
-        given = {key.removeprefix(WRAPPER): tuple(value.shape) for key, value in remapped.items()}
+        given = {base_name(key): tuple(value.shape) for key, value in remapped.items()}
         # modules_to_save and resized embeddings belong to the base; PEFT checks their shapes itself
         given = {key: shape for key, shape in given.items() if key in expected or key not in known}
         _require_fit(expected, given, "Cannot load adapter", adapter_name)
         return remapped
+
+
+def _router_group(sharing: str, name: str, in_features: int) -> tuple:
+    """Modules of the same group share a router; what is shared is said at `ILoraConfig.router_sharing`."""
+    if sharing == "model":
+        return (in_features,)
+    numbered = re.match(r"(.*?\.)??\d+(?=\.)", name)  # up to the first number: "model.layers.3" of "model.layers.3.mlp.up_proj"
+    if sharing == "layer" and numbered:
+        return (numbered[0], in_features)
+    return (name,)
 
 
 def _require_linear(module: nn.Module, name: str) -> None:
@@ -107,12 +137,12 @@ def _adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
     for name, layer in model.named_modules():
         if not isinstance(layer, ILoraLayer) or adapter_name not in layer.r:
             continue
-        name = name.removeprefix(WRAPPER)
+        name = base_name(name)
         r, heads = layer.r[adapter_name], layer.num_heads[adapter_name]
         rows = r if layer.shared_A[adapter_name] else heads * r
         shapes[f"{name}.ilora_A.{adapter_name}.weight"] = (rows, layer.in_features)
         shapes[f"{name}.ilora_B.{adapter_name}.weight"] = (layer.out_features, heads * r)
-        if isinstance(layer.ilora_router[adapter_name], nn.Linear):
+        if not isinstance(layer.ilora_router[adapter_name], (SharedRouter, UniformRouter)):  # perhaps wrapped by FSDP
             shapes[f"{name}.ilora_router.{adapter_name}.weight"] = (heads, layer.in_features)
     return shapes
 

@@ -41,6 +41,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from .adapters import WRAPPER, adapted_layers  # the fork of PEFT that wrote the file has the same WRAPPER
 from .config import ILoraConfig
 from .layer import ILoraLayer
 
@@ -53,8 +54,6 @@ PUBLISHED_TARGETS = (
     r"|audio_tower\.layers\.\d+\.self_attn\.[qkv]_proj"
     r"|visual\.blocks\.\d+\.mlp\.(gate|up|down)_proj)"
 )
-
-ROOT = "base_model.model."  # what today's PEFT, and the fork of it that wrote the file, put before the base's names
 
 PARTS = (  # current -> published beginning of a module's name in the base
     ("model.language_model.", "model."),
@@ -99,10 +98,10 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, but every entry must be a named "
                              f"tensor{hint}.")
     first = next(iter(loaded))
-    before = first.partition(ROOT)[0]
+    before = first.partition(WRAPPER)[0]
     for name in loaded:
-        if not name.startswith(before + ROOT):
-            raise ValueError(f"{path}: the name {name!r} is not of the published form '{ROOT}<module>.lora_A.weight'"
+        if not name.startswith(before + WRAPPER):
+            raise ValueError(f"{path}: the name {name!r} is not of the published form '{WRAPPER}<module>.lora_A.weight'"
                              + (f" behind {before!r}, as {first!r} is" if name != first and before else "")
                              + ". Rename its tensors, or give the file the published training wrote.")
     tensors = {name.removeprefix(before): value.detach() for name, value in loaded.items()}
@@ -156,9 +155,9 @@ def import_published(
     for module in modules:
         # Taken out one by one, so that the file's tensors and the joined ones are not all in memory at once.
         a, route, *heads = (tensors.pop(name) for name in _tensor_names(module, num_heads))
-        ours[f"{ROOT}{module}.ilora_A.weight"] = _own(a)
-        ours[f"{ROOT}{module}.ilora_B.weight"] = torch.cat(heads, dim=1)
-        ours[f"{ROOT}{module}.ilora_router.weight"] = _own(route)
+        ours[f"{WRAPPER}{module}.ilora_A.weight"] = _own(a)
+        ours[f"{WRAPPER}{module}.ilora_B.weight"] = torch.cat(heads, dim=1)
+        ours[f"{WRAPPER}{module}.ilora_router.weight"] = _own(route)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -192,20 +191,8 @@ def published_state_dict(model: nn.Module, adapter_name: str | None = None) -> d
             have (its layer is the default of `ILoraConfig`, with one r, alpha and number of heads for all modules),
             or a tensor that is not whole.
     """
-    layers = {name.removeprefix(ROOT): module for name, module in model.named_modules()
-              if isinstance(module, ILoraLayer)}
-    configs = getattr(model, "peft_config", {})
-    if not layers or not configs:
-        raise ValueError(f"published_state_dict: {type(model).__name__} is not a PEFT model with I-LoRA layers.")
-    if adapter_name is None:
-        active = {name for layer in layers.values() for name in layer.active_adapters}
-        if len(active) != 1:
-            raise ValueError(f"published_state_dict: give `adapter_name`; the active adapters are {sorted(active)}.")
-        (adapter_name,) = active
-    layers = {name: layer for name, layer in layers.items() if adapter_name in layer.r}
-    if adapter_name not in configs or not layers:
-        raise ValueError(f"published_state_dict: no I-LoRA adapter {adapter_name!r}; there are {sorted(configs)}.")
-    _require_published_layer(configs[adapter_name])
+    adapter_name, layers = adapted_layers(model, adapter_name, "published_state_dict")
+    _require_published_layer(model.peft_config[adapter_name])
     return _split(layers, adapter_name)
 
 
@@ -275,7 +262,7 @@ def _tensor_names(module: str, num_heads: int) -> list[str]:
     """Published names of a module's tensors: A, the router, then the heads."""
     ours, theirs = next(part for part in PARTS if module.startswith(part[0]))
     parts = ("lora_A", "lora_route", *(f"lora_B{i}" for i in range(num_heads)))
-    return [f"{ROOT}{theirs}{module.removeprefix(ours)}.{part}.weight" for part in parts]
+    return [f"{WRAPPER}{theirs}{module.removeprefix(ours)}.{part}.weight" for part in parts]
 
 
 def _infer_sizes(tensors: dict[str, torch.Tensor], path: Path) -> tuple[int, int]:

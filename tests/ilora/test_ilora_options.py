@@ -1,4 +1,4 @@
-"""The fused layer, the options that are off by default, frozen export and the online recorder."""
+"""The options that are off by default, frozen export and the online recorder."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import crab.ilora
@@ -66,174 +65,6 @@ def logits(model, tokens=TOKENS):
     return model(input_ids=tokens).logits
 
 
-# ---- the fused layer
-
-@pytest.mark.parametrize("choices", [{}, dict(num_heads=1), dict(router_temperature=0.3), dict(top_k=2), dict(top_k=1),
-                                     dict(shared_A=False), dict(shared_A=False, top_k=2, use_rslora=True)])
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (4, 3, 5), (0, 5), (2, 0, 5)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_fused_equals_the_modules_called_one_by_one(choices, shape, bias):
-    model = adapted(base=Single(bias=bias), **choices)
-    layer, *weights = parts(model)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    target = torch.randn(*shape[:-1], 7, dtype=torch.float64)
-    found = []
-    for fused in (True, False):
-        layer.fused = fused
-        y = model(x)
-        assert ("Fused" in type(y.grad_fn.next_functions[0][0]).__name__) == fused
-        found.append((y.detach(), *torch.autograd.grad((y * target).sum(), (x, *weights), materialize_grads=True)))
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("choices", [{}, dict(top_k=2), dict(shared_A=False, router_temperature=2.0)])
-def test_first_and_second_derivatives(choices):
-    model = adapted(**choices)
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    names, values = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
-    call = lambda x, *values: torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))  # noqa: E731
-    assert torch.autograd.gradcheck(call, (x, *values))
-    assert torch.autograd.gradgradcheck(call, (x, *values))
-
-
-def test_only_what_is_asked_for_gets_a_gradient():
-    model = adapted()
-    layer, A, B, R = parts(model)
-    A.requires_grad_(False)
-    R.requires_grad_(False)
-    model(torch.randn(4, 5, dtype=torch.float64)).sum().backward()
-    assert A.grad is None and R.grad is None and B.grad is not None and layer.base_layer.weight.grad is None
-
-
-def test_the_output_may_be_changed_in_place():
-    model = adapted()
-    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
-    y = model(x)
-    y.mul_(2)
-    grad = torch.autograd.grad(y.sum(), x)[0]
-    torch.testing.assert_close(grad, 2 * torch.autograd.grad(model(x).sum(), x)[0])
-
-
-class Sizes(TorchDispatchMode):
-    """Elements of every tensor with storage of its own that an operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
-            self.made.append(out.numel())
-        return out
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_no_second_tensor_of_the_outputs_or_inputs_size(grad):
-    tokens, wide_in, wide_out = 50, 64, 96
-    model = adapted(torch.float32, Single(wide_in, wide_out))
-    x = torch.randn(tokens, wide_in, requires_grad=True)
-    with torch.set_grad_enabled(grad), Sizes() as forward:
-        y = model(x)
-    assert forward.made.count(tokens * wide_out) == 1 and sorted(forward.made)[-2] < tokens * wide_in / 2
-    if grad:
-        with Sizes() as backward:
-            torch.autograd.grad(y, (x, *parts(model)[1:]), torch.ones_like(y))
-        assert backward.made.count(tokens * wide_in) == 1 and backward.made.count(tokens * wide_out) == 1  # ones_like
-
-
-def kept_bytes(model, x):
-    """Bytes that wait for backward, weights aside."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    assert y.requires_grad
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize("wide_in, wide_out, tokens, r, heads", [
-    (128, 320, 256, 4, 3), (576, 1536, 64, 8, 3), (128, 128, 64, 4, 3), (128, 320, 64, 4, 16), (512, 512, 64, 128, 3)])
-def test_memory_kept_for_backward_is_near_plain_loras(wide_in, wide_out, tokens, r, heads):
-    x = torch.randn(2, tokens // 2, wide_in, requires_grad=True)
-    torch.manual_seed(0)
-    plain = get_peft_model(Single(wide_in, wide_out), LoraConfig(r=r, lora_alpha=8, target_modules=["lin"]))
-    theirs = kept_bytes(plain, x)
-    assert theirs == 4 * tokens * (wide_in + r)
-    ours = adapted(torch.float32, Single(wide_in, wide_out), r=r, num_heads=heads)
-    assert kept_bytes(ours, x) <= 1.15 * theirs
-    parts(ours)[0].fused = False
-    assert kept_bytes(ours, x) > 4 * tokens * (wide_in + r + heads * r)
-
-
-def test_a_half_precision_base_rounds_the_sum_once():
-    model = adapted(torch.bfloat16, Single(16, 24))
-    layer, A, B, R = parts(model)
-    assert A.dtype == torch.float32 and layer.base_layer.weight.dtype == torch.bfloat16
-    x = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True)
-    y = model(x)
-    grads = torch.autograd.grad(y.float().sum(), (x, A, B, R))
-    assert y.dtype == torch.bfloat16 and [g.dtype for g in grads] == [torch.bfloat16] + 3 * [torch.float32]
-    base = layer.base_layer(x)
-    A, B, R, wide = A.double(), B.double(), R.double(), x.double()
-    w, z = torch.softmax(wide @ R.T, -1), wide @ A.T
-    exact = base.double() + 1.5 * sum(w[:, i:i + 1] * (z @ B[:, 2 * i:2 * i + 2].T) for i in range(3))
-    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
-
-
-def test_hooks_on_the_parts_still_work():
-    model = adapted()
-    layer = parts(model)[0]
-    x = torch.randn(3, 5, dtype=torch.float64)
-    wanted, seen = model(x), []
-    for part in (layer.base_layer, layer.ilora_A["default"], layer.ilora_router["default"], layer.ilora_B["default"]):
-        handle = part.register_forward_hook(lambda module, args, out: seen.append((module, out)))
-        torch.testing.assert_close(model(x), wanted)
-        handle.remove()
-        assert seen[-1][0] is part
-    torch.testing.assert_close(seen[0][1], layer.base_layer(x))  # the base's own output, not the sum
-
-
-def test_compiles_whole_and_under_function_transforms():
-    model = adapted()
-    x = torch.randn(3, 5, dtype=torch.float64)
-    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
-    found = torch.func.vmap(torch.func.grad(lambda row: model(row).square().sum()))(x)
-    x.requires_grad_()
-    torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), x)[0])
-
-
-def test_autocast_dropout_and_several_adapters_go_by_the_modules():
-    model = adapted(torch.float32)
-    layer = parts(model)[0]
-    x = torch.randn(3, 5)
-    assert layer._fusible("default", x) is not None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer._fusible("default", x) is None
-    layer.base_layer.weight.requires_grad_(True)
-    assert layer._fusible("default", x) is None
-    dropping = adapted(torch.float32, lora_dropout=0.5)
-    assert parts(dropping.train())[0]._fusible("default", x) is None
-    assert parts(dropping.eval())[0]._fusible("default", x) is not None
-    first = model(x)
-    model.add_adapter("second", ILoraConfig(r=1, lora_alpha=1, num_heads=2, target_modules=["lin"], init_weights=False))
-    model.set_adapter("second")
-    second = model(x)
-    model.base_model.set_adapter(["default", "second"])
-    torch.testing.assert_close(model(x), first + second - layer.base_layer(x))
-
-
 # ---- options
 
 def test_top_k_by_hand():
@@ -261,8 +92,8 @@ def test_an_a_for_each_head_by_hand():
     torch.testing.assert_close(model(x), layer.base_layer(x) + 1.5 * sum(w[:, i:i + 1] * heads[i] for i in range(3)))
 
 
-OPTIONS = [dict(top_k=2), dict(shared_A=False), dict(router_input="instruction"), dict(router_temperature=0.5),
-           dict(router="uniform", shared_A=False), dict(use_rslora=True, rank_pattern={"q_proj": 3})]
+OPTIONS = [dict(top_k=2), dict(shared_A=False), dict(router_input="instruction"), dict(router_sharing="layer"),
+           dict(router_temperature=0.5), dict(router="uniform", shared_A=False), dict(use_rslora=True, rank_pattern={"q_proj": 3})]
 
 
 @pytest.mark.parametrize("choices", OPTIONS, ids=lambda c: "-".join(c))
@@ -282,13 +113,15 @@ def test_options_survive_saving(choices, tmp_path):
 def test_options_left_alone_are_not_written(tmp_path):
     language_model().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert not {"top_k", "router_input", "shared_A"} & set(written)
+    assert not {"top_k", "router_input", "router_sharing", "shared_A"} & set(written)
 
 
 @pytest.mark.parametrize("choices, message", [
     (dict(top_k=0), "`top_k` must be"), (dict(top_k=4), "from 1 to num_heads=3"), (dict(top_k=True), "`top_k` must be"),
     (dict(top_k=1, router="uniform"), "unless router='token'"), (dict(router_input="prompt"), "`router_input` must be one of"),
-    (dict(router_input="instruction", router="uniform"), "reads nothing"), (dict(shared_A=1), "`shared_A` must be"),
+    (dict(router_input="instruction", router="uniform"), "reads nothing"),
+    (dict(router_sharing="block"), "`router_sharing` must be one of"),
+    (dict(router_sharing="layer", router="uniform"), "no weight to share"), (dict(shared_A=1), "`shared_A` must be"),
 ])
 def test_bad_options(choices, message):
     with pytest.raises(ValueError, match=message):
@@ -469,7 +302,7 @@ def test_entropy_and_information_by_hand():
     assert routing_information(torch.eye(2), torch.tensor([1, 0])) == 0
 
 
-def test_recorders_refuse():
+def test_recorders_refuse(monkeypatch):
     model = language_model()
     with record_routing_means(model) as means:
         means.label(KINDS[:, :4])
@@ -483,6 +316,7 @@ def test_recorders_refuse():
     layer = next(m for m in model.modules() if isinstance(m, ILoraLayer))
     with torch.no_grad():
         layer.ilora_router["default"].weight[0, 0] = math.nan
+    monkeypatch.setattr(ILoraLayer, "check_routing", False)
     with record_routing_means(model) as means:
         logits(model)
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*not finite"):

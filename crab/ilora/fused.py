@@ -1,0 +1,159 @@
+"""Base and adapter of one layer as a single autograd function."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .routers import TokenRouter, autocast_off
+
+
+class Setting(NamedTuple):
+    """What `FusedLinear` needs to know beside its tensors.
+
+    Attributes:
+        router: turns logits into weights; its weight is passed as R.
+        scaling: factor of the adapter.
+        dropout: probability that an element of A's input is dropped; 0 outside training.
+        dtype: in which A and B are multiplied: their own, or under autocast as a rule autocast's.
+        router_dtype: in which R is multiplied: its own, or float32 under autocast.
+    """
+
+    router: TokenRouter
+    scaling: float
+    dropout: float
+    dtype: torch.dtype
+    router_dtype: torch.dtype
+
+
+class FusedLinear(torch.autograd.Function):
+    """What the tokens cost here is three matrix products forward: the base's, [A; R] x and B's.
+
+    Against the same formula left to autograd it keeps only x and the small products A x and R x for backward (the
+    routed projections, num_heads times as wide, are made again; of dropout it keeps one byte an element), adds into
+    the base's output and into the input's gradient inside the matrix products, and so makes no further tensor of the
+    size of either. The small tensors lie with the tokens last: a few rows as long as there are tokens are what CPUs
+    multiply and add fastest.
+
+    Call it with autocast off; x, weight and bias are in the dtype the base computes in, A, R and B as they are stored.
+
+    Shapes: x [T, in], weight [out, in], bias [out] or None, A [r or num_heads * r, in], R [num_heads, in],
+    B [out, num_heads * r]; `read` is x before autocast rounded it, or None where it did not. Returns y [T, out] and,
+    without gradient, the logits R x^T [num_heads, T].
+    """
+
+    @staticmethod
+    def forward(ctx, x, read, weight, bias, A, R, B, setting):
+        y, z, logits, mask = project(x, read, weight, bias, A, R, B, setting)
+        ctx.save_for_backward(x, weight, A, R, B, z, logits, mask)
+        ctx.mark_non_differentiable(logits)
+        ctx.set_materialize_grads(False)  # or backward would be handed zeros for the logits
+        ctx.setting = setting
+        return y, logits
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 8
+        with autocast_off(grad.device.type):  # some call backward inside the block
+            # create_graph=True: _backward writes in place, but the formula can be derived again
+            grads = (_differentiable_backward if torch.is_grad_enabled() else _backward)(ctx, grad, *ctx.saved_tensors)
+        grad_x, *grads = (None if g is None else g.to(dtype) for g, dtype in grads)
+        return grad_x, None, None, None, *grads, None
+
+
+def project(x, read, weight, bias, A, R, B, setting):
+    """Forward: y [T, out], A x^T [rows of A, T], R x^T [num_heads, T] and, with dropout, 1 for each element kept."""
+    y = F.linear(x, weight, bias)
+    dtype, mask = setting.dtype, None
+    columns = x.t() if x.dtype == dtype or read is None else read.t()
+    columns = columns.to(dtype)
+    if not setting.dropout and setting.router_dtype == dtype and x.shape[0] > A.shape[0]:
+        small = torch.cat((A, R)) @ columns
+        z, logits = small[:A.shape[0]], small[A.shape[0]:]
+    else:  # also for few tokens, as in decoding: reading A and R is the cost there, so do not copy them first
+        read = x if read is None else read
+        logits = R.to(setting.router_dtype) @ read.to(setting.router_dtype).t()
+        if setting.dropout:  # the draws of F.dropout on a CPU; bytes, since they multiply faster than bools
+            mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - setting.dropout)
+            columns = columns * mask.to(dtype).t()
+        z = A.to(dtype) @ columns
+        if setting.dropout:
+            z = z / (1 - setting.dropout)
+    by_head, weights = _gates(z, logits, B, setting.router)
+    _accumulate(y, (weights.to(dtype) * by_head).flatten(0, 1).t(), B.to(dtype).t(), setting.scaling)
+    return y, z, logits, mask
+
+
+def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
+    """(gradient or None, dtype it must have) for x, A, R and B."""
+    need_x, _, _, _, need_A, need_R, need_B, _ = ctx.needs_input_grad
+    router, scaling, dropout, dtype, _ = ctx.setting
+    stored, (A, R, B) = (A.dtype, R.dtype, B.dtype), (t.to(dtype) for t in (A, R, B))
+    by_head, weights = _gates(z, logits, B, router)
+    scaled = (weights * scaling).to(dtype)
+    up_grad = grad.to(dtype)
+    grad_x = grad_A = grad_R = grad_B = None
+    if need_B:
+        grad_B = ((scaled * by_head).flatten(0, 1) @ up_grad).t()
+    if need_x or need_A or need_R:
+        routed_grad = (B.t() @ up_grad.t()).unflatten(0, (R.shape[0], -1))
+        # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j); a head left out by top_k has w_i = 0
+        logits_grad = (routed_grad * by_head).sum(1, keepdim=True).to(weights.dtype) * (scaling / router.temperature)
+        logits_grad *= weights
+        logits_grad -= weights * logits_grad.sum(0, keepdim=True)
+        logits_grad = logits_grad.squeeze(1).to(dtype)
+        z_grad = scaled * routed_grad
+        z_grad = z_grad.sum(0) if len(by_head) == 1 else z_grad.flatten(0, 1)
+        small_grad = torch.cat((z_grad, logits_grad))
+        if need_x:
+            grad_x = grad @ weight
+        if mask is None:
+            if need_A or need_R:
+                grad_A, grad_R = (small_grad @ x.to(dtype)).split((A.shape[0], R.shape[0]))
+            if need_x:
+                _accumulate(grad_x, small_grad.t(), torch.cat((A, R)))
+        else:
+            kept, z_grad = mask.to(dtype), z_grad / (1 - dropout)
+            if need_A:
+                grad_A = z_grad @ (x.to(dtype) * kept)
+            if need_R:
+                grad_R = logits_grad @ x.to(dtype)
+            if need_x:
+                _accumulate(grad_x, logits_grad.t(), R)
+                grad_x += (z_grad.t() @ A).mul_(kept)
+    return (grad_x, x.dtype), (grad_A, stored[0]), (grad_R, stored[1]), (grad_B, stored[2])
+
+
+def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
+    router, scaling, dropout, dtype, router_dtype = ctx.setting
+    # views, so that a path from one of them to another outside this layer is not counted here
+    given = [t.view_as(t) for t in (x, A, R, B)]
+    x, A, R, B = given
+    columns = x.to(dtype).t()
+    if mask is not None:
+        columns = columns * mask.to(dtype).t() / (1 - dropout)
+    by_head, weights = _gates(A.to(dtype) @ columns, R.to(router_dtype) @ x.to(router_dtype).t(), B, router)
+    routed = ((weights * scaling).to(dtype) * by_head).flatten(0, 1).t()
+    y = F.linear(x, weight) + F.linear(routed, B.to(dtype))
+    wanted = [need for i, need in enumerate(ctx.needs_input_grad) if i in (0, 4, 5, 6)]
+    found = iter(torch.autograd.grad(y, [t for t, need in zip(given, wanted, strict=True) if need],
+                                     grad.to(y.dtype), create_graph=True, materialize_grads=True))
+    return [(next(found) if need else None, t.dtype) for t, need in zip(given, wanted, strict=True)]
+
+
+def _gates(z, logits, B, router):
+    """A x^T as [1 or num_heads, r, T], and the routing weights as [num_heads, 1, T]."""
+    heads, columns = logits.shape[0], B.shape[1]
+    by_head = z.view(z.shape[0] * heads // columns, columns // heads, z.shape[1])
+    return by_head, router.weigh(logits, dim=0).unsqueeze(1)
+
+
+def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> None:
+    """total += factor * left @ right in place; of a wider dtype than `total` it is rounded once, after the sum."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=factor)
+    else:
+        total.add_(left @ right, alpha=factor)
