@@ -18,11 +18,38 @@ from crab.data import files, render, world
 from crab.data.world import sample_scene
 from crab.models import bank, curriculum, omni, optimize, packing, perception, probes
 from crab.models.bank import Bank
+from crab.models.checkpoint import point_to
 
 #: The base draws its scenes from this number on; records of the data start at `crab.data.staging.BASE_IDS`.
 FIRST_SCENE = 0
 #: Precision of the weights on disk: half of it is half a repository's growth at each new base.
 KEPT_AS = torch.float16
+
+
+def make_base(words: Sequence[str], tags: Sequence[str], *, checkpoint: str | None, **training: Any) -> tuple[Any, Any, dict]:
+    """The base to keep: trained here by `train_base`, or, where ``checkpoint`` names one, a published model.
+
+    Returns:
+        (model, processor, report) as `train_base`; for a checkpoint (None, None, a report in which nothing was measured).
+    """
+    if checkpoint is None:
+        return train_base(words, tags, **training)
+    return None, None, {"encoders": {}, "history": [], "gates": {}, "parameters": None, "seconds": {}}
+
+
+def keep(folder: str | Path, model, processor, checkpoint: str | None) -> None:
+    """Write the base to a folder: its weights, or the name of the checkpoint that is taken for it."""
+    if checkpoint is None:
+        omni.save(folder, model, processor, KEPT_AS)
+    else:
+        point_to(folder, checkpoint)
+
+
+def said(report: Mapping[str, Any], checkpoint: str | None) -> str:
+    """One line on the base's size and cost, or on where it is from."""
+    if checkpoint is not None:
+        return f"Nothing is trained here: the base is the published checkpoint {checkpoint}."
+    return f"{report['parameters'] / 1e6:.2f} M parameters; seconds: {report['seconds']}"
 
 
 def train_base(

@@ -9,7 +9,6 @@ from crab.data import media, records
 from crab.data.records import RecordError
 from crab.tasks.referring import NULL
 
-
 PARTS = [(slot.name, split) for slot in tasks.SLOTS.values() for split in ("train", "test") if split == "train" or slot.test]
 
 

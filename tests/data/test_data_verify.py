@@ -14,7 +14,17 @@ from crab import tasks
 from crab.data import chains, records
 from crab.data.generate import SUMMARY
 from crab.data.verify import (
-    FALSE, TRUE, UNREADABLE, Evidence, chain, evidence, known, moment, read_evidence, verify, verify_answer,
+    FALSE,
+    TRUE,
+    UNREADABLE,
+    Evidence,
+    chain,
+    evidence,
+    known,
+    moment,
+    read_evidence,
+    verify,
+    verify_answer,
 )
 from crab.data.views import VIEWS, view
 from crab.data.world import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, Scene, Thing

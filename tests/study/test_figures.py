@@ -7,6 +7,7 @@ import pytest
 matplotlib.use("Agg")
 
 from crab.study.figures.features import feature_maps  # noqa: E402
+from crab.study.figures.gates import encoder_curves, gate_bars, gate_table, skill_curves  # noqa: E402
 from crab.study.figures.losses import loss_curves  # noqa: E402
 from crab.study.figures.mechanism import conflict_maps, head_costs, head_likeness, mechanism_bars, swap_map  # noqa: E402
 from crab.study.figures.routing import entropy_lines, routing_heatmaps  # noqa: E402
@@ -92,3 +93,10 @@ def test_rates_stand_beside_the_papers(tmp_path):
     assert lengths[bars["paper: joint LoRA"]] == [-0.55] and lengths[bars["paper: Crab+"]] == [0.88]
     assert sorted(lengths[bars["joint-lora-bare"]]) == [-0.5, 0, 0.25, 0.25]  # shares, and the clear part of each
     assert "no slot above chance" in [text.get_text() for text in axes.texts]
+
+
+def test_a_base_that_was_not_trained_has_figures_that_say_so(tmp_path):
+    for draw, empty in ((encoder_curves, {}), (skill_curves, [])):
+        assert "Nothing was trained here" in draw(empty, tmp_path / "a.png").axes[0].get_title()
+    assert "Nothing was trained here" in gate_bars({}, {}, tmp_path / "a.png").axes[0].get_title()
+    assert list(gate_table({}, {})) == ["skill", "accuracy", "gate", "majority", "picker", "n"]

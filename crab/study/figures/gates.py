@@ -9,18 +9,24 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from crab.study.figures.style import save, subplots
+from crab.study.figures.style import nothing, save, subplots
+
+
+COLUMNS = ["accuracy", "majority", "picker", "n"]
+NOTHING = "Nothing was trained here: the base is a published checkpoint"
 
 
 def gate_table(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> pd.DataFrame:
     """One row a skill: accuracy, the gate, the majority answer, the random-object picker, and n."""
-    table = pd.DataFrame(gates).T.rename_axis("skill").reset_index()
+    table = pd.DataFrame.from_dict(gates, orient="index", columns=None if gates else COLUMNS).rename_axis("skill").reset_index()
     table.insert(2, "gate", table["skill"].map(least))
     return table
 
 
 def gate_bars(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float], path: str | Path) -> Figure:
     """Accuracy a skill as a bar, with its gate and the two baselines as marks."""
+    if not gates:
+        return nothing(NOTHING, path)
     table = gate_table(gates, least)
     figure, axes = subplots(figsize=(9, 0.3 * len(table) + 1.5))
     sns.barplot(table, x="accuracy", y="skill", color="#9ecae1", ax=axes, label="base")
@@ -35,6 +41,8 @@ def gate_bars(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, floa
 
 def skill_curves(history: Sequence[Mapping], path: str | Path) -> Figure:
     """Accuracy on held-out scenes against training step, one line a skill."""
+    if not history:
+        return nothing(NOTHING, path)
     rows = [
         {"step": h["step"], "skill": k, "accuracy": v}
         for h in history
@@ -55,6 +63,8 @@ def skill_curves(history: Sequence[Mapping], path: str | Path) -> Figure:
 
 def encoder_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> Figure:
     """Dense losses of the two encoders, smoothed over 20 steps."""
+    if not curves:
+        return nothing(NOTHING, path)
     figure, panels = subplots(1, len(curves), figsize=(10, 4))
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         table = pd.DataFrame(curve).rolling(20, min_periods=1).mean()

@@ -19,6 +19,14 @@ def subplots(*args, **kwargs):
     return plt.subplots(*args, layout="constrained", **kwargs)
 
 
+def nothing(words: str, path: str | Path) -> Figure:
+    """A figure that says why there is none."""
+    figure, axes = subplots(figsize=(8, 0.8))
+    axes.axis("off")
+    axes.set_title(words)
+    return save(figure, path)
+
+
 def save(figure: Figure, path: str | Path) -> Figure:
     """Write a png aside and rename it; without dates or versions, so that equal figures are equal files."""
     with aside(path) as temporary:
