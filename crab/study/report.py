@@ -22,7 +22,8 @@ from crab.study.sources import FOLDER, code_cells
 
 # In the order a reader wants them: the claim, what it rests on, why, and how it was made.
 ORDER = (
-    "transfer", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "sweep", "train", "encode", "build",
+    "transfer", "ablation", "regime", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "sweep", "train", "encode",
+    "build",
 )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from crab.study import params
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = (
-    "build", "base", "encode", "sweep", "train", "evaluate", "transfer", "mechanism", "routing", "features", "benchmark",
+    "build", "base", "encode", "sweep", "train", "evaluate", "transfer", "ablation", "regime", "mechanism", "routing", "features",
+    "benchmark",
 )  # fmt: skip
 A_METHOD = ("sweep", "train")  # stages run once a method
 

@@ -1,0 +1,30 @@
+"""A heat map of differences: green above zero, red below, a frame where an interval leaves out zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+
+MISSING = "#dcdcdc"
+
+
+def signed_map(axes, values: np.ndarray, clear: np.ndarray, rows: Sequence, columns: Sequence, reach: float) -> AxesImage:
+    """Draw on ``axes``; returns what a colour bar needs.
+
+    Args:
+        values: float [rows, columns], NaN where there is none (grey). clear: bool [rows, columns], which get a frame.
+        reach: the value at which colours are full, on both sides of zero.
+    """
+    axes.set_facecolor(MISSING)
+    image = axes.imshow(values, cmap="RdYlGn", vmin=-reach, vmax=reach, aspect="auto")
+    for i, j in zip(*np.nonzero(~np.isnan(values)), strict=True):
+        axes.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize="small")
+        if clear[i, j]:
+            axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fill=False, edgecolor="black", linewidth=1.5))
+    axes.grid(False)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    return image
