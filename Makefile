@@ -21,8 +21,13 @@ repro-all: $(READY) ## the same, training the base again too
 	$(BIN)/dvc repro --single-item --force base
 	$(BIN)/dvc repro
 
-smoke tiny study full: $(READY) ## choose this profile in params.yaml and run it
+smoke tiny full: $(READY) ## choose this profile in params.yaml and run it
 	@$(BIN)/python -m crab.study.params choose $@
+	$(BIN)/dvc repro
+
+study: $(READY) ## the same for the profile of days: first the headline, then all else; stopped, it goes on where it was
+	@$(BIN)/python -m crab.study.params choose $@
+	$(BIN)/dvc repro transfer@study
 	$(BIN)/dvc repro
 
 test: $(READY) ## all tests: quick ones on two processes, then the smoke study in a temporary clone
