@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -21,7 +23,8 @@ class ILoraModel(BaseTuner):
     """Adapts a model with I-LoRA (Crab+, arXiv 2603.04128); made by `peft.get_peft_model`, not by hand.
 
     Stricter than PEFT's own tuners where those only warn: a target that is not linear, a pattern key that matches
-    nothing, and saved tensors that are missing, spare or of another shape all raise ValueError naming the module.
+    nothing, and saved tensors that are missing, spare or of another shape all raise ValueError naming the module. So do
+    `adapter_names` given to `forward` or `generate`: one batch has one adapter (or several, active together).
     """
 
     prefix: str = PREFIX
@@ -31,8 +34,7 @@ class ILoraModel(BaseTuner):
     def _prepare_model(self, peft_config: ILoraConfig, model: nn.Module) -> None:
         """Check every target before the first one is replaced, so that a refusal leaves the base as it was."""
         self._routers: dict[tuple, nn.ModuleDict] = {}  # group -> the routers of the layer that holds the one it shares
-        if peft_config.target_modules == "all-linear":
-            return
+        _maybe_include_all_linear_layers(peft_config, model)  # as PEFT does next: names in the place of 'all-linear'
         inside: list[str] = []
         names, targets = [], []
         for name, module in model.named_modules():
@@ -76,6 +78,14 @@ class ILoraModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
         del self._routers
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """Refuse an adapter for each sample: PEFT would drop the names, and run the active adapter on all of them."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("I-LoRA: `adapter_names`, an adapter for each sample of a batch, is not supported. Run the "
+                             "samples of one adapter at a time, after model.set_adapter(name).")
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSAL)

@@ -47,7 +47,8 @@ def record_routing(model: nn.Module, adapter_name: str | None = None) -> Iterato
     backward is not recorded. Memory grows with the tokens seen; for means alone use `record_routing_means`.
 
     Args:
-        model: a PEFT model, or any module holding I-LoRA layers.
+        model: a PEFT model, or any module holding I-LoRA layers; inside DDP or torch.compile the model they were given,
+            since what they return puts a prefix of its own before the names.
         adapter_name: which adapter's router to record; may be left out while one adapter is active.
 
     Raises:
@@ -127,7 +128,7 @@ class RoutingMeans:
 
         Args:
             kinds: [batch, tokens] whole numbers, the place in `segments` of each token, negative for tokens to leave
-                out (padding). None counts every token as the first segment.
+                out (padding); under beam search repeated for each beam. None counts every token as the first segment.
             group: what the batch is a case of, such as its slot.
         """
         if kinds is not None:

@@ -94,14 +94,15 @@ def to_static(model: nn.Module, task_weights: Mapping[str, Weights] | Weights, p
         task_weights: [heads] for all modules, or module name -> [heads], such as `RoutingMeans.weights(group)`.
         path: folder to write adapter_config.json and adapter_model.safetensors to, for `PeftModel.from_pretrained`.
         run: gives the model's output on data to measure the error on, such as `lambda: model(**batch).logits`; it is
-            called three times, without gradient, and should be called with the model in eval mode.
+            called three times, without gradient, with the model in eval mode and this adapter alone active.
         fold: with a shared A, sum the weighed heads into one LoRA of rank r, the same function at a num_heads-th of
             its size.
         adapter_name: may be left out while one adapter is active.
 
     Raises:
         ValueError: weights that do not fit the modules, `fold` without a shared A, dropout left on while measuring, or
-            an adapter whose effect on `run`'s output is nothing, so that no share of it can be given.
+            another adapter active meanwhile, or one whose effect on `run`'s output is nothing, so that no share of it
+            can be given.
     """
     adapter_name, layers = adapted_layers(model, adapter_name, "to_static")
     weights = _per_module(task_weights, layers, adapter_name, "to_static")
@@ -140,6 +141,9 @@ def _static_error(model: nn.Module, weights: Mapping[str, torch.Tensor], run: Ca
                   adapter_name: str) -> float:
     if model.training:
         raise ValueError("to_static: call model.eval() first; dropout would count as error.")
+    if list(model.active_adapters) != [adapter_name]:  # freezing one that does not run would seem to cost nothing
+        raise ValueError(f"to_static: `run` measures the active adapters, {list(model.active_adapters)}; call "
+                         f"model.set_adapter({adapter_name!r}) first.")
     routed = run().double()
     with fixed_routing(model, weights, adapter_name):
         fixed = run().double()

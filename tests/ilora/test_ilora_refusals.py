@@ -71,6 +71,8 @@ def test_a_pattern_names_the_module_of_the_bad_number(field, value):
     (dict(target_modules=[]), "No `target_modules`"),
     (dict(rank_pattern={"gate_proj": 4}), "`rank_pattern` key 'gate_proj' matches none"),
     (dict(alpha_pattern={"gate_proj": 4}), "`alpha_pattern` key 'gate_proj' matches none"),
+    (dict(target_modules="all-linear", exclude_modules=["out_proj"], rank_pattern={"gate_proj": 4}),
+     "`rank_pattern` key 'gate_proj' matches none"),
 ])
 def test_targets_that_match_nothing(choices, message):
     refused(Tower(), message, **choices)
@@ -84,6 +86,24 @@ def test_targets_that_match_nothing(choices, message):
 ])
 def test_targets_that_are_not_linear(target, name, kind):
     refused(Tower(), f"matches '{name}', which is a {kind}", target_modules=rf"(.*\.)?({target}|up)")
+
+
+def test_all_linear_modules_are_checked_before_the_first_is_replaced():
+    refused(Tower(), r"matches 'layers\.0\.attention\.out_proj', which is a NonDyn", target_modules="all-linear")
+    model = get_peft_model(Tower(), config(target_modules="all-linear", exclude_modules=["out_proj"], rank_pattern={"up": 1}))
+    model.add_adapter("second", config(target_modules="all-linear", exclude_modules=["out_proj"], rank_pattern={"down": 1}))
+    layers = {name: layer.r for name, layer in model.base_model.model.named_modules() if isinstance(layer, ILoraLayer)}
+    up, down = {"default": 1, "second": 2}, {"default": 2, "second": 1}
+    assert layers == {"layers.0.up": up, "layers.0.down": down, "layers.1.up": up, "layers.1.down": down}
+
+
+def test_an_adapter_for_each_sample():
+    model = get_peft_model(Tower(), config())
+    model.add_adapter("second", config())
+    ids = torch.tensor([[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match=r"`adapter_names`.*not supported.*model\.set_adapter"):
+        model(ids, adapter_names=["default", "second"])
+    model(ids, adapter_names=None)
 
 
 # ---- saved adapters

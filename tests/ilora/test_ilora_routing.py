@@ -136,6 +136,20 @@ def test_the_error_of_freezing_by_hand(fixed):
     assert to_static(model, fixed).error is None
 
 
+def test_the_error_is_of_the_adapter_that_runs():
+    """Freezing one that is not active changes nothing, which would read as an error of 0."""
+    model = adapted()
+    model.add_adapter("words", ILoraConfig(r=1, lora_alpha=1, num_heads=2, target_modules=["second"], init_weights=False))
+    run = lambda: model(X)  # noqa: E731
+    for active in ("default", ["default", "words"]):
+        model.base_model.set_adapter(active)
+        with pytest.raises(ValueError, match=r"to_static: `run` measures the active adapters, \['default'.*set_adapter\('words'\)"):
+            to_static(model, [1, 0], run=run, adapter_name="words")
+        assert to_static(model, [1, 0], adapter_name="words").error is None
+    model.set_adapter("words")
+    assert to_static(model, [1, 0], run=run).error > 0
+
+
 def test_freezing_at_the_recorded_means_costs_less_than_at_one_head():
     model = adapted(router_init_std=0.3)
     with record_routing_means(model) as means:
