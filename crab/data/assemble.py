@@ -8,7 +8,7 @@ records.  A generated tree has its media in that folder.  Of any other tree noth
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from crab import tasks
@@ -26,6 +26,7 @@ def assemble(
     root: str | os.PathLike | None = None,
     *,
     raw: Mapping[str, str | os.PathLike] | None = None,
+    rewrite: Callable | None = None,
     slots: Sequence[str] | None = None,
     on_problem: str = "error",
     tolerate: Collection[str] = (),
@@ -44,6 +45,7 @@ def assemble(
             ``"raw"``: convert original data sets to a tree under `root`, and take that.
         root: for any source but the generated one, the folder that holds ``AVUIE_2``, or is to hold it.
         raw: slot -> folder of the original data set, for source ``"raw"`` (:mod:`crab.data.sources`).
+        rewrite: words the chains of what is converted for training (:class:`crab.data.sources.rewrite.Rewriter`).
         slots, on_problem, tolerate, time_limit, report, cache, workers: as for :func:`crab.data.validate.validate`.
         generated: `seed`, `train`, `test` and `caption`, as for :func:`crab.data.generate.build`; no other source
             looks at them.
@@ -64,7 +66,7 @@ def assemble(
     else:
         folder = _root(root, out, source)
         if source == "raw":
-            slots = slots or list(_convert(raw, folder, on_problem, workers, progress))
+            slots = slots or list(_convert(raw, folder, on_problem, rewrite, workers, progress))
     found = validate(folder, slots, on_problem, tolerate, report, cache, time_limit, workers, progress)
     if folder == out:
         _shorten(found, out)
@@ -89,7 +91,8 @@ def _root(root: str | os.PathLike | None, out: Path, source: str) -> Path:
     return folder
 
 
-def _convert(raw: Mapping[str, str | os.PathLike] | None, folder: Path, on_problem: str, workers: int | None, progress: bool) -> Mapping:
+def _convert(raw: Mapping[str, str | os.PathLike] | None, folder: Path, on_problem: str, rewrite: Callable | None, workers: int | None,
+             progress: bool) -> Mapping:
     """Convert the original data sets to a tree under `folder`; files that are in place already are kept."""
     from crab.data import sources  # only who converts needs it
 
@@ -97,7 +100,7 @@ def _convert(raw: Mapping[str, str | os.PathLike] | None, folder: Path, on_probl
         raise ValueError("build: raw is not set, and source 'raw' converts what it names; give slot: folder of the original data set, for "
                          "each slot that is wanted")
     faults = {"error": "error", "skip": "skip-and-record"}.get(on_problem, on_problem)
-    sources.convert_all(raw, folder, faults=faults, workers=workers or 2, progress=progress)
+    sources.convert_all(raw, folder, faults=faults, rewrite=rewrite, workers=workers or 2, progress=progress)
     return raw
 
 

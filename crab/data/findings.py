@@ -37,10 +37,13 @@ PROBLEMS = {
     "crashes": "the decoder crashed",
     "overlap": "a training record shows media, or has the id, of a test record",
     "stranger": "a folder looks like a slot and is none",
+    "not converted": "a row of an original data set of which its converter made no record",
 }
 #: Those that never leave a record out, and those that need not: such a record can be used.
 NOTES = ("unread answer", "stranger")
 TOLERABLE = ("name", "link", "overlap")
+#: Beside a slot's lists, where a converter made them: what it left out, and why.
+CONVERSION = "conversion.json"
 _NAMED = 5  # problems named in the error
 
 
@@ -59,7 +62,7 @@ class Finding:
         file: the file at fault, a POSIX path under the root.
         problem: one of :data:`PROBLEMS`.
         words: what is wrong, and the mend.
-        left_out: whether the record (or the list) is left out for it.
+        left_out: whether the record (or the list, or the row of the original set) is left out for it.
     """
 
     slot: str
@@ -70,6 +73,11 @@ class Finding:
     problem: str
     words: str
     left_out: bool
+
+    @property
+    def kind(self) -> str:
+        """The problem; of what was not converted also the reason, with which its words begin."""
+        return f"{self.problem}: {self.words.partition(': ')[0]}" if self.problem == "not converted" else self.problem
 
     def __str__(self) -> str:
         which = f", record {self.index} ({self.record})" if self.index is not None else ""
@@ -125,8 +133,8 @@ class Report:
 
     @property
     def problems(self) -> list[Finding]:
-        """The findings that leave a record or a list out."""
-        return [finding for finding in self.findings if finding.left_out]
+        """The findings that leave a record or a list out; what a converter left out never was in the tree."""
+        return [finding for finding in self.findings if finding.left_out and finding.problem != "not converted"]
 
     def summary(self) -> str:
         """What was found, in a few sentences."""
@@ -135,9 +143,12 @@ class Report:
         reasons = ", ".join(f"{n} {problem}" for problem, n in left.most_common())
         absent = [f"{c.slot}/{c.split}" for c in self.counts if c.listed is None]
         notes = Counter(f.problem for f in self.findings if not f.left_out)
+        rows = Counter(f.kind.removeprefix("not converted: ") for f in self.findings if f.left_out and f.problem == "not converted")
+        unmade = ", ".join(f"{n} {reason}" for reason, n in rows.most_common())
         return " ".join(filter(None, [
             f"{listed} records listed, {kept} kept, {listed - kept} left out{f' ({reasons})' if reasons else ''}.",
             f"{files} media files in use; {self.probed} probed now, {self.known} unchanged since an earlier walk.",
+            f"Not converted of the original data sets: {rows.total()} rows ({unmade})." if rows else "",
             f"Without a list that can be read: {', '.join(absent)}." if absent else "",
             f"Noted, and kept: {', '.join(f'{n} {problem}' for problem, n in notes.most_common())}." if notes else "",
             f"The whole published set has about {PUBLISHED_SAMPLES} samples.",

@@ -286,7 +286,8 @@ def _lost(worker: _Worker, waiting: deque, running: dict, found: Probe | None) -
     del running[worker.pipe]
     code = worker.end(dying=found is None)
     if not worker.jobs:
-        raise RuntimeError(f"a process that probes media files could not be started (exit code {code}); try again with fewer workers")
+        raise RuntimeError(f"a process that probes media files could not be started (exit code {code}); try again with fewer workers, and "
+                           "in a script call this under `if __name__ == '__main__':`, since each process imports the script")
     job = worker.jobs.popleft()
     waiting.extendleft(reversed(worker.jobs))
     yield job, found or Probe("crashes", f"makes the decoder crash (exit code {code}); {_AGAIN}")

@@ -7,6 +7,7 @@ that names file and record, and each record is either kept, or left out and coun
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 import time
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from crab import tasks
 from crab.data import probe, records
-from crab.data.findings import NOTES, TOLERABLE, Count, Finding, Report, ValidationError
+from crab.data.findings import CONVERSION, NOTES, TOLERABLE, Count, Finding, Report, ValidationError
 from crab.data.records import RecordError
 
 ON_PROBLEM = ("error", "skip")
@@ -79,6 +80,8 @@ def validate(
     splits = [(slot, split) for slot in chosen for split in slot.splits]
     uses = {(slot.name, split): walk.list(slot, split)
             for slot, split in tqdm(splits, unit="list", disable=not progress, desc="read", mininterval=0.5)}
+    for slot in chosen:
+        walk.conversion(slot)
     walk.strangers()
     wanted = dict.fromkeys(job for uses_of in uses.values() for use in uses_of for job in use.media)
     walk.probe(wanted, cache, time_limit, workers or probe.default_workers(), progress)
@@ -184,6 +187,24 @@ class _Walk:
     def mask_wanted(self, split: str, record: dict[str, Any]) -> bool:
         """A test record is scored on its mask, unless nothing is to be found; a train record's is looked at if it is there."""
         return record.get("split") != "test_n" if split == "test" else not self.stat(record["mask"]).problem
+
+    def conversion(self, slot: tasks.Slot) -> None:
+        """Note what a converter left out when it made this slot, so that the report of a converted tree has it."""
+        file = f"{tasks.FOLDER}/{slot.name}/{CONVERSION}"
+        if not (self.lists / file).is_file():
+            return
+        try:
+            told = json.loads((self.lists / file).read_text(encoding="utf-8"))["splits"]
+            left = [(split, told[split]["left_out"]) for split in slot.splits]
+            rows = [(split, reason, place) for split, reasons in left for reason, places in reasons.items() for place in places]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            words = f"it cannot be read what was left out ({type(error).__name__}); convert the set again, or remove this file"
+            self.findings.setdefault((slot.name, slot.splits[0]), []).append(
+                Finding(slot.name, slot.splits[0], "", None, file, "not converted", words, False))
+            return
+        for split, reason, place in rows:  # a file's name need not be UTF-8, and is shown nevertheless
+            words = f"{reason}: {place}".encode(errors="backslashreplace").decode()
+            self.findings.setdefault((slot.name, split), []).append(Finding(slot.name, split, "", None, file, "not converted", words, True))
 
     def strangers(self) -> None:
         for folder in sorted((self.lists / tasks.FOLDER).iterdir()):

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from crab import tasks
 from crab.data import records
 from crab.data.findings import Report
-from crab.data.media import RATE, read_mask
+from crab.data.media import RATE, MediaError, read_mask
 from crab.data.words import split
 from crab.study.figures.style import save, subplots
 from crab.tasks.referring import NULL
@@ -47,14 +47,18 @@ def sizes(report: Report) -> pd.DataFrame:
 
 
 def problems(report: Report) -> pd.DataFrame:
-    """One row a problem, slot and split: how often it was found, how many records that left out, and the first case in words."""
+    """One row a problem, slot and split: how often it was found, how many records that left out, and the first case in words.
+
+    What a converter left out of an original data set has a row for each reason.
+    """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for finding in report.findings:
-        row = rows.setdefault((finding.problem, finding.slot, finding.split), {
-            "problem": finding.problem, "slot": finding.slot, "split": finding.split, "found": 0, "left out": 0,
+        row = rows.setdefault((finding.kind, finding.slot, finding.split), {
+            "problem": finding.kind, "slot": finding.slot, "split": finding.split, "found": 0, "left out": 0,
             "first": f"{finding.record or 'the list'}: {finding.file}", "in words": finding.words,
         })  # fmt: skip
         row["found"] += 1
+        row["left out"] += finding.left_out and finding.problem == "not converted"
     for count in report.counts:
         for problem, number in count.left_out.items():
             rows[problem, count.slot, count.split]["left out"] = number
@@ -158,7 +162,7 @@ def label_counts(root: str | Path, path: str | Path) -> Figure:
 def samples(root: str | Path, path: str | Path) -> Figure:
     """A train record of each slot: four of its frames, its sound, what is asked and the explicit answer.
 
-    It is the first, or the first in which what is referred to is there.
+    It is the first that decodes, or the first in which what is referred to is there.
 
     Drawn from the answer: the box and the points, and around them the outline of the true mask; on the sound, the seconds
     it names (for video parsing, heard events are shaded, seen ones a bar above).
@@ -169,19 +173,34 @@ def samples(root: str | Path, path: str | Path) -> Figure:
     edge = 0.8 / (3.1 * len(slots))
     figure.get_layout_engine().set(h_pad=0.02, hspace=0.33, rect=(0, edge, 1, 1 - 1.5 * edge))
     for slot, row in zip(slots, grid, strict=True):
-        found = records.read(root, slot.name, "train")
-        record = next((r for r in found if slot.module == "referring" and tasks.truth(slot, r) != NULL), found[0])
-        loaded = list(zip(record["media"], records.load(record, slot.frames), strict=True))
+        record, loaded, passed = _shown(slot, records.read(root, slot.name, "train"))
         _pictures(row[:_SHOWN], slot, record, [(item.kind, m) for item, m in loaded if item.kind != "audio"])
         _sounds(row[_SHOWN], slot, record, [(item, wave) for item, wave in loaded if item.kind == "audio"])
         row[0].text(
-            0, 1.16, f"{slot.name}   ({slot.family}; {slot.dataset})", transform=row[0].transAxes, weight="bold", fontsize=12
+            0, 1.16, f"{slot.name}   ({slot.family}; {slot.dataset}){passed}", transform=row[0].transAxes, weight="bold", fontsize=12
         ).set_in_layout(False)
         words = {"asked": tasks.instruction(slot, record), "answer": tasks.target(slot, record, "explicit")}
         lines = [textwrap.fill(f"{k}: {v}", 140, subsequent_indent=" " * 8) for k, v in words.items()]
         row[0].text(0, -0.07, "\n".join(lines), transform=row[0].transAxes, va="top", fontsize=10).set_in_layout(False)
     figure.suptitle("One train record of each slot")
     return save(figure, path)
+
+
+def _shown(slot: tasks.Slot, found: list[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[Any, Any]], str]:
+    """The record to show, its media decoded, and words for those before it on which the decoder fails.
+
+    They passed the walk, which looks at no clip's middle.
+    """
+    there = [r for r in found if slot.module == "referring" and tasks.truth(slot, r) != NULL]
+    failed: list[MediaError] = []
+    for record in there or found:
+        try:
+            loaded = list(zip(record["media"], records.load(record, slot.frames), strict=True))
+        except MediaError as error:
+            failed.append(error)
+        else:
+            return record, loaded, f"   {len(failed)} before it do not decode: {failed[0].path.name}" if failed else ""
+    raise failed[0]
 
 
 def _pictures(row: np.ndarray, slot: tasks.Slot, record: Mapping, media: list[tuple[str, Any]]) -> None:

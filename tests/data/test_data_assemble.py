@@ -158,7 +158,8 @@ def test_original_data_sets_are_converted_under_the_root_and_then_read_as_a_tree
     (tmp_path / "converted").mkdir()
     raw = {"ks": tree.root / "AVUIE_2/ks"}
     report = assemble(tmp_path / "out", "raw", tmp_path / "converted", raw=raw, on_problem="skip", **QUIET)
-    assert called == [(raw, tmp_path / "converted", {"faults": "skip-and-record", "workers": 1, "progress": False})]
+    assert called == [(raw, tmp_path / "converted", {"faults": "skip-and-record", "rewrite": None, "workers": 1,
+                                                            "progress": False})]
     assert [(c.slot, c.split, c.kept) for c in report.counts] == [("ks", "train", 4), ("ks", "test", 3)]
     assert records.read(tmp_path / "out", "ks", "test")[0]["media"][0].path.startswith(str(tmp_path / "converted"))
     with pytest.raises(ValueError, match="raw is not set"):

@@ -212,7 +212,7 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch):
             return context.Process(target=os._exit, args=(3,), daemon=daemon)
 
     monkeypatch.setattr(probe, "get_context", lambda _: Context)
-    with pytest.raises(RuntimeError, match="could not be started .exit code 3."):
+    with pytest.raises(RuntimeError, match="could not be started .exit code 3.*__main__"):
         list(probe.probe_all([("a", "video")], 1, 30))
 
 

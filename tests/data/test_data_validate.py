@@ -340,6 +340,23 @@ def test_each_file_is_probed_once(tree, monkeypatch):
 
 # ---------------------------------------------------------------- arguments
 
+def test_what_a_converter_left_out_is_in_the_report_and_stops_nothing(copy, tmp_path):
+    told = {"train": {"left_out": {"no sound": ["list, line 1: \udcff.mp4", "list, line 2"]}}, "test": {"left_out": {"fault": ["a: b"]}}}
+    path = copy / "AVUIE_2/ks/conversion.json"
+    path.write_text(json.dumps({"splits": told}))
+    report = walk(copy, "ks", on_problem="error", report=tmp_path / "findings.csv")
+    assert [(f.kind, f.split, f.words, f.left_out) for f in report.findings] == [
+        ("not converted: no sound", "train", r"no sound: list, line 1: \udcff.mp4", True),
+        ("not converted: no sound", "train", "no sound: list, line 2", True), ("not converted: fault", "test", "fault: a: b", True)]
+    assert report.problems == [] and [c.kept for c in report.counts] == [4, 3]
+    assert "Not converted of the original data sets: 3 rows (2 no sound, 1 fault)." in report.summary()
+    assert len((tmp_path / "findings.csv").read_text().splitlines()) == 4
+    for content in ("{", "[]", "{}", '{"splits": {"train": 3}}', '{"splits": {"train": {"left_out": {"a": 1}}}}', "[" * 100_000):
+        path.write_text(content)
+        (finding,) = walk(copy, "ks", on_problem="error").findings
+        assert finding.problem == "not converted" and not finding.left_out and "convert the set again" in finding.words
+
+
 def test_what_is_not_a_slot_is_noted(copy):
     (copy / "AVUIE_2/kss").mkdir()
     (copy / "AVUIE_2/kss/train.json").write_text("[]")

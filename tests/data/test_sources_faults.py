@@ -1,6 +1,7 @@
 """Raw sets at fault: each fault is named with file, line and mend, or counted; nothing is dropped silently."""
 
 import json
+import os
 import re
 
 import pytest
@@ -100,6 +101,19 @@ def test_text_that_is_not_utf8_is_named_by_line(put):  # noqa: F811
     (root / "trainSet.txt").write_bytes(b"Bark&x&good&0&3\nBark&\xff&good&0&3\n")
     with pytest.raises(SourceError, match=r"trainSet.txt, line 2: not UTF-8 at byte 21; save it as UTF-8"):
         list(records("ave", root, "train"))
+
+
+def test_names_and_texts_that_no_list_can_hold_are_named_or_counted(put, tmp_path):  # noqa: F811
+    root = put(FORMATS["ks"][0])
+    clip = next(root.rglob("ghi_*.mp4"))
+    clip.rename(os.fsdecode(os.fsencode(clip.parent) + b"/\xff.mp4"))
+    with pytest.raises(SourceError, match=r"\\udcff.mp4: a file's name is not UTF-8"):
+        convert("ks", root, tmp_path / "data", progress=False)
+    report = convert("ks", root, tmp_path / "data", faults="skip-and-record", progress=False)["splits"]["train"]
+    assert report["records"] == 1 and len(report["left_out"]["fault"]) == 1
+    put(music(anser="\ud800") | clips("videos", "v"))
+    with pytest.raises(SourceError, match="record 0: .*half a character"):
+        list(records("avqa", root, "train"))
 
 
 @pytest.mark.parametrize("slot, gone, split, reason", [

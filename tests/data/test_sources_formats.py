@@ -305,6 +305,14 @@ def test_a_null_reference_has_no_mask_and_an_unmarked_training_frame_is_not_ther
         ("test_s", 0, True), ("test_s", 1, True), ("test_u", 0, True), ("test_u", 1, True), ("test_n", 0, False), ("test_n", 1, False)]
 
 
+def test_a_clip_of_ref_avs_lies_where_its_uid_says(put):
+    """The set's own loader takes the folder from `uid`, whatever stands in `vid`."""
+    root = put(REF | {"metadata.csv": REF["metadata.csv"].replace("\nv1_0_10000,", "\n17,").replace("\nv2_0_10000,", "\n18,")})
+    assert list(raw_records("ref_avs", root, "train")) == list(raw_records("ref_avs", put(REF), "train"))
+    put({"metadata.csv": REF["metadata.csv"].replace("\nv2_0_10000,", "\n18,")})
+    assert [r["vid"] for r in raw_records("ref_avs", root, "test")] == ["v2_0_10000"] * 6
+
+
 def pairs(root, slot, **options):
     return list(raw_records(slot, root, "train", **options))
 

@@ -1,11 +1,13 @@
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
 from PIL import Image
 
 from crab.data.generate import build
+from crab.data.media import MediaError
 from crab.data.validate import validate
 from crab.data.views import VIEWS
 from crab.study import gallery
@@ -37,6 +39,34 @@ def test_sizes_and_problems_are_the_validators(built, tmp_path):
     assert "<table" in gallery.sizes(report).style.hide().format(precision=2, na_rep="").to_html()
     nothing = gallery.problems(validate(built[0], ["ks"], workers=1, progress=False))
     assert not len(nothing) and "in words" in nothing.style.hide().to_html()
+
+
+def test_what_a_converter_left_out_has_a_row_for_each_reason(built, tmp_path):
+    shutil.copytree(built[0] / "AVUIE_2/ks", tmp_path / "AVUIE_2/ks")
+    left = {"no sound": ["a.csv, line 3: x", "a.csv, line 4: y"], "fault": ["a.csv, line 5: z"]}
+    told = {"splits": {"train": {"left_out": left}, "test": {"left_out": {}}}}
+    (tmp_path / "AVUIE_2/ks/conversion.json").write_text(json.dumps(told))
+    found = gallery.problems(validate(tmp_path, ["ks"], workers=1, progress=False))
+    assert found[["problem", "split", "found", "left out", "in words"]].values.tolist() == [
+        ["not converted: no sound", "train", 2, 2, "no sound: a.csv, line 3: x"],
+        ["not converted: fault", "train", 1, 1, "fault: a.csv, line 5: z"]]
+
+
+def test_a_record_whose_clip_breaks_off_inside_is_passed_over_and_named(built, tmp_path, monkeypatch):
+    shutil.copytree(built[0] / "AVUIE_2/ks", tmp_path / "AVUIE_2/ks")
+    real = gallery.records.load
+
+    def load(record, frames):
+        if record["id"] == "ks/train/00000":
+            raise MediaError(record["media"][0].path, "cannot be decoded", "copy it again")
+        return real(record, frames)
+
+    monkeypatch.setattr(gallery.records, "load", load)
+    titles = [t.get_text() for axes in gallery.samples(tmp_path, tmp_path / "samples.png").axes for t in axes.texts]
+    assert any("1 before it do not decode: train_00000.mp4" in title for title in titles)
+    monkeypatch.setattr(gallery.records, "load", lambda record, _: load({**record, "id": "ks/train/00000"}, 1))
+    with pytest.raises(MediaError, match="train_00000.mp4"):
+        gallery.samples(tmp_path, tmp_path / "samples.png")
 
 
 def test_labels_are_those_of_the_files(built):

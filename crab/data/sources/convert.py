@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,10 @@ from crab import tasks
 from crab.data import media
 from crab.data import records as layout
 from crab.data.files import write_json
+from crab.data.findings import CONVERSION as REPORT
 from crab.data.sources import classes, events, masks, matching, questions
 from crab.data.sources.placing import LINKS, place
 from crab.data.sources.raw import Draft, LeftOut, Raw, SourceError
-
-REPORT = "conversion.json"  # beside the records
 
 
 class Source(NamedTuple):
@@ -81,12 +81,16 @@ def finished(slot: str, draft: Draft) -> dict[str, Any]:
     """A draft's record, with its answer: the chain, then the tagged answer.
 
     Raises:
-        SourceError: the label cannot be said in the slot's tags, or does not read back.
+        SourceError: the label cannot be said in the slot's tags, or does not read back, or the record is no UTF-8.
     """
     entry = tasks.get_slot(slot)
     try:
         record = {**draft.record, entry.answer_field: f"{draft.chain} {tasks.answer(slot, draft.truth)}"}
+        json.dumps(record, ensure_ascii=False).encode()
         said, true = tasks.parse(slot, record[entry.answer_field]), tasks.truth(slot, record)
+    except UnicodeEncodeError:
+        words = f"{draft.where}: a file's name is not UTF-8, or a text holds half a character (a lone surrogate); rename or correct it"
+        raise SourceError(words.encode(errors="backslashreplace").decode()) from None
     except ValueError as error:
         raise SourceError(f"{draft.where}: {error}; correct the label") from error
     if said != true:

@@ -55,16 +55,21 @@ def avs(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draf
 
 
 def ref_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Frames for the expressions of metadata.csv (`vid,uid,split,fid,exp`): all for test, one an expression, in turn, for training."""
+    """Frames for the expressions of metadata.csv (`vid,uid,split,fid,exp`): all for test, one an expression, in turn, for training.
+
+    The folder of a clip is named by its `uid` without object and number, as the set's own loader has it; else by its `vid`.
+    """
     frames = Counter(p.parent.parent.name for p in raw.paths if p.parent.name == "frames" and p.suffix == ".jpg")
     for number, (where, row) in enumerate(raw.rows("metadata.csv", ("vid", "uid", "split", "fid", "exp"))):
         part = row["split"]
         if part not in ("train", "val", *REF_SPLITS["test"]):
             raw.fault(SourceError(f"{where}: split {part!r} must be train, val, test_s, test_u or test_n; correct it"))
         elif part in REF_SPLITS[split]:
-            count = max(frames[row["vid"]], 1)  # a clip without frames is missed in its first
+            clip = row["uid"].rsplit("_", 2)[0]
+            clip = clip if clip in frames else row["vid"]
+            count = max(frames[clip], 1)  # a clip without frames is missed in its first
             for frame in range(count) if split == "test" else [number % count]:
-                yield f"{where}, frame {frame}", {**row, "frame": frame}
+                yield f"{where}, frame {frame}", {**row, "vid": clip, "frame": frame}
 
 
 def ref(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draft]:

@@ -41,5 +41,5 @@ def place(source: Path, target: Path, link: str = "hardlink") -> None:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                 raise
-            raise SourceError(f"{source}: cannot be hard-linked to {target.parent} ({error.strerror}); give link='symlink', "
-                              "or link='copy'") from error
+            raise SourceError(f"{source}: cannot be hard-linked to {target.parent} ({error.strerror}); convert to a root on the set's "
+                              "own file system, or call crab.data.sources.convert_all with link='symlink' or link='copy'") from error
