@@ -40,11 +40,12 @@ def read_predictions(path: str | Path, slot: str) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such prediction file; run the evaluate stage for this run and slot")
     texts: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # Lines of bytes end at line feeds alone; those of a text also at U+2028 and the like, which an answer may hold.
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            sample, owner, text = row["id"], row["slot"], row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            sample, owner, text = str(row["id"]), row["slot"], row["text"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}:{number}: expected an object with id, slot and text ({error!r}); predict again"
             ) from None

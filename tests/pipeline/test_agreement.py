@@ -67,6 +67,14 @@ def test_notebooks_are_clean_and_short(path):
             assert not re.search(r"^\s*[!%]", cell.source, re.M), cell.source
 
 
+def test_answers_are_shown_with_their_tags():
+    """A Styler leaves text as it is, and a browser hides what looks like a tag of HTML."""
+    code = [c.source for c in nbformat.read(REPOSITORY / "notebooks/evaluate.ipynb", as_version=4).cells if c.cell_type == "code"]
+    for call in "examples(", "judged(":
+        shown = [line for cell in code for line in cell.splitlines() if line.startswith(call)]
+        assert shown and all('.format(escape="html")' in line for line in shown)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_runs_its_notebook_with_its_section(stage):
     found = read_yaml("dvc.yaml")["stages"][stage]

@@ -88,6 +88,23 @@ def test_bad_line_is_named(world, line, message):
         go(world)
 
 
+@pytest.mark.parametrize("line", [b'{"id": "a", "slot": "ks", "text": "\xff"}', b"[" * 100_000, b"[]", b"3"])
+def test_a_line_that_is_no_json_object_is_named(world, line):
+    (world / "predictions" / RUN.name / "ks.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match="ks.jsonl:1: expected"):
+        go(world)
+
+
+def test_predictions_of_other_scripts_may_stand_unescaped(world):
+    texts = ["鐘\u2028\x85\x0b", "колокол", "\ud800", ""]
+    lines = [json.dumps({"id": f"ks/test/{i:05d}", "slot": "ks", "text": t}, ensure_ascii=False) for i, t in enumerate(texts)]
+    path = world / "predictions" / RUN.name / "ks.jsonl"
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass"))
+    assert list(score.read_predictions(path, "ks").values()) == texts
+    table, _ = go(world)
+    assert table["n_unparsable"].tolist() == [4] and table["value"].tolist() == [0]
+
+
 def test_double_and_foreign_ids(world):
     write(world, ["x", "y"], ["a", "a"])
     with pytest.raises(ValueError, match="twice"):
