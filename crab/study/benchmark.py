@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from crab.data.files import aside, write_json
+from crab.study.train import CPU_BF16
 
 Step = Callable[[int], Iterator[None]]
 
@@ -107,6 +108,15 @@ def estimate(statistic: Callable, times: Mapping[str, np.ndarray], resamples: in
     return {"value": float(statistic(times)), "low": float(low), "high": float(high)}
 
 
+def formats(dtypes: Sequence[str], device: str) -> list[str]:
+    """Those of ``dtypes`` that a device computes in itself.
+
+    A CPU without bfloat16 emulates it, tens of times slower: such times would tell of the emulation, not of a method.
+    """
+    native = device != "cpu" or any(torch.cpu.get_capabilities().get(name, False) for name in CPU_BF16)
+    return [dtype for dtype in dtypes if native or dtype != "bfloat16"]
+
+
 def machine(threads: int) -> dict[str, Any]:
     """Set torch's threads, and tell what the figures depend on."""
     torch.set_num_threads(threads)
@@ -119,7 +129,7 @@ def machine(threads: int) -> dict[str, Any]:
         "CPU": name[1].strip() if name else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads used": torch.get_num_threads(),
-        "bfloat16 in hardware": bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", said)) if said else "unknown",
+        "bfloat16 on the CPU": "measured" if formats(["bfloat16"], "cpu") else "emulated, so not measured",
         "load before (processes)": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__.partition("+")[0],

@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from crab.ilora import ILoraConfig
-from crab.study.benchmark import RATIO, estimate, interleaved, quartiles, quotient, quotient_without
+from crab.study.benchmark import RATIO, estimate, formats, interleaved, quartiles, quotient, quotient_without
 
 BASE, LORA, WIDE, LOOP, ILORA = "frozen base", "LoRA, rank r", "LoRA, rank N·r", "loop over heads", "I-LoRA"
 VARIANTS = (BASE, LORA, WIDE, LOOP, ILORA)
@@ -230,14 +230,14 @@ def measure(point: Point, dtype: torch.dtype, device: str, seconds: float) -> tu
 
 
 def layer(chosen: Sequence[Point], dtypes: Iterable[str], seconds: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure all points in each number format, on the CPU and on the GPU where there is one.
+    """Measure all points in each number format that the device has, on the CPU and on the GPU where there is one.
 
     Returns:
         Costs, a row a point, variant and pass, with medians and quartiles; and ratios, as `crab.study.benchmark.RATIO`.
     """
     costs, ratios = [], []
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        for dtype in dtypes:
+        for dtype in formats(dtypes, device):
             for point in chosen:
                 more, others = measure(point, getattr(torch, dtype), device, seconds)
                 costs += more

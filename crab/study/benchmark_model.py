@@ -17,7 +17,7 @@ from crab import tasks
 from crab.data import records
 from crab.ilora import ILoraConfig
 from crab.models import omni
-from crab.study.benchmark import RATIO, estimate, interleaved, quartiles, quotient
+from crab.study.benchmark import RATIO, estimate, formats, interleaved, quartiles, quotient
 from crab.study.dataset import batch, load_base
 from crab.study.encode import load_media
 
@@ -50,7 +50,7 @@ def model_costs(
     Args:
         base: folder of the base. root: holds ``AVUIE_2``.
         new_tokens: decoded for each sample of the batch; none ends earlier.
-        dtypes: ``bfloat16`` runs float32 weights under autocast, as the Trainer's ``bf16`` does.
+        dtypes: ``bfloat16`` runs float32 weights under autocast, as the Trainer's ``bf16`` does; left out where it is emulated.
         seconds: of repetitions, for each of training and decoding.
 
     Returns:
@@ -68,7 +68,7 @@ def model_costs(
     models = adapted(model, rank, heads)
 
     costs, ratios = [], []
-    for dtype in dtypes:
+    for dtype in formats(dtypes, device):
         precision = getattr(torch, dtype)
 
         def context():

@@ -91,7 +91,14 @@ def test_intervals_widen_with_noise():
 def test_machine_sets_the_threads():
     facts = benchmark.machine(1)
     assert torch.get_num_threads() == facts["threads used"] == 1
-    assert facts["CPU"] and facts["bfloat16 in hardware"] in (True, False, "unknown")
+    assert facts["CPU"] and facts["bfloat16 on the CPU"].split(",")[0] in ("measured", "emulated")
+
+
+def test_emulated_formats_are_not_timed(monkeypatch):
+    both = ["float32", "bfloat16"]
+    for found, wanted in (({"avx2": True}, ["float32"]), ({"avx512_bf16": True}, both), ({"bf16": True}, both)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert benchmark.formats(both, "cpu") == wanted and benchmark.formats(both, "cuda") == both
 
 
 def reference(x, W, A, R, heads, scaling):
@@ -175,7 +182,9 @@ def test_points_vary_one_size_at_a_time():
 def measured():
     sweep = {"at": [8, 8, 2, 8], "heads": [1, 16], "rank": [2, 4], "tokens": [8, 16]}
     chosen = benchmark_layer.points([[8, 8, 2, 16], [8, 12, 2, 16]], sweep)
-    return benchmark_layer.layer(chosen, ["float32", "bfloat16"], seconds=0)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
+        return benchmark_layer.layer(chosen, ["float32", "bfloat16"], seconds=0)
 
 
 def test_layer_tables_are_whole(measured):
@@ -268,6 +277,7 @@ def test_data_costs(base, clips, monkeypatch):
 def test_model_costs(base, clips, monkeypatch):
     monkeypatch.setattr(benchmark_model.tasks, "instruction", lambda slot, record: "which action ?")
     monkeypatch.setattr(benchmark_model.tasks, "target", lambda slot, record, form: "<answer>red</answer>")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
     costs, ratios = benchmark_model.model_costs(base, "root", "ave", 2, 3, 2, 3, ["float32", "bfloat16"], seconds=0)
     assert (costs["seconds"] > 0).all() and len(costs) == 2 * 2 * 4
     assert ratios["ratio"].tolist() == ["train_ilora_over_lora", "decode_ilora_over_lora"] * 2
