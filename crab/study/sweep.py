@@ -78,6 +78,21 @@ def check_rates(rates: Sequence[float], extend: int) -> list[float]:
     return sorted(float(r) for r in rates)
 
 
+def given_rates(given: Mapping[str, Mapping[str, float]], method: str, rows: Sequence[str]) -> dict[str, float]:
+    """The known rates of a method's rows. Raises ValueError on one that is missing, of no row, or no rate."""
+    found = given.get(method) or {}
+    for row in rows:
+        if row not in found:
+            raise ValueError(f"sweep.given: no rate of {method} for {row}; add it, or set given to null to sweep all")
+    if spare := [row for row in found if row not in rows]:
+        raise ValueError(f"sweep.given: {method} has no row {spare[0]!r}; its rows are {', '.join(rows)} (methods.{method}.runs)")
+    for row in rows:
+        rate = found[row]
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+            raise ValueError(f"sweep.given: {method}, {row}: {rate!r}; give a number above 0")
+    return {row: float(found[row]) for row in rows}
+
+
 def rate_beyond(scores: Mapping[float, float]) -> float | None:
     """The rate to try next, beyond the edge at which the best one is; None where it is inside.
 
@@ -136,6 +151,7 @@ def sweep(
     slots: Sequence[str],
     passes: int,
     held_out: int,
+    given: Mapping[str, Mapping[str, float]] | None = None,
     resamples: int = 2000,
     run=run_grid,
     **where: Any,
@@ -148,6 +164,7 @@ def sweep(
         extend: how often a rate beyond the edge may be added for a setting whose best rate is at the edge.
         forms: forms of answer that are swept; a row of another form takes the rate of its bare one.
         seeds, slots, passes: of the runs. held_out: samples of each slot they are not trained but scored on.
+        given: by method and row, rates that are known, from another profile's sweep; they are taken, and nothing is trained.
         run: what trains and scores cells, called as `crab.study.grid.run_grid` with ``where`` (its further arguments).
 
     Raises:
@@ -157,8 +174,9 @@ def sweep(
     swept, borrowed = list(dict.fromkeys(source.values())), {row: other for row, other in source.items() if row != other}
     if "learning_rate" in settings:
         raise ValueError(f"methods.{method}.learning_rate: rates are chosen here; for a fixed one, give it alone in sweep.rates")
-    if len(rates) == 1:
-        return Sweep(method, dict.fromkeys(source, rates[0]), pd.DataFrame(columns=POINT_COLUMNS), {}, {})
+    if given is not None or len(rates) == 1:
+        known = dict.fromkeys(source, rates[0]) if given is None else given_rates(given, method, list(source))
+        return Sweep(method, known, pd.DataFrame(columns=POINT_COLUMNS), {}, {})
     if isinstance(held_out, bool) or not isinstance(held_out, int) or held_out < 1:
         raise ValueError(f"sweep.held_out: {held_out!r}; at least 1 sample of each slot must be held out to choose by")
     if not seeds:
@@ -217,7 +235,7 @@ def headline(result: Sweep) -> str:
     lines = [f"Learning rates of `{result.method}`:", ""]
     for row, rate in result.rates.items():
         if result.points.empty:
-            lines.append(f"- `{row}`: {rate:g}, the only one given; nothing was swept.")
+            lines.append(f"- `{row}`: {rate:g}, as given in params.yaml; nothing was swept here.")
         elif row in result.borrowed:
             lines.append(f"- `{row}`: {rate:g}, that of `{result.borrowed[row]}`; this form was not swept itself.")
         else:

@@ -110,6 +110,14 @@ def test_a_single_rate_is_taken_as_it_is(tmp_path):
     assert learning_rates(tmp_path / "metrics.json") == found.rates
 
 
+def test_given_rates_are_taken_as_they_are():
+    rates = {"single-bare": 4e-3, "joint-bare": 2e-3, "joint-explicit": 1e-3}
+    world = World({"single-bare": 2e-3, "joint-bare": 2e-3})
+    found = go(world, given={"lora": rates, "ilora": {"joint-bare": 1.0}})
+    assert found.rates == rates and not world.calls and found.points.empty
+    assert headline(found).count("as given in params.yaml") == 3
+
+
 def test_what_train_reads_is_what_was_found(tmp_path):
     found = go(World({"single-bare": 2e-3, "joint-bare": 8e-3}))
     write(found, tmp_path / "metrics.json")
@@ -170,6 +178,9 @@ def test_next_rate_by_hand():
         ({"held_out": 0}, "sweep.held_out: 0; at least 1 sample"),
         ({"seeds": []}, "sweep.seeds"),
         ({"forms": ["long"]}, "sweep.forms: 'long' is unknown; use bare and explicit"),
+        ({"given": {"ilora": {}}}, "sweep.given: no rate of lora for single-bare; add it"),
+        ({"given": {"lora": dict.fromkeys([*LORA["runs"], "joint-long"], 1e-3)}}, "sweep.given: lora has no row 'joint-long'"),
+        ({"given": {"lora": dict.fromkeys(LORA["runs"], 0)}}, "sweep.given: lora, single-bare: 0; give a number above 0"),
         ({"settings": LORA | {"runs": ["both-bare"]}}, "methods.*runs: 'both-bare' is unknown"),
         ({"settings": LORA | {"learning_rate": 1e-3}}, "methods.lora.learning_rate.*alone in sweep.rates"),
         ({"settings": {"rank": 4, "runs": ["joint-bare"]}}, "methods.lora.*rank"),

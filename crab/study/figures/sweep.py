@@ -36,6 +36,6 @@ def sweep_lines(points: pd.DataFrame, path: str | Path, chance: float | None = N
         axes.minorticks_off()
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     else:
-        axes.text(0.5, 0.5, "one rate given: nothing was swept", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, "rates were given: nothing was swept", transform=axes.transAxes, ha="center")
     axes.set(title="Learning rates on held-out training samples", xlabel="learning rate", ylabel="mean score over slots (0 to 1)")
     return save(figure, path)
