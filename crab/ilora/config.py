@@ -14,6 +14,7 @@ from .registration import ILORA
 ROUTERS = ("token", "uniform")
 ROUTER_INPUTS = ("token", "instruction")
 ROUTER_SHARING = ("module", "layer", "model")
+BIASES = ("none", "all", "ilora_only")
 # Left out of the saved file at these values, so that what was saved before they existed is saved the same today.
 LATER_FIELDS = {"top_k": None, "router_input": "token", "router_sharing": "module", "shared_A": True}
 
@@ -140,8 +141,14 @@ class ILoraConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Further modules trained in full and saved with the adapter."}
     )
-    bias: Literal["none"] = field(
-        default="none", metadata={"help": "Training of the base's biases. Only 'none': the base stays frozen."}
+    bias: Literal["none", "all", "ilora_only"] = field(
+        default="none",
+        metadata={"help": "Which of the base's biases are trained while the adapter is active, and saved with it. 'none': "
+                          "the base stays frozen (published). 'all': each parameter of the base that is called bias, "
+                          "those of norms and convolutions included. 'ilora_only': those of the adapted modules. They are "
+                          "changed in place: with the adapter disabled, another one active, or after unload() the model "
+                          "then is not the base it was, and disabling warns of it. One adapter of a model may have this "
+                          "set. A layer whose bias is being trained runs base and adapter as separate operations."},
     )
 
     def __post_init__(self):
@@ -182,7 +189,7 @@ class ILoraConfig(PeftConfig):
         require(isinstance(self.shared_A, bool), "shared_A", "True or False")
         require(_is_positive_number(self.router_init_std), "router_init_std",
                 "above 0 (a zero router over zero heads never tells the heads apart)")
-        require(self.bias == "none", "bias", "'none'")
+        require(self.bias in BIASES, "bias", f"one of {BIASES}")
         require(all(map(_is_positive_int, self.rank_pattern.values())), "rank_pattern", "a map to ranks of at least 1")
         require(all(map(_is_positive_number, self.alpha_pattern.values())), "alpha_pattern", "a map to alphas above 0")
         require(self.layers_to_transform is None or not isinstance(self.target_modules, str), "layers_to_transform",

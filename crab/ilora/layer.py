@@ -16,8 +16,9 @@ from .routers import SharedRouter, TokenRouter, UniformRouter, autocast_dtype, a
 
 MERGE_REFUSAL = (
     "I-LoRA cannot be merged: its heads are weighed anew for every token, so no single weight matrix equals the base "
-    "plus the adapter. Keep the adapter beside the base, call unload() to get the base back, or export an "
-    "approximation with frozen weights by crab.ilora.to_static()."
+    "plus the adapter. Keep the adapter beside the base, call unload() to get the base back (with its biases as they "
+    "were trained, if the config's `bias` had them trained), or export an approximation with frozen weights by "
+    "crab.ilora.to_static()."
 )
 
 CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,7 +186,10 @@ class Linear(nn.Module, ILoraLayer):
         for tensor in (weight, A, R, B):
             if type(tensor) is not nn.Parameter and type(tensor) is not torch.Tensor:
                 return None
-        if weight.requires_grad or (bias is not None and bias.requires_grad) or R.device != x.device:
+        if weight.requires_grad or R.device != x.device:
+            return None
+        # Without gradient a trained bias is like any other, and what is saved and loaded for use gives the same bits.
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return None
         if not A.dtype == R.dtype == B.dtype:
             return None

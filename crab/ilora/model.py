@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -87,6 +87,28 @@ class ILoraModel(BaseTuner):
                              "samples of one adapter at a time, after model.set_adapter(name).")
         yield
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        self._train_biases(any(self.peft_config[name].inference_mode for name in self.active_adapters))
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; and the biases trained are those that the config of the adapter made active says."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._train_biases(inference_mode)
+
+    def _train_biases(self, inference_mode: bool) -> None:
+        """Let the base's biases that the active adapters save be trained, and no other.
+
+        PEFT would train those of layers that only other adapters have too, also for inference, and would leave them as
+        they are when another adapter is made active; what was trained then and what is saved would not be the same.
+        """
+        if all(config.bias == "none" for config in self.peft_config.values()):
+            return
+        active = () if inference_mode else self.active_adapters
+        trained = {key for name in active for key in _bias_shapes(self.model, self.peft_config[name].bias, name)}
+        for key, parameter in _biases(self.model).items():
+            parameter.requires_grad_(key in trained)
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSAL)
 
@@ -98,24 +120,29 @@ class ILoraModel(BaseTuner):
         """The adapter's tensors, refused when one is absent or not whole (a shard, for instance).
 
         Found by name: PEFT's own selection, by modules, misses those inside the wrappers of FSDP's first version.
+        Biases get the names they have in the base itself, whichever adapters wrap their modules here.
         """
-        expected = _adapter_shapes(model, adapter_name)
+        expected = _adapter_shapes(model, adapter_name) | _bias_shapes(model, config.bias, adapter_name)
         selected = {key: value for key, value in state_dict.items() if base_name(key) in expected}
         if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return selected  # empty: what was gathered went to the main process alone, which saves it
         _require_fit(expected, {base_name(key): tuple(value.shape) for key, value in selected.items()},
                      "Cannot save adapter", adapter_name)
-        return selected
+        return {_unwrapped(key): value for key, value in selected.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's renaming of saved tensors, refused when they do not fit the layers of this base one to one."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        known = {base_name(key) for key in model.state_dict()}
-        expected = _adapter_shapes(model, adapter_name)
+        here = list(model.state_dict())
+        wrapped = {base_name(_unwrapped(key)): key for key in here if key != _unwrapped(key)}
+        remapped = {wrapped.get(base_name(key), key): value for key, value in remapped.items()}
+        known = {base_name(key) for key in here}
+        expected = _adapter_shapes(model, adapter_name) | _bias_shapes(model, config.bias, adapter_name)
         given = {base_name(key): tuple(value.shape) for key, value in remapped.items()}
         # modules_to_save and resized embeddings belong to the base; PEFT checks their shapes itself
-        given = {key: shape for key, shape in given.items() if key in expected or key not in known}
+        lone = {key for key in _biases(model) if key.removesuffix("bias") + "weight" not in given}
+        given = {key: shape for key, shape in given.items() if key in expected or key not in known or key in lone}
         _require_fit(expected, given, "Cannot load adapter", adapter_name)
         return remapped
 
@@ -157,11 +184,35 @@ def _adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
     return shapes
 
 
+def _unwrapped(key: str) -> str:
+    """A bias's name in the state dict as it is without an adapter on its module; other names as they are."""
+    return key.removesuffix(".base_layer.bias") + ".bias" if key.endswith(".base_layer.bias") else key
+
+
+def _biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name as of `base_name` -> each bias of the base; modules_to_save have theirs trained and saved with them."""
+    others = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    return {base_name(name): parameter for name, parameter in model.named_parameters()
+            if f".{name}".endswith(".bias") and not name.startswith(others)}
+
+
+def _bias_shapes(model: nn.Module, bias: str, adapter_name: str) -> dict[str, tuple[int, ...] | None]:
+    """Name as of `base_name` -> shape of each bias that the adapter trains and saves by its config's `bias`.
+
+    None for a bias outside the adapted layers, whose parameter may be sharded: only its presence is checked.
+    """
+    if bias == "none":
+        return {}
+    own = {f"{base_name(name)}.base_layer.bias": (layer.out_features,) for name, layer in model.named_modules()
+           if isinstance(layer, ILoraLayer) and adapter_name in layer.r}
+    return {name: own.get(name) for name in _biases(model) if bias == "all" or name in own}
+
+
 def _require_fit(expected: dict, given: dict, action: str, adapter_name: str) -> None:
     faults = [f"missing {key}" for key in expected if key not in given]
     faults += [f"spare {key}" for key in given if key not in expected]
     faults += [f"{key} has shape {list(given[key])}, this base and configuration need {list(shape)}"
-               for key, shape in expected.items() if given.get(key, shape) != shape]
+               for key, shape in expected.items() if shape is not None and given.get(key, shape) != shape]
     if faults:
         more = f" ... and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(f"{action} '{adapter_name}': {'; '.join(faults[:3])}{more}. "
@@ -176,7 +227,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, router_learning_rat
 
     Args:
         model: any module holding I-LoRA layers. Every parameter that requires gradient is in exactly one group.
-        learning_rate: of A, B and whatever else is trained, such as modules_to_save.
+        learning_rate: of A, B and whatever else is trained, such as modules_to_save and biases.
         router_learning_rate: of the routers of every trained adapter; 0 keeps them as they are.
 
     Returns:

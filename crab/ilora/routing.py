@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -19,7 +20,8 @@ SEGMENTS = ("text", "video", "audio", "answer")  # what `record_routing_means` t
 def _observed(layers: Mapping[str, ILoraLayer], adapter_name: str, observer: Callable) -> Iterator[None]:
     """Call observer(module name, weights [batch, tokens, heads]) for each layer's forward passes in the block.
 
-    The second forward that gradient checkpointing makes during backward is left out.
+    The second forward that gradient checkpointing makes during backward is left out. Compiled code runs eagerly
+    meanwhile: an observer breaks its graphs, and each layer would be compiled anew until dynamo gives up.
     """
     added = []
     try:
@@ -30,10 +32,14 @@ def _observed(layers: Mapping[str, ILoraLayer], adapter_name: str, observer: Cal
 
             layer.routing_observers.setdefault(adapter_name, []).append(see)
             added.append((layer, see))
-        yield
+        # nothing is compiled where dynamo was never imported, which takes seconds
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
     finally:
         for layer, see in added:
             layer.routing_observers[adapter_name].remove(see)
+            if not layer.routing_observers[adapter_name]:  # as before, so that what was compiled before fits again
+                del layer.routing_observers[adapter_name]
 
 
 @contextmanager
@@ -44,11 +50,12 @@ def record_routing(model: nn.Module, adapter_name: str | None = None) -> Iterato
     float64), detached, on the CPU. Under `generate` the first pass covers the prompt and each later one a new token;
     `join_steps` puts them together. A module that did not run has an empty list. A model that is not being recorded
     pays nothing, and the outputs are the same either way. The second forward that gradient checkpointing makes during
-    backward is not recorded. Memory grows with the tokens seen; for means alone use `record_routing_means`.
+    backward is not recorded. Whatever torch.compile has compiled runs eagerly in the block, and as compiled again after
+    it. Memory grows with the tokens seen; for means alone use `record_routing_means`.
 
     Args:
-        model: a PEFT model, or any module holding I-LoRA layers; inside DDP or torch.compile the model they were given,
-            since what they return puts a prefix of its own before the names.
+        model: a PEFT model, or any module holding I-LoRA layers; also inside DDP or torch.compile, whose own prefixes
+            the names do not have.
         adapter_name: which adapter's router to record; may be left out while one adapter is active.
 
     Raises:

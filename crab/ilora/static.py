@@ -72,7 +72,7 @@ class StaticLora(NamedTuple):
         config: its LoraConfig.
         state_dict: its tensors by the names PEFT saves them under.
         error: ||y_fixed - y_routed|| / ||y_routed - y_base|| of the outputs given by `run`, that is the change as a
-            share of what the adapter does at all; None without `run`.
+            share of what the adapter does at all; None without `run`. Trained biases are in all three outputs.
     """
 
     config: LoraConfig
@@ -87,7 +87,8 @@ def to_static(model: nn.Module, task_weights: Mapping[str, Weights] | Weights, p
 
     B = scaling * [w_1 B_1 | ... | w_N B_N] and A = [A; ...; A] (or [A_1; ...; A_N]), of rank num_heads * r, with
     LoRA's own scaling at 1. The result can be merged and served by anything that reads LoRA, but no longer routes:
-    it equals the adapter only where the router gives these very weights.
+    it equals the adapter only where the router gives these very weights. Biases that the config's `bias` had trained go
+    along as they are, as LoRA saves its own (`bias='ilora_only'` becomes 'lora_only').
 
     Args:
         model: a PEFT model with an I-LoRA adapter. It is not changed.
@@ -119,14 +120,16 @@ def to_static(model: nn.Module, task_weights: Mapping[str, Weights] | Weights, p
         state[f"{WRAPPER}{name}.lora_A.weight"] = down.clone().cpu().contiguous()
         state[f"{WRAPPER}{name}.lora_B.weight"] = up.cpu().contiguous()
     ours = model.peft_config[adapter_name]
-    if ours.modules_to_save:
+    if ours.modules_to_save or ours.bias != "none":
         kept = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        state |= {key: value.cpu().contiguous() for key, value in kept.items() if ".ilora_" not in key}
+        wrapped = {f"{WRAPPER}{name}.bias": f"{WRAPPER}{name}.base_layer.bias" for name in layers}  # LoRA's name of it
+        state |= {wrapped.get(key, key): value.cpu().contiguous() for key, value in kept.items() if ".ilora_" not in key}
     usual = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
     other = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != usual}
     # The modules as an expression: a list matches name endings, and PEFT writes lists in no fixed order.
     config = LoraConfig(
-        r=usual, lora_alpha=usual, rank_pattern=other, alpha_pattern=dict(other), lora_dropout=0.0, bias="none",
+        r=usual, lora_alpha=usual, rank_pattern=other, alpha_pattern=dict(other), lora_dropout=0.0,
+        bias={"ilora_only": "lora_only"}.get(ours.bias, ours.bias),
         target_modules="|".join(map(re.escape, layers)), modules_to_save=ours.modules_to_save,
         task_type=ours.task_type, base_model_name_or_path=ours.base_model_name_or_path, inference_mode=True)
     error = None if run is None else _static_error(model, weights, run, adapter_name)

@@ -6,8 +6,11 @@ formulation as a loop over its N heads, and I-LoRA as `crab.ilora` runs it.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +18,7 @@ import pandas as pd
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from crab.ilora import ILoraConfig
 from crab.study.benchmark import RATIO, estimate, formats, interleaved, quartiles, quotient, quotient_without
@@ -110,16 +114,39 @@ def kept_bytes(layer: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> float:
-    """Most memory that forward and backward hold beyond what was there before; NaN on the CPU, where nobody counts."""
-    if x.device.type != "cuda":
-        return np.nan
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    layer(x).backward(grad)
-    peak = torch.cuda.max_memory_allocated() - before
+def peak_bytes(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> int:
+    """Most bytes that one forward and backward hold at a time beyond what was there before; gradients count.
+
+    On the CPU it is summed over torch's own allocations, as the profiler saw them; what a library takes for itself
+    (a matrix product's packed copies, say) is not among them.
+    """
+    if x.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        layer(x).backward(grad)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            layer(x).backward(grad)
+        events = seen.profiler.kineto_results.events()  # in the order of time; what was freed counts negative
+        held = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
+        peak = int(held.max())
     _forget(layer, x)
     return peak
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what native code writes to standard error: the profiler announces itself there, into a notebook's page."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _forget(layer: nn.Module, x: torch.Tensor) -> None:
@@ -196,6 +223,7 @@ def measure(point: Point, dtype: torch.dtype, device: str, seconds: float) -> tu
 
     times = interleaved({**{name: both(layer) for name, layer in layers.items()}, _COPY: copy}, seconds, device)
     kept = {name: kept_bytes(layer, x) for name, layer in layers.items()}
+    peak = {name: peak_bytes(layer, x, grad) for name, layer in layers.items()}
     total = {name: times[name].sum(0) for name in VARIANTS}
     forward = {name: times[name][0] for name in VARIANTS}
     rate = 4 * point.tokens * point.width_in * point.width_out / np.median(total[BASE])
@@ -212,7 +240,7 @@ def measure(point: Point, dtype: torch.dtype, device: str, seconds: float) -> tu
             **dict(zip(("over_base", "over_base_q1", "over_base_q3"), np.quantile(part[name] / part[BASE], [0.5, 0.25, 0.75]))),
             "roofline_seconds": bound[name] if part is total else np.nan,
             "kept_bytes": kept[name],
-            "peak_bytes": peak_bytes(layers[name], x, grad),
+            "peak_bytes": peak[name],
             "gflops": rate / 1e9,
             "gbytes": bandwidth / 1e9,
         }

@@ -224,7 +224,7 @@ def test_recorder_needs_something_to_record(saved):
     (dict(lora_alpha=float("nan")), "`lora_alpha` must be"), (dict(lora_dropout=1.0), "`lora_dropout` must be"),
     (dict(lora_dropout=-0.1), "`lora_dropout` must be"), (dict(router="top"), "`router` must be one of"),
     (dict(router_temperature=0), "`router_temperature` must be"), (dict(router_init_std=0), "`router_init_std` must be"),
-    (dict(bias="all"), "`bias` must be"), (dict(rank_pattern={"q_proj": 0}), "`rank_pattern` must be"),
+    (dict(bias="lora_only"), "`bias` must be one of"), (dict(rank_pattern={"q_proj": 0}), "`rank_pattern` must be"),
     (dict(alpha_pattern={"q_proj": -1}), "`alpha_pattern` must be"),
     (dict(target_modules="(q_proj"), "`target_modules` is not a valid regular expression"),
     (dict(target_modules=".*q_proj", layers_to_transform=[0]), "`layers_to_transform` must be"),

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
+import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from crab.ilora import ILoraConfig, fixed_routing, record_routing, record_routing_means, routing_information, to_static
 from crab.ilora.published import published_state_dict
@@ -65,6 +68,51 @@ def test_the_active_adapter_is_meant_unless_another_is_named():
     with record_routing(model) as routing:
         model(X)
     assert list(routing) == ["second"] and routing["second"][0].shape == (2, 4, 2)
+
+
+# ---- inside wrappers
+
+def test_names_inside_data_parallel_are_the_models_own(tmp_path):
+    model = adapted()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with record_routing(DistributedDataParallel(model)) as routing, record_routing_means(nn.DataParallel(model)) as means:
+            model(X)
+    finally:
+        dist.destroy_process_group()
+    assert list(routing) == list(means.weights()) == ["first"]
+
+
+class Deep(nn.Module):
+    """More layers than dynamo compiles one function for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(torch._dynamo.config.recompile_limit + 2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+def test_recording_a_compiled_model_compiles_nothing():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = get_peft_model(Deep().double(), ILoraConfig(r=1, lora_alpha=1, num_heads=2, target_modules=r"layers\.\d+",
+                                                        init_weights=False, router_init_std=1.0)).eval()
+    with record_routing(model) as wanted:
+        model(X)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    y, made = compiled(X), len(graphs)
+    assert made == 1
+    with record_routing(compiled) as routing, record_routing_means(compiled, ["all"], generated=None) as means:
+        torch.testing.assert_close(compiled(X), y)
+    assert list(routing) == list(means.weights()) == list(wanted)
+    assert all(torch.equal(routing[name][0], weights) for name, (weights,) in wanted.items())
+    compiled(X)
+    assert len(graphs) == made  # neither in the block nor after it
 
 
 # ---- kinds of token

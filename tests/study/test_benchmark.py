@@ -171,6 +171,37 @@ def test_bytes_kept_for_backward():
     assert kept[LOOP] == 4 * T * (i + r + 2 * N + N * o)  # weights before and after scaling, and each head's output
 
 
+class Waste(torch.autograd.Function):
+    """Passes its input on, and holds a tensor of a thousand bytes for a moment, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.empty(1000, dtype=torch.uint8)
+        return x.view_as(x)
+
+    backward = forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_of_memory_by_hand(dtype, capfd):
+    T, i, o = 16, 24, 40
+    layers = benchmark_layer.variants(Point("shape", i, o, 4, T, 3), dtype, "cpu")
+    x, grad = torch.randn(T, i, dtype=dtype, requires_grad=True), torch.randn(T, o, dtype=dtype)
+    peak = {name: benchmark_layer.peak_bytes(layer, x, grad) for name, layer in layers.items()}
+    both = T * (i + o) * dtype.itemsize  # the output, which lives until backward is over, and the input's gradient
+    assert peak[BASE] == both and type(peak[BASE]) is int
+    wasteful = torch.nn.Sequential(layers[BASE], torch.nn.Module())
+    wasteful[1].forward = Waste.apply
+    # backward's waste comes before the input's gradient is there
+    assert benchmark_layer.peak_bytes(wasteful, x, grad) == max(both, T * o * dtype.itemsize + 1000)
+    # what is kept for backward is held beside the output; the loop's outputs of three heads are
+    assert all(peak[name] >= T * o * dtype.itemsize + benchmark_layer.kept_bytes(layer, x) - x.nbytes
+               for name, layer in layers.items() if name != BASE)
+    assert peak[LOOP] > 4 * T * o * dtype.itemsize and peak[LOOP] > max(peak[LORA], peak[WIDE], peak[ILORA])
+    assert x.grad is None and all(p.grad is None for layer in layers.values() for p in layer.parameters())
+    assert capfd.readouterr().err == ""  # the profiler's own words
+
+
 def test_points_vary_one_size_at_a_time():
     found = benchmark_layer.points([[8, 9, 2, 10]], {"at": [4, 5, 1, 6], "heads": [1, 16], "rank": [2], "tokens": [7]})
     assert [tuple(p) for p in found] == [
@@ -191,6 +222,7 @@ def test_layer_tables_are_whole(measured):
     costs, ratios = measured
     devices = 2 if torch.cuda.is_available() else 1
     assert len(costs) == devices * 2 * 8 * 2 * len(VARIANTS) and list(ratios.columns[: len(benchmark.RATIO)]) == benchmark.RATIO
+    assert (costs["peak_bytes"] > 0).all()
     assert (costs["q1"] <= costs["seconds"]).all() and (costs["seconds"] <= costs["q3"]).all() and (costs["seconds"] > 0).all()
     wide = costs.pivot_table(index=["dtype", "sweep", "width_out", "tokens", "rank", "heads", "variant"], columns="pass", values="seconds")
     assert (wide["forward"] < wide["forward + backward"]).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,33 +83,45 @@ def growth_lines(costs: pd.DataFrame, path: str | Path) -> Figure:
 
 
 def memory_bars(costs: pd.DataFrame, path: str | Path) -> Figure:
-    """What is kept for backward, as a multiple of plain LoRA's: by shape, and against heads.
+    """Memory as a multiple of plain LoRA's: kept for backward, and at the peak; by shape, and against heads.
 
     The first number format alone is drawn; the multiples hardly differ between formats.
     """
     _, costs = _panels(costs[costs["pass"] == "forward"])[0]
-    plain = costs[costs["variant"] == LORA].set_index(["sweep", "width_in", "width_out", "rank", "tokens", "heads"])["kept_bytes"]
+    figure, grid = subplots(2, 2, figsize=(11, 7.5), sharex="col", sharey="row")
+    _memory(grid[0], costs, "kept_bytes", VARIANTS[1:])  # the base keeps nothing
+    _memory(grid[1], costs, "peak_bytes", VARIANTS)
+    for axes, label in ((grid[0, 0], "kept from forward to backward"), (grid[1, 0], "peak of forward and backward")):
+        axes.set_ylabel(f"{label}\nbytes / bytes of LoRA, rank r")
+    grid[1, 0].set_xlabel("layer")
+    grid[1, 1].set_xlabel("heads N")
+    grid[1, 1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    figure.suptitle("Memory of one layer, weights left out")
+    return save(figure, path)
+
+
+def _memory(row, costs: pd.DataFrame, column: str, names: Sequence[str]) -> None:
+    """Two panels of one quantity of `costs`, as multiples of plain LoRA's: bars by shape, lines against heads."""
+    plain = costs[costs["variant"] == LORA].set_index(["sweep", "width_in", "width_out", "rank", "tokens", "heads"])[column]
     key = list(costs[list(plain.index.names)].itertuples(index=False, name=None))
-    costs = costs.assign(multiple=costs["kept_bytes"].to_numpy() / plain.loc[key].to_numpy())
-    figure, (left, right) = subplots(1, 2, figsize=(11, 4), sharey=True)
+    costs = costs.assign(multiple=costs[column].to_numpy() / plain.loc[key].to_numpy())
+    left, right = row
     shapes = costs[costs["sweep"] == "shape"]
-    names = list(dict.fromkeys(f"{r.width_in}\nto {r.width_out}" for r in shapes.itertuples()))
+    said = list(dict.fromkeys(f"{r.width_in}\nto {r.width_out}" for r in shapes.itertuples()))
     heads = costs[costs["sweep"] == "heads"]
-    for k, variant in enumerate(VARIANTS[1:]):
-        rows = shapes[shapes["variant"] == variant]
-        left.bar(np.arange(len(names)) + 0.2 * (k - 1.5), rows["multiple"], 0.18, color=_COLOURS[variant], label=variant)
+    width = 0.8 / len(names)
+    for k, variant in enumerate(names):
+        rows, at = shapes[shapes["variant"] == variant], np.arange(len(said)) + width * (k - (len(names) - 1) / 2)
+        left.bar(at, rows["multiple"], 0.9 * width, color=_COLOURS[variant], label=variant)
         rows = heads[heads["variant"] == variant].sort_values("heads")
         right.plot(rows["heads"], rows["multiple"], "o-", color=_COLOURS[variant], label=variant)
-    left.set_xticks(range(len(names)), names, fontsize="small")
+    left.set_xticks(range(len(said)), said, fontsize="small")
     left.grid(axis="x", visible=False)
-    left.set(title=f"{int(shapes['heads'].iloc[0])} heads" if len(shapes) else "", xlabel="layer", ylabel="bytes / bytes of LoRA, rank r")
-    right.set(title=_fixed(heads, "heads"), xlabel="heads N")
+    left.set(title=f"{int(shapes['heads'].iloc[0])} heads" if len(shapes) else "")
+    right.set(title=_fixed(heads, "heads"))
     _doubling(right, heads["heads"])
-    for axes in (left, right):
+    for axes in row:
         axes.axhline(1, color="0.3", linewidth=1)
-    right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    figure.suptitle("Kept from forward to backward")
-    return save(figure, path)
 
 
 def _fixed(rows: pd.DataFrame, sweep: str) -> str:
