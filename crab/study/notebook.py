@@ -49,9 +49,10 @@ def page(notebook: Any, title: str, inputs: bool = True) -> str:
 
 
 class _Meter(threading.Thread):
-    """Peak memory of this process' descendants, in GiB, sampled each half second.
+    """Peak memory of this process' descendants, in GiB, sampled each half second, or less often where looking takes long.
 
-    Memory they share counts once (proportional set size) where the system tells, else each time.
+    Memory they share counts once (proportional set size) where the system tells, else each time. To tell, the system
+    walks through all their pages: at two looks a second that took a tenth of a core from large workers.
     """
 
     def __init__(self) -> None:
@@ -60,8 +61,9 @@ class _Meter(threading.Thread):
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
-        while not self._stop_asked.wait(0.5):
-            total = 0
+        pause = 0.5
+        while not self._stop_asked.wait(pause):
+            begin, total = time.thread_time(), 0
             for process in psutil.Process().children(recursive=True):
                 try:
                     memory = process.memory_full_info()
@@ -69,6 +71,7 @@ class _Meter(threading.Thread):
                 except psutil.Error:
                     continue  # it has ended meanwhile
             self.peak = max(self.peak, total / 2**30)
+            pause = max(0.5, 50 * (time.thread_time() - begin))  # 2 % of a core at most
 
     def stop(self) -> float:
         self._stop_asked.set()
