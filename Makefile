@@ -25,7 +25,7 @@ smoke tiny full: $(READY) ## choose this profile in params.yaml and run it
 	@$(BIN)/python -m crab.study.params choose $@
 	$(BIN)/dvc repro
 
-study: $(READY) ## the same for the profile of days: first the headline, then all else; stopped, it goes on where it was
+study: $(READY) ## the same for the profile of hours: first the headline, then all else; stopped, it goes on where it was
 	@$(BIN)/python -m crab.study.params choose $@
 	$(BIN)/dvc repro transfer@study
 	$(BIN)/dvc repro

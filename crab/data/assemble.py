@@ -8,7 +8,7 @@ records.  A generated tree has its media in that folder.  Of any other tree noth
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from crab import tasks
@@ -26,11 +26,12 @@ def assemble(
     root: str | os.PathLike | None = None,
     *,
     raw: Mapping[str, str | os.PathLike] | None = None,
-    rewrite: Callable | None = None,
+    rewrite: str | None = None,
     slots: Sequence[str] | None = None,
     on_problem: str = "error",
     tolerate: Collection[str] = (),
     time_limit: float = 20.0,
+    decode: bool = False,
     report: str | os.PathLike | None = None,
     cache: str | os.PathLike | None = None,
     workers: int | None = None,
@@ -45,8 +46,9 @@ def assemble(
             ``"raw"``: convert original data sets to a tree under `root`, and take that.
         root: for any source but the generated one, the folder that holds ``AVUIE_2``, or is to hold it.
         raw: slot -> folder of the original data set, for source ``"raw"`` (:mod:`crab.data.sources`).
-        rewrite: words the chains of what is converted for training (:class:`crab.data.sources.rewrite.Rewriter`).
-        slots, on_problem, tolerate, time_limit, report, cache, workers: as for :func:`crab.data.validate.validate`.
+        rewrite: name or folder of a chat model that words the chains of what source ``"raw"`` converts for training
+            (:mod:`crab.data.sources.rewrite`); None for the templates' words.
+        slots, on_problem, tolerate, time_limit, decode, report, cache, workers: as for :func:`crab.data.validate.validate`.
         generated: `seed`, `train`, `test` and `caption`, as for :func:`crab.data.generate.build`; no other source
             looks at them.
 
@@ -58,6 +60,9 @@ def assemble(
     out = Path(out)
     if source not in SOURCES:
         raise ValueError(f"build: source is {source!r}; choose one of {', '.join(SOURCES)}")
+    if rewrite is not None and source != "raw":
+        raise ValueError(f"build: rewrite is {rewrite!r}, but source is {source!r}, and only chains that source raw makes are worded by a "
+                         "chat model; set rewrite to null")
     if source == "generated":
         if root is not None:
             raise ValueError(f"build: root is '{root}', but source is 'generated'; set source to tree to read it, or root to null")
@@ -67,7 +72,7 @@ def assemble(
         folder = _root(root, out, source)
         if source == "raw":
             slots = slots or list(_convert(raw, folder, on_problem, rewrite, workers, progress))
-    found = validate(folder, slots, on_problem, tolerate, report, cache, time_limit, workers, progress)
+    found = validate(folder, slots, on_problem, tolerate, report, cache, time_limit, workers, progress, decode)
     if folder == out:
         _shorten(found, out)
     else:
@@ -91,7 +96,7 @@ def _root(root: str | os.PathLike | None, out: Path, source: str) -> Path:
     return folder
 
 
-def _convert(raw: Mapping[str, str | os.PathLike] | None, folder: Path, on_problem: str, rewrite: Callable | None, workers: int | None,
+def _convert(raw: Mapping[str, str | os.PathLike] | None, folder: Path, on_problem: str, rewrite: str | None, workers: int | None,
              progress: bool) -> Mapping:
     """Convert the original data sets to a tree under `folder`; files that are in place already are kept."""
     from crab.data import sources  # only who converts needs it
@@ -100,7 +105,12 @@ def _convert(raw: Mapping[str, str | os.PathLike] | None, folder: Path, on_probl
         raise ValueError("build: raw is not set, and source 'raw' converts what it names; give slot: folder of the original data set, for "
                          "each slot that is wanted")
     faults = {"error": "error", "skip": "skip-and-record"}.get(on_problem, on_problem)
-    sources.convert_all(raw, folder, faults=faults, rewrite=rewrite, workers=workers or 2, progress=progress)
+    worded = None
+    if rewrite is not None:
+        from crab.data.sources.rewrite import Rewriter  # it needs no transformers until a model is loaded
+
+        worded = Rewriter.load(rewrite)
+    sources.convert_all(raw, folder, faults=faults, rewrite=worded, workers=workers or 2, progress=progress)
     return raw
 
 

@@ -118,6 +118,7 @@ class Report:
         findings: all that is wrong, in the order of the lists.
         lists: (slot, split) -> records that can be used, as published; those of lists that lost some bear an ``id``.
         media: digest of the names, sizes and times of change of all media in use.
+        chains: of converted slots, how many chains of a chat model were "taken", and how many refused, by reason.
         probed, known: files probed in this walk, and those unchanged since an earlier one.
         took: seconds.
     """
@@ -127,6 +128,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     lists: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
     media: str = ""
+    chains: Counter[str] = field(default_factory=Counter)
     probed: int = 0
     known: int = 0
     took: float = 0.0
@@ -145,10 +147,13 @@ class Report:
         notes = Counter(f.problem for f in self.findings if not f.left_out)
         rows = Counter(f.kind.removeprefix("not converted: ") for f in self.findings if f.left_out and f.problem == "not converted")
         unmade = ", ".join(f"{n} {reason}" for reason, n in rows.most_common())
+        taken, refused = self.chains["taken"], Counter({why: n for why, n in self.chains.items() if why != "taken"})
+        why = ", ".join(f"{n} {reason}" for reason, n in refused.most_common())
         return " ".join(filter(None, [
             f"{listed} records listed, {kept} kept, {listed - kept} left out{f' ({reasons})' if reasons else ''}.",
             f"{files} media files in use; {self.probed} probed now, {self.known} unchanged since an earlier walk.",
             f"Not converted of the original data sets: {rows.total()} rows ({unmade})." if rows else "",
+            f"Chains of the chat model: {taken} taken, {refused.total()} refused{f' ({why})' if why else ''}." if self.chains else "",
             f"Without a list that can be read: {', '.join(absent)}." if absent else "",
             f"Noted, and kept: {', '.join(f'{n} {problem}' for problem, n in notes.most_common())}." if notes else "",
             f"The whole published set has about {PUBLISHED_SAMPLES} samples.",

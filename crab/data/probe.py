@@ -3,7 +3,7 @@
 A probe opens the file, looks for the stream that is needed, decodes the first frame of it and makes sure that the end
 is there: for a clip, that the file reaches as far as its own index says; for a sound, that a sample near its end can
 be read; images are decoded as a whole.  That finds the files which :mod:`crab.data.media` would refuse, without
-decoding hundreds of gigabytes; damage in the middle of a clip it does not find.
+decoding hundreds of gigabytes; damage in the middle of a clip or sound is found where they are asked for whole.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpegts,mpeg,flv,asf,wav,m
 _OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"udta", b"meta")
 _AGAIN = "copy or build it again"
+WHOLE = "whole "  # before a kind: decoded to its end, with all that the reader may meet there
 _START = 120  # seconds in which a process must have imported what it needs
 _BATCH = 16  # files handed to a process at a time
 
@@ -67,14 +68,19 @@ def probe(path: str, kind: str) -> Probe:
     """Probe one file, here: see the module's words. Never raises; a decoder may hang or crash (:func:`probe_all`).
 
     Args:
-        kind: what it is to be: video, audio, image or mask.
+        kind: what it is to be: video, audio, image or mask; "whole video" or "whole audio" decodes all of it.
     """
+    kind, whole = kind.removeprefix(WHOLE), kind.startswith(WHOLE)
     try:
         if not os.path.getsize(path):
             raise _Bad("empty", f"is empty (0 bytes); {_AGAIN}")
         if _box_cut(path):
             raise _Bad("truncated", f"is truncated: its last part would end after the file does; {_AGAIN}")
         seconds, form = {"video": _video, "audio": _sound}.get(kind, _picture)(path)
+        if whole and kind == "video":
+            _decode(path)
+        elif whole and kind == "audio":
+            media.read_audio(path)
         return Probe(seconds=seconds, named=_misnamed(path, form))
     except _Bad as bad:
         return Probe(*bad.args)
@@ -120,6 +126,19 @@ def _video(path: str) -> tuple[float, str]:
         if next(container.decode(stream), None) is None:
             raise _Bad("no frames", f"has a video stream without frames that decode; {_AGAIN}")
         return seconds, container.format.name.split(",")[0]
+
+
+def _decode(path: str) -> None:
+    """Decode all frames of a clip: what would stop a reader inside it is found."""
+    with av.open(path, options=_OPTIONS) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        done = 0
+        try:
+            for done, _ in enumerate(container.decode(stream), 1):
+                pass
+        except av.error.FFmpegError as error:
+            raise _Bad("undecodable", f"breaks off inside: {done} frames decode, the next does not ({error.strerror}); {_AGAIN}") from None
 
 
 def _box_cut(path: str) -> bool:

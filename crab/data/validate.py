@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def validate(
     time_limit: float = 20.0,
     workers: int | None = None,
     progress: bool = True,
+    decode: bool = False,
 ) -> Report:
     """Walk the tree under `root`, probe its media in parallel, and say all that is wrong.
 
@@ -69,6 +71,7 @@ def validate(
         cache: file that remembers the probes, so that a second walk probes only what has changed.
         time_limit: seconds for a file, then its process is killed.
         workers: processes; by default one a core.
+        decode: decode clips and sounds to their end, which finds damage inside; else only what it takes to find them whole.
 
     Raises:
         ValueError: an argument that cannot be, naming it and its mend.
@@ -76,7 +79,7 @@ def validate(
     """
     began = time.perf_counter()
     chosen = _chosen(root, slots, on_problem, tolerate, time_limit, workers)
-    walk = _Walk(root, frozenset(tolerate))
+    walk = _Walk(root, frozenset(tolerate), decode)
     splits = [(slot, split) for slot in chosen for split in slot.splits]
     uses = {(slot.name, split): walk.list(slot, split)
             for slot, split in tqdm(splits, unit="list", disable=not progress, desc="read", mininterval=0.5)}
@@ -115,10 +118,10 @@ def _chosen(root, slots, on_problem, tolerate, time_limit, workers) -> list[task
 
 
 class _Walk:
-    def __init__(self, root: str | os.PathLike, tolerate: frozenset[str]) -> None:
+    def __init__(self, root: str | os.PathLike, tolerate: frozenset[str], decode: bool) -> None:
         self.lists = Path(os.path.realpath(root))
         self.root = Path(os.path.realpath(records.media_root(root)))  # of the media
-        self.tolerate = tolerate
+        self.tolerate, self.decode = tolerate, decode
         self.report = Report(self.lists)
         self.counts: dict[tuple[str, str], Count] = {}
         self.findings: dict[tuple[str, str], list[Finding]] = {}
@@ -189,19 +192,21 @@ class _Walk:
         return record.get("split") != "test_n" if split == "test" else not self.stat(record["mask"]).problem
 
     def conversion(self, slot: tasks.Slot) -> None:
-        """Note what a converter left out when it made this slot, so that the report of a converted tree has it."""
+        """Note what a converter left out when it made this slot, and whose chains it took: the report of a converted tree has it."""
         file = f"{tasks.FOLDER}/{slot.name}/{CONVERSION}"
         if not (self.lists / file).is_file():
             return
         try:
-            told = json.loads((self.lists / file).read_text(encoding="utf-8"))["splits"]
-            left = [(split, told[split]["left_out"]) for split in slot.splits]
+            told = json.loads((self.lists / file).read_text(encoding="utf-8"))
+            left = [(split, told["splits"][split]["left_out"]) for split in slot.splits]
             rows = [(split, reason, place) for split, reasons in left for reason, places in reasons.items() for place in places]
+            chains = Counter({str(verdict): int(number) for verdict, number in told.get("chains", {}).items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             words = f"it cannot be read what was left out ({type(error).__name__}); convert the set again, or remove this file"
             self.findings.setdefault((slot.name, slot.splits[0]), []).append(
                 Finding(slot.name, slot.splits[0], "", None, file, "not converted", words, False))
             return
+        self.report.chains += chains
         for split, reason, place in rows:  # a file's name need not be UTF-8, and is shown nevertheless
             words = f"{reason}: {place}".encode(errors="backslashreplace").decode()
             self.findings.setdefault((slot.name, split), []).append(Finding(slot.name, split, "", None, file, "not converted", words, True))
@@ -249,13 +254,15 @@ class _Walk:
             waiting: dict[tuple[str, str], tuple[str, str]] = {}
             for path, kind in wanted:
                 at, full = self.stat(path), str(self.root / path)
+                # also in the cache: a file that was opened only need not be good to its end
+                asked = f"{probe.WHOLE}{kind}" if self.decode and kind in ("video", "audio") else kind
                 if at.problem:
                     bar.update()
-                elif (found := known.get(full, kind, at.size, at.changed)) is not None:
+                elif (found := known.get(full, asked, at.size, at.changed)) is not None:
                     self.probes[path, kind] = found
                     bar.update()
                 else:
-                    waiting[full, kind] = path, kind
+                    waiting[full, asked] = path, kind
             self.report.known, self.report.probed = len(self.probes), len(waiting)
             for job, found in probe.probe_all(waiting, workers, limit):
                 path, kind = waiting[job]

@@ -9,11 +9,14 @@ from pathlib import Path
 from crab import tasks
 from crab.data import records
 from crab.models import omni
+from crab.study import published
 from crab.study.dataset import load_base, write_slot
 from crab.study.pool import run_pool
 
 #: Samples that go through the encoders together; their decoded media are in memory at once.
 BATCH = 16
+#: How media are shown: as they are, or as the published loader does (`crab.study.published`).
+COMPATIBILITY = ("none", "published")
 
 
 def load_media(record: Mapping, frames: int) -> list[omni.Media]:
@@ -48,12 +51,22 @@ def prepared(processor, record: Mapping, frames: int, instruction: str):
     return prompt
 
 
-def encode_slot(root: str | Path, slot: str, split: str, base: str | Path, out: str | Path, limit: int | None = None) -> int:
+def encode_slot(
+    root: str | Path,
+    slot: str,
+    split: str,
+    base: str | Path,
+    out: str | Path,
+    limit: int | None = None,
+    compatibility: str = "none",
+) -> int:
     """Encode one slot and split into ``out``; returns the number of samples.
 
     Args:
-        root: holds ``AVUIE_2``. limit: take only the first so many samples.
+        root: holds ``AVUIE_2``. limit: take only the first so many samples. compatibility: one of :data:`COMPATIBILITY`.
     """
+    _check(compatibility)
+    prepare = partial(published.prepared, slot) if compatibility == "published" else prepared
     found = records.read(root, slot, split)[:limit]
     if not found:
         raise ValueError(f"{Path(root) / tasks.json_path(slot, split)}: no records to encode")
@@ -61,7 +74,7 @@ def encode_slot(root: str | Path, slot: str, split: str, base: str | Path, out: 
     samples, frames = [], tasks.get_slot(slot).frames
     for first in range(0, len(found), BATCH):
         batch = found[first : first + BATCH]
-        prompts = [prepared(processor, r, frames, tasks.instruction(slot, r)) for r in batch]
+        prompts = [prepare(processor, r, frames, tasks.instruction(slot, r)) for r in batch]
         samples += omni.encode(model, prompts)
     write_slot(
         out,
@@ -83,12 +96,19 @@ def encode_all(
     out: str | Path,
     workers: int = 2,
     limit: int | None = None,
+    compatibility: str = "none",
 ) -> dict[str, int]:
     """Encode all splits of every slot in worker processes; returns samples by ``slot/split``."""
+    _check(compatibility)
     jobs = [
-        (f"{slot}/{split}", partial(encode_slot, root, slot, split, base, out, limit))
+        (f"{slot}/{split}", partial(encode_slot, root, slot, split, base, out, limit, compatibility))
         for split in tasks.SPLITS
         for slot in slots
         if split in tasks.get_slot(slot).splits
     ]
     return run_pool(jobs, workers, "encode")
+
+
+def _check(compatibility: str) -> None:
+    if compatibility not in COMPATIBILITY:
+        raise ValueError(f"encode: compatibility is {compatibility!r}; choose one of {', '.join(COMPATIBILITY)}")

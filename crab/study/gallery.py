@@ -33,8 +33,8 @@ def sizes(report: Report) -> pd.DataFrame:
     """One row a slot and split of what a walk (`crab.data.validate`) found.
 
     Returns:
-        slot, the data set and family it stands for, split; records of the published split (None where not known), in the
-        list, kept and left out; media files, their MiB, and the median length of clips (or sounds) in seconds.
+        slot, the data set and family it stands for, split; records of the published split (a column only where some are
+        known), in the list, kept and left out; media files, their MiB, and the median length of clips (or sounds) in seconds.
     """
     rows = [
         {"slot": c.slot, "stands for": tasks.get_slot(c.slot).dataset, "family": tasks.get_slot(c.slot).family, "split": c.split,
@@ -42,8 +42,8 @@ def sizes(report: Report) -> pd.DataFrame:
          "MiB": c.bytes / 2**20, "seconds": float(np.median(c.seconds)) if c.seconds else None}
         for c in report.counts
     ]  # fmt: skip
-    table = pd.DataFrame(rows)
-    return table.astype({"published": "Int64", "listed": "Int64"})  # whole numbers, of which some are not known
+    table = pd.DataFrame(rows).astype({"published": "Int64", "listed": "Int64"})  # whole numbers, of which some are not known
+    return table if table["published"].notna().any() else table.drop(columns="published")
 
 
 def problems(report: Report) -> pd.DataFrame:
@@ -189,7 +189,7 @@ def samples(root: str | Path, path: str | Path) -> Figure:
 def _shown(slot: tasks.Slot, found: list[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[Any, Any]], str]:
     """The record to show, its media decoded, and words for those before it on which the decoder fails.
 
-    They passed the walk, which looks at no clip's middle.
+    They passed the walk, which looks at a clip's middle only when asked to.
     """
     there = [r for r in found if slot.module == "referring" and tasks.truth(slot, r) != NULL]
     failed: list[MediaError] = []

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from test_data_generate import digests
+from test_data_probe import holed
 
 from crab import tasks
 from crab.data import generate, records
@@ -112,6 +113,8 @@ def test_a_generated_tree_that_went_bad_loses_its_records_too(tmp_path, monkeypa
     ({"source": "tree", "root": "data"}, "root is 'data', which depends on the folder it is read in; set `root`"),
     ({"source": "tree", "root": "/"}, "root is '/', which holds no folder AVUIE_2; set it to the folder"),
     ({"source": "raw"}, "root is not set, and source 'raw' needs it"),
+    ({"rewrite": "a/model"}, "build: rewrite is 'a/model', but source is 'generated', and only chains that source raw makes"),
+    ({"source": "tree", "root": "/", "rewrite": "a/model"}, "rewrite is 'a/model', but source is 'tree'"),
     ({"root": "/"}, "root is '/', but source is 'generated'; set source to tree"),
 ])  # fmt: skip
 def test_a_wrong_source_or_root_names_the_parameter_and_the_mend(tmp_path, options, words):
@@ -164,3 +167,30 @@ def test_original_data_sets_are_converted_under_the_root_and_then_read_as_a_tree
     assert records.read(tmp_path / "out", "ks", "test")[0]["media"][0].path.startswith(str(tmp_path / "converted"))
     with pytest.raises(ValueError, match="raw is not set"):
         assemble(tmp_path / "out", "raw", tmp_path / "converted", **QUIET)
+
+
+def test_the_chat_model_is_passed_on_to_the_converters_by_its_name(tree, tmp_path, monkeypatch):
+    (tmp_path / "converted").mkdir()
+    calls = []
+    monkeypatch.setattr("crab.data.sources.rewrite.Rewriter.load", lambda name: calls.append(name) or name.upper())
+
+    def convert_all(raw, out, rewrite, **options):
+        calls.append(rewrite)
+        for slot, folder in raw.items():
+            shutil.copytree(folder, out / "AVUIE_2" / slot)
+
+    monkeypatch.setattr("crab.data.sources.convert_all", convert_all)
+    assemble(tmp_path / "out", "raw", tmp_path / "converted", raw={"ks": tree.root / "AVUIE_2/ks"}, rewrite="a/model", **QUIET)
+    assert calls == ["a/model", "A/MODEL"]
+
+
+def test_damage_inside_a_clip_is_left_out_with_decode(tree, tmp_path):
+    shutil.copytree(tree.root / "AVUIE_2/ks", tmp_path / "given/AVUIE_2/ks")
+    path = tmp_path / "given/AVUIE_2/ks/video/train_00001.mp4"
+    holed(path, path)
+    for decode, kept in ((False, 4), (True, 3)):
+        assemble(tmp_path / "out", "tree", tmp_path / "given", slots=["ks"], on_problem="skip", decode=decode, **QUIET)
+        found = records.read(tmp_path / "out", "ks", "train")
+        assert len(found) == kept
+    for record in found:  # all that is left can be encoded
+        records.load(record, 10)

@@ -104,6 +104,35 @@ def test_a_sound_that_ends_early_is_truncated(good, tmp_path, name):
         assert (found.problem, "truncated" in found.words) == ("truncated", True), part
 
 
+def holed(source, target):
+    """A copy of a file with zeros in its middle, its index and its end as they were."""
+    content = bytearray(source.read_bytes())
+    start, end = len(content) * 45 // 100, len(content) * 55 // 100
+    content[start:end] = bytes(end - start)
+    target.write_bytes(content)
+    return target
+
+
+def test_damage_inside_a_clip_is_found_where_it_is_decoded_whole(good, tmp_path):
+    path = holed(good / "v.mp4", tmp_path / "v.mp4")
+    with pytest.raises(MediaError):
+        media.read_video(path, 10)
+    assert probe.probe(str(path), "video").problem == ""
+    found = probe.probe(str(path), "whole video")
+    assert found.problem == "undecodable" and "breaks off inside: " in found.words and "; copy or build it again" in found.words
+    for name, kind in (("v.mp4", "video"), ("v.avi", "video"), ("v.mkv", "video"), ("a.mp3", "audio"), ("a.mkv", "audio")):
+        assert probe.probe(str(good / name), f"whole {kind}") == probe.probe(str(good / name), kind)
+
+
+def test_values_that_are_no_numbers_are_found_in_a_sound_that_is_decoded_whole(tmp_path):
+    wave = tone(3)
+    wave[20_000] = np.nan
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    assert probe.probe(str(tmp_path / "a.wav"), "audio").problem == ""
+    found = probe.probe(str(tmp_path / "a.wav"), "whole audio")
+    assert found.problem == "undecodable" and "not numbers" in found.words
+
+
 def test_a_wav_whose_writer_left_its_size_open_is_whole(good, tmp_path):
     whole = bytearray((good / "a.wav").read_bytes())
     whole[4:8] = b"\xff\xff\xff\xff"

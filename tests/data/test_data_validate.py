@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data_probe import endless
+from test_data_probe import endless, holed
 
 from crab import tasks
 from crab.data import media, records, validate
@@ -330,6 +330,17 @@ def test_a_second_walk_probes_only_what_has_changed(copy):
     assert first.media == second.media != third.media
 
 
+def test_damage_inside_is_found_with_decode_and_the_cache_tells_the_two_walks_apart(copy):
+    clip, cache = copy / "AVUIE_2/ks/video/train_00001.mp4", copy / "cache"
+    holed(clip, clip)
+    assert walk(copy, "ks", cache=cache).findings == []
+    for known in (0, 14):  # two files for each of seven records
+        whole = walk(copy, "ks", cache=cache, decode=True)
+        assert named(whole) == {("undecodable", "ks/train", 1)} and whole.known == known
+        assert [c.kept for c in whole.counts] == [3, 3]
+    assert walk(copy, "ks", cache=cache).known == 14
+
+
 def test_each_file_is_probed_once(tree, monkeypatch):
     seen = []
     real = validate.probe.probe
@@ -351,7 +362,13 @@ def test_what_a_converter_left_out_is_in_the_report_and_stops_nothing(copy, tmp_
     assert report.problems == [] and [c.kept for c in report.counts] == [4, 3]
     assert "Not converted of the original data sets: 3 rows (2 no sound, 1 fault)." in report.summary()
     assert len((tmp_path / "findings.csv").read_text().splitlines()) == 4
-    for content in ("{", "[]", "{}", '{"splits": {"train": 3}}', '{"splits": {"train": {"left_out": {"a": 1}}}}', "[" * 100_000):
+    assert "chat model" not in report.summary()
+    path.write_text(json.dumps({"splits": told, "chains": {"taken": 5, "another label": 2, "a time": 1}}))
+    for slot in ("s4", "ucf"):
+        shutil.copy(path, copy / "AVUIE_2" / slot)
+    assert "Chains of the chat model: 15 taken, 9 refused (6 another label, 3 a time)." in walk(copy, "ks", "s4", "ucf").summary()
+    for content in ("{", "[]", "{}", '{"splits": {"train": 3}}', '{"splits": {"train": {"left_out": {"a": 1}}}}', "[" * 100_000,
+                    json.dumps({"splits": told, "chains": {"taken": "many"}}), json.dumps({"splits": told, "chains": []})):
         path.write_text(content)
         (finding,) = walk(copy, "ks", on_problem="error").findings
         assert finding.problem == "not converted" and not finding.left_out and "convert the set again" in finding.words

@@ -9,7 +9,7 @@ import pytest
 
 from crab import tasks
 from crab.data import media, records
-from crab.data.sources import SOURCES, convert, convert_all, table
+from crab.data.sources import SOURCES, SourceError, convert, convert_all, table
 from crab.data.sources import records as raw_records
 
 
@@ -260,6 +260,35 @@ def test_points_lie_on_the_mask_and_every_frame_has_its_own_second(put, tmp_path
         box, points = tasks.truth("ms3", one)
         assert box == (32, 16 * one["frame_idx"], 96, 16 * one["frame_idx"] + 64)
         assert all(media.read_mask(one["mask"])[y, x] for x, y in points) and len(set(points)) == 3
+
+
+@pytest.mark.parametrize("slot", ["s4", "arig"])
+@pytest.mark.parametrize("folder", ["", "s4_data/"])
+def test_the_older_release_of_avsbench_is_read_by_its_categories(put, tmp_path, slot, folder):
+    """Folders by kind, split and category, pictures as png, numbered from 1; the set's own code goes by the columns' places."""
+    older = {"s4_meta_data.csv": "name,start,category,split\none,20,dog_barking,train\ntwo,0,cat_meowing,test\nold,0,dog_barking,val\n"}
+    for split, category, name, count in (("train", "dog_barking", "one", 1), ("test", "cat_meowing", "two", 5)):
+        older[f"{folder}audio_wav/{split}/{category}/{name}.wav"] = "ten.wav"
+        for frame in range(1, 6):
+            older[f"{folder}visual_frames/{split}/{category}/{name}/{name}_{frame}.png"] = square(0, 0)
+        for frame in range(1, count + 1):
+            older[f"{folder}gt_masks/{split}/{category}/{name}/{name}_{frame}.png"] = square(16 * frame, 32)
+    root = put(older)
+    convert(slot, root, tmp_path / "data", progress=False)
+    train, test = (records.read(tmp_path / "data", slot, split) for split in ("train", "test"))
+    assert [(r["image_path"], r["a_obj"], r["media"][1].second) for r in train] == [("AVS/v1s/one/frames/0.png", "dog_barking", 0)]
+    assert [r["visual_path"] for r in test] == [f"AVS/v1s/two/frames/{frame}.png" for frame in range(5)]
+    for frame, one in enumerate(test):
+        assert np.argwhere(media.read_mask(one["mask"])).min(0).tolist() == [16 * (frame + 1), 32] if slot == "s4" else True
+        truth = tasks.truth(slot, one)
+        assert (truth if slot == "arig" else truth.box) == (32, 16 * (frame + 1), 96, 16 * (frame + 1) + 64)
+        assert len(records.load(one, 1)) == 2
+    (root / "s4_meta_data.csv").write_text("name,start,category,split\none,20,../dog,train\n")
+    with pytest.raises(SourceError, match="line 2, frame 0, field 'category': '../dog' is no file name"):
+        list(raw_records(slot, root, "train"))
+    (root / "s4_meta_data.csv").write_text("name,start,category,split\none,20,dog,dev\n")
+    with pytest.raises(SourceError, match="line 2: split 'dev' must be train, val or test"):
+        list(raw_records(slot, root, "train"))
 
 
 def test_a_music_question_is_filled_in_order(put):

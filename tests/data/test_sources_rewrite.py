@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,10 +104,11 @@ def test_chains_are_rewritten_for_training_alone_and_counted(put, tmp_path, chat
     assert not any("follows" in text for text in texts["test"])
 
 
-def test_a_model_that_babbles_changes_nothing():
-    """A tiny random model through transformers' own pipeline."""
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory):
+    """Folder of a tiny random model, with transformers' own tokenizer and chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline, set_seed
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
     set_seed(0)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 1, "{": 2, "}": 3, "bark": 4, "chain": 5, ":": 6, '"': 7}, unk_token="<unk>"))
@@ -115,8 +117,28 @@ def test_a_model_that_babbles_changes_nothing():
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                                          bos_token_id=None, eos_token_id=None, pad_token_id=1))
-    drafts, counts = Rewriter(pipeline("text-generation", model=model, tokenizer=tokenizer), max_new_tokens=12)("ave", [BARK, BARK])
+    folder = tmp_path_factory.mktemp("babbler")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_babbles_changes_nothing(babbler):
+    """Loaded by name into transformers' own pipeline."""
+    rewriter = Rewriter.load(str(babbler))
+    rewriter.generation["max_new_tokens"] = 12
+    drafts, counts = rewriter("ave", [BARK, BARK])
     assert drafts == [BARK, BARK] and counts == {"not the JSON asked for": 2}
+
+
+def test_what_is_no_chat_model_names_the_parameter(babbler, tmp_path):
+    with pytest.raises(ValueError, match="build: rewrite is '/no/such', which cannot be loaded"):
+        Rewriter.load("/no/such")
+    mute = tmp_path / "mute"
+    shutil.copytree(babbler, mute)
+    (mute / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        Rewriter.load(str(mute))
 
 
 def test_names_are_whole_labels_and_their_parts():

@@ -10,6 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 from toys import A_METHOD, REPOSITORY, STAGES
 
+from crab.data.files import read_json
 from crab.study import params
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -44,10 +45,23 @@ def test_parameters_cell_matches_its_section(path, profile):
 def test_learning_rates_are_swept_as_the_runs_are_trained(profile):
     found = LOADED["profiles"][profile]
     swept, trained = found["sweep"], found["train"]
-    same = {"slots", "batch_size", "precision"} | ({"passes"} if profile != "tiny" else set())  # tiny sweeps half the passes
+    same = {"slots", "passes", "batch_size", "precision"}
     assert {name: swept[name] for name in same} == {name: trained[name] for name in same}
     assert set(swept["seeds"]) <= set(trained["seeds"])
     assert not any("learning_rate" in section for section in found["methods"].values())
+
+
+def test_tiny_takes_the_rates_that_study_swept():
+    """They hold for tiny as long as both train on the same samples, by the same base, in the same way."""
+    tiny, study = (LOADED["profiles"][name] for name in ("tiny", "study"))
+    for section, names in (("build", ("source", "seed", "train_samples", "caption_samples")), ("train", ("slots", "passes", "batch_size"))):
+        assert {name: tiny[section][name] for name in names} == {name: study[section][name] for name in names}
+    assert tiny["base"] == study["base"]
+    for method, rates in tiny["sweep"]["given"].items():
+        swept = read_json(REPOSITORY / f"reports/study/sweep-{method}/metrics.json")["rates"]
+        assert rates == {row: swept[row] for row in tiny["methods"][method]["runs"]}
+        options = [{k: v for k, v in profile["methods"][method].items() if k != "runs"} for profile in (tiny, study)]
+        assert options[0] == options[1]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from crab import tasks
 from crab.data import generate, records
 from crab.data.media import MediaError, write_audio, write_video
 from crab.models import omni
 from crab.study.dataset import benchmarks, examples, load_base, overview, read_slot, write_slot
+from crab.study import published
 from crab.study.encode import encode_all, encode_slot, load_media, prepared
 
 SLOTS = ["s4", "cremad", "a2v"]
@@ -106,3 +108,125 @@ def test_missing_file_is_named_and_nothing_is_left(world, base, tmp_path, monkey
     with pytest.raises(MediaError, match="gone.mp4"):
         encode_slot(world, "cremad", "train", base, tmp_path)
     assert not list(tmp_path.rglob("*.*"))
+
+
+# ---------------------------------------------------------------- as the published loader shows media
+
+def numbered(path, count, rate=5):
+    """A clip whose frames are grey, each lighter than the one before."""
+    write_video(path, [np.full((32, 32, 3), 20 + 4 * i, np.uint8) for i in range(count)], rate)
+    return path
+
+
+@pytest.mark.parametrize("count, frames, shown", [
+    (50, 10, [0, 5, 11, 16, 22, 27, 33, 38, 44, 49]), (10, 10, range(10)), (30, 4, [0, 10, 19, 29]), (9, 10, [0, 8]), (2, 4, [0, 1]),
+])  # fmt: skip
+def test_published_frames_go_from_the_first_to_the_last(tmp_path, count, frames, shown):
+    """Of a clip with fewer frames than are asked for, these two alone."""
+    pictures = published.read_video(numbered(tmp_path / "v.mp4", count), frames)
+    assert pictures.shape == (len(shown), 224, 224, 3)
+    np.testing.assert_allclose(pictures.mean((1, 2, 3)), [20 + 4 * i for i in shown], atol=1.5)
+
+
+def test_a_published_clip_of_one_frame_is_black_and_a_broken_one_an_error(tmp_path):
+    assert not published.read_video(numbered(tmp_path / "v.mp4", 1), 4).any()
+    assert len(published.read_video(tmp_path / "v.mp4", 4)) == 10
+    (tmp_path / "bad.mp4").write_bytes(b"no clip")
+    write_audio(tmp_path / "a.wav", np.full(16000, 0.1))
+    for name in ("bad.mp4", "a.wav", "gone.mp4"):
+        with pytest.raises(MediaError, match=name):
+            published.read_video(tmp_path / name, 4)
+
+
+def test_published_pictures_are_scaled_bicubically(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "i.png")
+    write_audio(tmp_path / "a.wav", np.full(16000, 0.1))
+    record = {"media": [tasks.MediaItem("image", str(tmp_path / "i.png"), "visual_path"),
+                        tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path", 0)]}  # fmt: skip
+    image, _ = published.load_media("ms3", record, 1)
+    np.testing.assert_array_equal(image.data, np.asarray(Image.fromarray(noise).resize((224, 224), Image.Resampling.BICUBIC)))
+
+
+def pieces(slot, samples, second=None):
+    """Where what is heard comes from, as samples of the sound counted from 1; 0 where it is silent."""
+    return published.sound(slot, np.arange(1, samples + 1, dtype=np.float64), second)
+
+
+def test_published_sounds_are_cut_by_an_assumed_length():
+    everything = np.arange(1, 160_001)
+    for slot in ("ave", "ks", "a2v", "v2a", "avcap", "arig"):
+        np.testing.assert_array_equal(pieces(slot, 160_000), everything)  # arig too, whatever its frame
+        assert len(pieces(slot, 160_009)) in (160_000, 160_005)
+    for slot, shares in (("s4", 5), ("ms3", 5), ("ref_avs", 10)):  # of the clip's own length, not seconds
+        share = 96_000 // shares
+        np.testing.assert_array_equal(pieces(slot, 96_000, 2), np.arange(2 * share + 1, 3 * share + 1))
+        np.testing.assert_array_equal(pieces(slot, 96_003, shares), np.zeros(share))  # none is past the end
+    np.testing.assert_array_equal(pieces("ave", 7_000), [*range(1, 7_001), *[0] * 9_000])
+    for slot in ("meld", "cremad"):
+        np.testing.assert_array_equal(pieces(slot, 80_000), np.arange(1, 64_001))
+        np.testing.assert_array_equal(pieces(slot, 30_000), [*range(1, 30_001), *[0] * 34_000])
+
+
+@pytest.mark.parametrize("share", [16_000, 1_601])
+def test_published_sounds_of_music_are_ten_pieces_around_every_sixth_share(share):
+    found = pieces("avqa", 60 * share + 7).reshape(10, 2 * share)
+    half = -(-share // 2)  # an odd share begins its piece a sample early
+    for row, place in zip(found, range(0, 60, 6), strict=True):
+        wanted = np.arange(place * share - half + 1, (place + 2) * share - half + 1)
+        np.testing.assert_array_equal(row, np.maximum(wanted, 0))
+
+
+def test_published_training_records_of_s4_hear_the_first_share(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.png")
+    write_audio(tmp_path / "a.wav", np.repeat(np.linspace(0.1, 0.5, 5), 16_000))
+    media = [tasks.MediaItem("image", str(tmp_path / "3.png"), "image_path"),
+             tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path", 3)]  # fmt: skip
+    for fields, heard in (({"image_path": "3.png"}, 0.1), ({"visual_path": "3.png"}, 0.4)):
+        _, sound = published.load_media("s4", {"media": media, **fields}, 1)
+        assert sound.data.mean() == pytest.approx(heard, abs=1e-3)
+
+
+def test_the_setting_gives_a_constant_clock_and_sight_before_sound(base, tmp_path):
+    model, processor = load_base(base)
+    write_audio(tmp_path / "a.wav", np.full(160_000, 0.1))
+    record = {"media": [clip(tmp_path / "long.mp4", 60, 2), tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path")]}
+    prompt = published.prepared("ks", processor, record, 10, "which ?")
+    assert [float(s) for s in prompt["video_second_per_grid"]] == [2.0]  # its own would be 12
+    (sample,) = omni.encode(model, [prompt])
+    seen, heard = (sample["input_ids"] == token for token in (model.config.video_token_id, model.config.audio_token_id))
+    assert seen.nonzero().max() < heard.nonzero().min()
+    times = sample["position_ids"][0][seen].view(5, -1)
+    assert ((times - times[0, 0]) == torch.arange(5)[:, None] * 2 * model.config.position_id_per_seconds).all()
+    ids = prepared(processor, record, 10, "which ?")["input_ids"][0]  # by default they go in turns
+    assert (ids == model.config.video_token_id).nonzero().max() > (ids == model.config.audio_token_id).nonzero().min()
+
+
+def test_the_setting_joins_two_clips_and_refuses_sounds_that_the_base_would_cut(base, tmp_path):
+    _, processor = load_base(base)
+    write_audio(tmp_path / "a.wav", np.full(64_000, 0.1))
+    sound = tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path")
+    one, two = clip(tmp_path / "one.mp4", 10, 2), clip(tmp_path / "two.mp4", 20, 2)
+    kinds = [(m.kind, len(m.data)) for m in published.load_media("a2v", {"media": [sound, one, two]}, 10)]
+    assert kinds == [("audio", 64_000), ("video", 20)]
+    prompt = published.prepared("a2v", processor, {"media": [sound, one, two]}, 10, "which ?")
+    assert prompt["video_grid_thw"].tolist()[0][0] == 10 and [float(s) for s in prompt["video_second_per_grid"]] == [2.0]
+    prompt = published.prepared("v2a", processor, {"media": [one, sound, sound]}, 10, "which ?")
+    assert len(prompt["input_features"]) == 1
+    assert prompt["feature_attention_mask"].sum() == 128_000 // processor.feature_extractor.hop_length
+    write_audio(tmp_path / "long.wav", np.full(96_001, 0.1))
+    long = sound._replace(path=str(tmp_path / "long.wav"))
+    with pytest.raises(ValueError, match="compatibility is 'published'.*of v/7 to 12 s, and this base hears 10 s; take v2a out of slots"):
+        published.prepared("v2a", processor, {"id": "v/7", "media": [one, long, long]}, 10, "which ?")
+
+
+def test_the_stage_takes_the_setting_and_without_it_encodes_as_ever(world, base, tmp_path):
+    for name, options in (("plain", {}), ("none", {"compatibility": "none"}), ("published", {"compatibility": "published"})):
+        encode_all(world, ["cremad"], base, tmp_path / name, workers=1, **options)
+    plain, same, other = (read_slot(tmp_path / name, "cremad", "train") for name in ("plain", "none", "published"))
+    for a, b in zip(plain.samples, same.samples, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(plain.samples, other.samples, strict=True))
+    assert plain.ids == other.ids and plain.targets == other.targets and plain.instructions == other.instructions
+    with pytest.raises(ValueError, match="encode: compatibility is 'crab'; choose one of none, published"):
+        encode_all(world, ["cremad"], base, tmp_path / "x", workers=1, compatibility="crab")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ def test_sizes_and_problems_are_the_validators(built, tmp_path):
     table = gallery.sizes(validate(built[0], workers=1, progress=False))
     assert len(table) == 2 * len(VIEWS) - 3 and table.index.is_unique
     assert table["listed"].sum() == table["kept"].sum() == built[1]["records"] and table["left out"].sum() == 0
-    assert table["published"].isna().all()  # nowhere known
+    assert "published" not in table  # nowhere known
     assert "<table" in table.style.hide().format(precision=2, na_rep="").to_html()
 
     lists = tmp_path / "AVUIE_2/ks"
@@ -39,6 +40,12 @@ def test_sizes_and_problems_are_the_validators(built, tmp_path):
     assert "<table" in gallery.sizes(report).style.hide().format(precision=2, na_rep="").to_html()
     nothing = gallery.problems(validate(built[0], ["ks"], workers=1, progress=False))
     assert not len(nothing) and "in words" in nothing.style.hide().to_html()
+
+
+def test_published_counts_are_a_column_where_some_are_known(built, monkeypatch):
+    monkeypatch.setitem(gallery.tasks.SLOTS, "ks", dataclasses.replace(gallery.tasks.SLOTS["ks"], published_train=20))
+    table = gallery.sizes(validate(built[0], ["ks"], workers=1, progress=False))
+    assert table["published"].iloc[0] == 20 and table["published"].isna().tolist() == [False, True]
 
 
 def test_what_a_converter_left_out_has_a_row_for_each_reason(built, tmp_path):

@@ -14,12 +14,26 @@ from crab.data.views.where import points_inside
 from crab.tasks.referring import NULL
 from crab.tasks.segmentation import Prompt, bounding_box
 
+OLDER = "s4_meta_data.csv"
 SETS = {"s4": "v1s", "arig": "v1s", "ms3": "v1m"}  # folders of AVSBench, which metadata.csv calls `label`
 REF_SPLITS = {"train": ("train",), "test": ("test_s", "test_u", "test_n")}
 
 
 def avs_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Frames of the clips in metadata.csv: five a clip, but of the single-source training clips the labelled first alone."""
+    """Frames of the clips in metadata.csv: five a clip, but of the single-source training clips the labelled first alone.
+
+    The older release has s4_meta_data.csv instead, for single sources; what sounds is there called by its category.
+    """
+    if SETS[slot] == "v1s" and raw.has(OLDER) and not raw.has("metadata.csv"):
+        for where, row in raw.rows(OLDER, ("category", "split")):
+            name, *_ = row.values()  # its first column, whatever it is called
+            if row["split"] not in ("train", "val", "test"):
+                raw.fault(SourceError(f"{where}: split {row['split']!r} must be train, val or test; correct it"))
+            elif row["split"] == split:
+                row = {"vid": name, "uid": name, "a_obj": row["category"], "split": split, "label": "v1s"}
+                for frame in range(1 if split == "train" else 5):
+                    yield f"{where}, frame {frame}", {**row, "frame": frame}
+        return
     for where, row in raw.rows("metadata.csv", ("vid", "uid", "a_obj", "split", "label")):
         if row["split"] not in ("train", "val", "test") or row["label"] not in ("v1s", "v1m", "v2"):
             raw.fault(SourceError(f"{where}: split {row['split']!r} of {row['label']!r} must be train, val or test of v1s, v1m "
@@ -35,14 +49,14 @@ def avs(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draf
     A frame in which nothing is marked has no box and is left out.
     """
     frame, uid = row["frame"], plain(where, "uid", row["uid"])
-    clip = raw.file("metadata.csv").parent / row["label"] / uid
-    image, audio, labels = clip / f"frames/{frame}.jpg", clip / "audio.wav", clip / f"labels_rgb/{frame}.png"
+    image, audio, labels = _newer(raw, row) if raw.has("metadata.csv") else _older(raw, where, row)
     prompt = _prompt(where, image, audio, labels)
     if prompt is None:
         raise LeftOut("nothing is marked in the frame", str(labels))
     base = f"AVS/{row['label']}/{uid}"
-    files = {f"{base}/frames/{frame}.jpg": image, f"{base}/audio.wav": audio, f"{base}/labels_rgb/{frame}.png": labels}
-    record = {"image_path" if split == "train" else "visual_path": f"{base}/frames/{frame}.jpg",
+    shown = f"{base}/frames/{frame}{image.suffix}"
+    files = {shown: image, f"{base}/audio.wav": audio, f"{base}/labels_rgb/{frame}.png": labels}
+    record = {"image_path" if split == "train" else "visual_path": shown,
               "audio_path": f"{base}/audio.wav", "a_obj": row["a_obj"], "frame_idx": frame}
     if slot == "arig":
         truth = prompt.box
@@ -52,6 +66,21 @@ def avs(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draf
         record |= {"vid": row["vid"], "uid": uid}
     yield Draft(where, record, truth, f"what sounds in the clip : {row['a_obj']} . what sounds now is seen here .", files,
                 (row["a_obj"],))
+
+
+def _newer(raw: Raw, row: dict) -> tuple[Path, Path, Path]:
+    """Image, sound and mask of a frame where metadata.csv lists the clips."""
+    clip = raw.file("metadata.csv").parent / row["label"] / row["uid"]
+    return clip / f"frames/{row['frame']}.jpg", clip / "audio.wav", clip / f"labels_rgb/{row['frame']}.png"
+
+
+def _older(raw: Raw, where: str, row: dict) -> tuple[Path, Path, Path]:
+    """Those of the older release: a folder for each kind, split and category; frames are numbered from 1."""
+    base = raw.file(OLDER).parent
+    base = base / "s4_data" if (base / "s4_data").is_dir() else base
+    uid, folder = row["uid"], f"{row['split']}/{plain(where, 'category', row['a_obj'])}"
+    named = f"{folder}/{uid}/{uid}_{row['frame'] + 1}.png"
+    return base / "visual_frames" / named, base / f"audio_wav/{folder}/{uid}.wav", base / "gt_masks" / named
 
 
 def ref_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:

@@ -47,6 +47,24 @@ class Rewriter:
         self.pipeline, self.batch_size = pipeline, batch_size
         self.generation = {"max_new_tokens": 256, "do_sample": False, **generation}
 
+    @classmethod
+    def load(cls, name: str) -> Rewriter:
+        """One with the chat model of this name on the Hugging Face hub, or in this folder.
+
+        Raises:
+            ValueError: it cannot be loaded, or is no chat model; the message names the parameter that asked for it.
+        """
+        from transformers import pipeline  # seconds, for who rewrites alone
+
+        try:
+            loaded = pipeline("text-generation", model=name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"build: rewrite is {name!r}, which cannot be loaded ({str(error)[:300]}); name a chat model that "
+                             "transformers can load, or its folder, or set rewrite to null") from error
+        if not loaded.tokenizer.chat_template:
+            raise ValueError(f"build: rewrite is {name!r}, which has no chat template and thus is no chat model; name one that has")
+        return cls(loaded)
+
     def __call__(self, slot: str, drafts: Sequence[Draft]) -> tuple[list[Draft], dict[str, int]]:
         """The drafts with their new chains, or with the template's; how many were "taken", and the others by reason."""
         vocabulary = {name for draft in drafts for label in draft.labels + draft.others for name in names(label)}
