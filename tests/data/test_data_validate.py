@@ -433,7 +433,7 @@ def test_any_records_are_kept_or_named(tree, place, data):
         raw[data.draw(st.sampled_from([*raw, "id", "more"]))] = data.draw(JSON | st.sampled_from(["../x", "/x", "x\0y", 1e308, -1, 10**30]))
     raws.insert(data.draw(st.integers(0, 3)), data.draw(JSON))
     listed(place, slot, split).write_text(json.dumps(raws))
-    run = validate._Walk(place, frozenset())
+    run = validate._Walk(place, frozenset(), decode=False)
     uses = run.list(tasks.get_slot(slot), split)
     count = run.counts[slot, split]
     assert len(uses) + count.left_out.total() == count.listed == len(raws)
@@ -457,7 +457,7 @@ def test_any_records_are_kept_or_named(tree, place, data):
 def test_any_bytes_are_a_list_or_named(place, content):
     path = listed(place, "ks")
     path.write_bytes(content)
-    run = validate._Walk(place, frozenset())
+    run = validate._Walk(place, frozenset(), decode=False)
     uses = run.list(tasks.get_slot("ks"), "train")
     assert uses == [] and (run.findings["ks", "train"] or run.counts["ks", "train"].listed)
     with pytest.raises(RecordError, match="train.json") if content.strip() != b"[]" else pytest.raises(StopIteration):
@@ -471,7 +471,7 @@ def test_a_list_with_any_bytes_changed_does_not_stop_the_walk(tree, place, data)
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     listed(place, "avqa").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    run = validate._Walk(place, frozenset())
+    run = validate._Walk(place, frozenset(), decode=False)
     uses, count = run.list(tasks.get_slot("avqa"), "train"), run.counts["avqa", "train"]
     assert count.listed == len(uses) + count.left_out.total() if count.listed is not None else run.findings["avqa", "train"]
 
