@@ -109,6 +109,9 @@ def _tidy(notebook: Any) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":  # warnings name the file they come from
+                output.text = output.text.replace(f"{root()}/", "")
 
 
 def run(stage: str, profile: str | None = None, method: str | None = None, folder: Path | None = None) -> Path:
