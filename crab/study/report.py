@@ -34,7 +34,8 @@ def executed(folder: Path, profile: str) -> dict[str, Any]:
         stage = name.partition("-")[0]
         return (ORDER.index(stage) if stage in ORDER else len(ORDER)), name
 
-    paths = {p.parent.name: p for p in (folder / "reports" / profile).glob("*/notebook.ipynb")}
+    # a killed stage leaves its half-run notebook in a hidden folder
+    paths = {p.parent.name: p for p in (folder / "reports" / profile).glob("[!.]*/notebook.ipynb")}
     if not paths:
         raise ValueError(f"reports/{profile}: no executed notebook; run dvc repro")
     return {name: nbformat.read(paths[name], as_version=4) for name in sorted(paths, key=place)}

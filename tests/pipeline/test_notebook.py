@@ -86,3 +86,13 @@ def test_page_shows_the_prose_of_now_around_recorded_outputs(repository):
 def test_report_without_notebooks_says_what_to_run(repository):
     with pytest.raises(ValueError, match="run dvc repro"):
         report.write("smoke", repository)
+
+
+def test_report_leaves_out_what_a_killed_stage_left(repository):
+    write_notebook(repository, "stage", VALUES, code("1"))
+    target = notebook.run("stage", "smoke", "lora", repository)
+    half = target.parents[1] / ".x.partial" / target.name
+    half.parent.mkdir()
+    half.write_bytes(target.read_bytes())
+    assert "partial" not in report.write("smoke", repository).read_text()
+    assert not [name for name in left(repository) if "partial" in name and name.endswith(".html")]
