@@ -342,7 +342,7 @@ def finding(result: Ablation, slots_to_win: float = 0.75) -> str:
         said.append(f"The best of them against its rival is `{best}`, {_difference(routed[best])} "
                     f"on {routed[best]['slots_counted']} slots above chance{more}.")  # fmt: skip
     for which, words in (("own adapters", "An adapter for each slot, which knows the task,"),
-                         ("instruction first", "Plain LoRA that reads the instruction before the media")):  # fmt: skip
+                         ("instruction first", "An adapter that reads the instruction before the media")):  # fmt: skip
         for name, values in result.against_rival.items():
             if kind[name] == which and values["mean_difference"] is not None:
                 verb = {1: "is clearly above", -1: "is clearly below", 0: "is not clearly apart from"}[clear(values)]

@@ -41,6 +41,11 @@ ANSWERING = "import crab.study.predict"
 SCORING = "import crab.study.score, crab.study.segment"
 
 
+def is_rate(value: Any) -> bool:
+    """Whether a value is a learning rate: a number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a grid.
@@ -69,7 +74,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         rate = self.settings.get("learning_rate")
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+        if not is_rate(rate):
             raise ValueError(f"cell {self.name}: learning_rate is {rate!r}; give a number above 0")
         for field, least in (("passes", 1), ("held_out", 0)):
             value = getattr(self, field)

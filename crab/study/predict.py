@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -15,14 +18,16 @@ from transformers.utils.logging import disable_progress_bar
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
 from crab import tasks
-from crab.data.files import aside, read_json
+from crab.data.files import aside, read_json, write_json
 from crab.models import omni
 from crab.study.dataset import Sample, batch, load_base, read_slot
 from crab.study.instruction import instruction_shown
 from crab.study.pool import run_pool
 from crab.study.runs import Run
+from crab.study.train import base_digest, code_digest
 
 WEIGHTS = "adapter_model.safetensors"
+ANSWERED = "answered.json"  # beside a run's answers: what decided them
 
 
 def load_adapter(model, folder: str | Path) -> PeftModel:
@@ -131,12 +136,36 @@ def predict_all(
     max_new_tokens: int = 96,
     workers: int = 2,
 ) -> None:
-    """Predict all runs (run -> adapter folder) in worker processes, the longest first."""
-    jobs = [
-        (run.name, partial(predict_run, run, folder, encoded, base, out, list(slots), batch_size, max_new_tokens))
-        for run, folder in sorted(runs.items(), key=lambda item: -len(item[0].slots(slots)))
-    ]
+    """Predict all runs (run -> adapter folder) in worker processes, the longest first.
+
+    Answers in ``out`` that this adapter, base, data and code gave before stay, so that one killed goes on in the runs it
+    was in, and where only scoring has changed nothing is predicted; answers of runs that are no more are deleted.
+    """
+    out = Path(out)
+    digest = cache(lambda slot: read_slot(encoded, slot, "test").digest)
+    how = [base_digest(base), code_digest("import crab.study.predict"), batch_size, max_new_tokens]
+    jobs = []
+    for run, folder in sorted(runs.items(), key=lambda item: -len(item[0].slots(slots))):
+        of_run = run.slots(slots)
+        adapter = [hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() for name in (WEIGHTS, "adapter_config.json")]
+        what = json.dumps([*how, adapter, [(slot, digest(slot)) for slot in of_run]])
+        key = hashlib.sha256(what.encode()).hexdigest()[:16]
+        marker = out / run.name / ANSWERED
+        if not marker.is_file() or read_json(marker) != {"key": key}:
+            jobs.append((run.name, partial(_predict_marked, key, run, folder, encoded, base, out, of_run, batch_size, max_new_tokens)))
+    names = {run.name for run in runs}
+    for folder in out.iterdir() if out.is_dir() else ():
+        if folder.name not in names:
+            shutil.rmtree(folder)
     run_pool(jobs, workers, "predict")
+
+
+def _predict_marked(key: str, run: Run, adapter: Path, encoded: Any, base: Any, out: Path, *how: Any) -> None:
+    """`predict_run`, and the mark that its answers are whole."""
+    marker = out / run.name / ANSWERED
+    marker.unlink(missing_ok=True)
+    predict_run(run, adapter, encoded, base, out, *how)
+    write_json(marker, {"key": key})
 
 
 def slots_of(found: Mapping[Run, Path]) -> list[str]:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from crab import tasks
 from crab.data import media, records
 from crab.data.files import aside, write_json
+from crab.study.pool import run_pool
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
 from crab.tasks.segmentation import bounding_box, points_inside
@@ -129,8 +129,11 @@ def score_all(
     resamples: int = 2000,
     seed: int = 0,
     segmenter: str = "grabcut",
+    workers: int = 1,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Score every run on its slots.
+
+    Cutting masks is nearly all of the time: about a tenth of a second each with GrabCut.
 
     Args:
         runs: what must be there; a missing prediction file is an error.
@@ -139,22 +142,20 @@ def score_all(
         out: folder for ``scores.csv`` and ``samples.csv``, which `crab.study.transfer` reads.
         metrics: where to write the nested summary for ``dvc metrics show``.
         segmenter: what cuts predicted masks, see `crab.study.segment.segmenter`.
+        workers: processes that share the work.
 
     Returns:
         Score table (`COLUMNS`) and per-sample scores (`SAMPLE_COLUMNS`).
     """
-    rows, samples = [], []
+    _asked.cache_clear()  # the records may be others than at the last call
     pairs = [(run, slot) for slot in slots for run in runs if slot in run.slots(slots)]
-    known: dict[str, tuple] = {}
-    for run, slot in tqdm(pairs, desc="score", mininterval=1):
-        if slot not in known:
-            test, masks = records.read(data, slot, "test"), masks_of(slot, segmenter)
-            known[slot] = test, masks, tasks.chance(slot, test, **masks)
-        test, masks, chance = known[slot]
-        texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
-        of_run, of_samples = score_run(run, slot, test, texts, chance, masks, resamples, seed)
-        rows += of_run
-        samples += of_samples
+    jobs = [
+        (f"{run.name} {slot}", partial(_score_file, run, slot, data, predictions, resamples, seed, segmenter))
+        for run, slot in sorted(pairs, key=lambda pair: not tasks.get_slot(pair[1]).masks)  # the slow ones first
+    ]
+    found = run_pool(jobs, workers, "score")
+    scored = [found[f"{run.name} {slot}"] for run, slot in pairs]
+    rows, samples = [row for part, _ in scored for row in part], [row for _, part in scored for row in part]
     table, tidy = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(samples, columns=SAMPLE_COLUMNS)
     for name, frame in (("scores", table), ("samples", tidy)):
         with aside(Path(out) / f"{name}.csv") as path:
@@ -164,8 +165,22 @@ def score_all(
     return table, tidy
 
 
+@cache
+def _asked(slot: str, data: str | Path, segmenter: str) -> tuple[list[dict], dict, float]:
+    """Test records of a slot, what `crab.tasks.score` needs beside them, and the score of chance: once in each worker."""
+    test, masks = records.read(data, slot, "test"), masks_of(slot, segmenter)
+    return test, masks, tasks.chance(slot, test, **masks)
+
+
+def _score_file(run: Run, slot: str, data, predictions, resamples: int, seed: int, segmenter: str) -> tuple[list[dict], list[dict]]:
+    """`score_run` of the answers in a file. Run in a worker."""
+    test, masks, chance = _asked(slot, data, segmenter)
+    texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
+    return score_run(run, slot, test, texts, chance, masks, resamples, seed)
+
+
 def oracle(
-    data: str | Path, slots: Sequence[str], segmenter: str = "grabcut", resamples: int = 2000, seed: int = 0
+    data: str | Path, slots: Sequence[str], segmenter: str = "grabcut", resamples: int = 2000, seed: int = 0, workers: int = 1
 ) -> pd.DataFrame:
     """Scores of the true answers to the pixel-level slots: masks cut from the true boxes and points.
 
@@ -175,22 +190,29 @@ def oracle(
         data: root that holds ``AVUIE_2``.
         slots: test slots; those not scored on masks are passed over.
         segmenter: see `crab.study.segment.segmenter`.
+        workers: processes that share the work.
 
     Returns:
         One row a slot and metric (`ORACLE_COLUMNS`; the 95 % bootstrap interval only for the primary one).
     """
-    rows = []
-    for slot in (tasks.get_slot(name) for name in slots):
-        if not slot.masks:
-            continue
-        test = records.read(data, slot.name, "test")
-        result = tasks.score(slot, test, {r["id"]: true_answer(slot.name, r) for r in test}, **masks_of(slot.name, segmenter))
-        low, high = interval(bootstrap_means(result["per_sample"], resamples, seed))
-        for metric, value in result["metrics"].items():
-            first = metric == slot.metric
-            row = {"segmenter": segmenter, "slot": slot.name, "metric": metric, "primary": first, "value": float(value)}
-            rows.append({**row, **({"low": low, "high": high} if first else {}), "n_expected": result["n_expected"]})
+    jobs = [
+        (slot, partial(_oracle_of, slot, data, segmenter, resamples, seed)) for slot in slots if tasks.get_slot(slot).masks
+    ]
+    rows = [row for part in run_pool(jobs, workers, "oracle").values() for row in part]
     return pd.DataFrame(rows, columns=ORACLE_COLUMNS)
+
+
+def _oracle_of(name: str, data, segmenter: str, resamples: int, seed: int) -> list[dict]:
+    """Rows of one slot. Run in a worker."""
+    slot, test = tasks.get_slot(name), records.read(data, name, "test")
+    result = tasks.score(name, test, {r["id"]: true_answer(name, r) for r in test}, **masks_of(name, segmenter))
+    low, high = interval(bootstrap_means(result["per_sample"], resamples, seed))
+    rows = []
+    for metric, value in result["metrics"].items():
+        first = metric == slot.metric
+        row = {"segmenter": segmenter, "slot": name, "metric": metric, "primary": first, "value": float(value)}
+        rows.append({**row, **({"low": low, "high": high} if first else {}), "n_expected": result["n_expected"]})
+    return rows
 
 
 def true_answer(slot: str, record: Mapping) -> str:

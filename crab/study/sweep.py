@@ -17,7 +17,7 @@ import pandas as pd
 
 from crab import tasks
 from crab.data.files import write_json
-from crab.study.grid import Cell, run_grid
+from crab.study.grid import Cell, is_rate, run_grid
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import FORMS, SETTINGS, Run
 
@@ -70,8 +70,7 @@ def swept_settings(rows: Sequence[str], forms: Sequence[str]) -> dict[str, str]:
 
 def check_rates(rates: Sequence[float], extend: int) -> list[float]:
     """The rates in ascending order. Raises ValueError when they are no grid, or cannot be extended so often."""
-    fine = all(isinstance(r, int | float) and not isinstance(r, bool) and 0 < r < float("inf") for r in rates)
-    if not rates or not fine or len(set(rates)) != len(rates):
+    if not rates or not all(map(is_rate, rates)) or len(set(rates)) != len(rates):
         raise ValueError(f"sweep.rates: {list(rates)}; give different numbers above 0, or a single one to take it as it is")
     if isinstance(extend, bool) or not isinstance(extend, int) or extend < 0:
         raise ValueError(f"sweep.extend: {extend!r}; give a whole number of at least 0")
@@ -88,7 +87,7 @@ def given_rates(given: Mapping[str, Mapping[str, float]], method: str, rows: Seq
         raise ValueError(f"sweep.given: {method} has no row {spare[0]!r}; its rows are {', '.join(rows)} (methods.{method}.runs)")
     for row in rows:
         rate = found[row]
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+        if not is_rate(rate):
             raise ValueError(f"sweep.given: {method}, {row}: {rate!r}; give a number above 0")
     return {row: float(found[row]) for row in rows}
 

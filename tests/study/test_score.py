@@ -67,14 +67,29 @@ def test_scoring_twice_writes_the_same_bytes(world):
     assert first == {p.name: p.read_bytes() for p in (world / "out").iterdir()}
 
 
+def test_workers_write_the_same_bytes_and_records_are_read_anew(world):
+    runs = [RUN, Run("single", "lora", "bare", "ks", 1)]
+    file = world / "predictions" / runs[1].name / "ks.jsonl"
+    file.parent.mkdir()
+    file.write_bytes((world / "predictions" / RUN.name / "ks.jsonl").read_bytes())
+    go(world, runs)
+    first = {p.name: p.read_bytes() for p in (world / "out").iterdir()}
+    score.score_all(runs, ["ks"], world, world / "predictions", world / "out", workers=2)
+    assert first == {p.name: p.read_bytes() for p in (world / "out").iterdir()}
+    path = world / tasks.json_path(tasks.get_slot("ks"), "test")
+    path.write_text(path.read_text().replace("ringing", "drumming"))
+    table, _ = go(world, runs)
+    assert table["value"].tolist() == [0.5, 0.5] and table["chance"].tolist() == [1, 1]
+
+
 def test_missing_prediction_raises(world):
     write(world, ["<answer>ringing</answer>"] * 3)
-    with pytest.raises(ValueError, match="single-lora-bare-ks.*ks/test/00003"):
+    with pytest.raises(RuntimeError, match="single-lora-bare-ks.*ks/test/00003"):
         go(world)
 
 
 def test_missing_file_raises(world):
-    with pytest.raises(ValueError, match="joint-lora-bare.*ks.jsonl.*no such prediction file"):
+    with pytest.raises(RuntimeError, match="joint-lora-bare.*ks.jsonl.*no such prediction file"):
         go(world, [RUN, Run("joint", "lora", "bare")])
 
 
@@ -84,14 +99,14 @@ def test_missing_file_raises(world):
 )
 def test_bad_line_is_named(world, line, message):
     (world / "predictions" / RUN.name / "ks.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         go(world)
 
 
 @pytest.mark.parametrize("line", [b'{"id": "a", "slot": "ks", "text": "\xff"}', b"[" * 100_000, b"[]", b"3"])
 def test_a_line_that_is_no_json_object_is_named(world, line):
     (world / "predictions" / RUN.name / "ks.jsonl").write_bytes(line + b"\n")
-    with pytest.raises(ValueError, match="ks.jsonl:1: expected"):
+    with pytest.raises(RuntimeError, match="ks.jsonl:1: expected"):
         go(world)
 
 
@@ -107,10 +122,10 @@ def test_predictions_of_other_scripts_may_stand_unescaped(world):
 
 def test_double_and_foreign_ids(world):
     write(world, ["x", "y"], ["a", "a"])
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(RuntimeError, match="twice"):
         go(world)
     write(world, ["x"] * 5, [f"ks/test/{i:05d}" for i in range(4)] + ["other"])
-    with pytest.raises(ValueError, match="other"):
+    with pytest.raises(RuntimeError, match="other"):
         go(world)
 
 

@@ -127,6 +127,30 @@ def test_learns_and_predicts(encoded, base, tmp_path):
     assert right >= 6
 
 
+def test_answers_are_kept_by_what_decided_them(encoded, base, tmp_path):
+    runs = [Run("single", "lora", "bare", slot) for slot in SLOTS]
+    section, rates = {"r": 2, "lora_alpha": 4}, {"single-bare": 1e-3}
+    train.train_all(runs, section, rates, encoded, base, tmp_path / "out", tmp_path / "work", SLOTS, 1, 8, workers=1)
+    found, texts = predict.find_runs({"lora": tmp_path / "out"}), tmp_path / "texts"
+
+    def go_on(found, tokens=4):
+        predict.predict_all(found, encoded, base, texts, SLOTS, 3, tokens, workers=1)
+        return {run.slot: (texts / run.name / f"{run.slot}.jsonl").stat().st_mtime_ns for run in found}
+
+    first = go_on(found)
+    assert go_on(found) == first
+    killed, whole = SLOTS[:2]
+    (texts / f"single-lora-bare-{killed}" / predict.ANSWERED).unlink()
+    (texts / f"single-lora-bare-{killed}" / f"{killed}.jsonl").write_text("")
+    second = go_on(found)
+    assert second[killed] != first[killed] and second[whole] == first[whole]
+    assert (texts / f"single-lora-bare-{killed}" / f"{killed}.jsonl").read_text()
+    third = go_on(found, tokens=5)
+    assert not set(third.values()) & set(second.values())
+    go_on({run: folder for run, folder in found.items() if run.slot == whole})
+    assert [folder.name for folder in texts.iterdir()] == [f"single-lora-bare-{whole}"]
+
+
 def test_routers_that_read_the_instruction_train_and_answer(encoded, base, tmp_path, monkeypatch):
     section = ILORA | {"router_input": "instruction", "router_init_std": 0.5}
     folder = go(JOINT, section, encoded, base, tmp_path, passes=1, precision="bf16")

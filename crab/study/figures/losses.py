@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,18 +14,19 @@ from crab.study.figures.style import save, subplots
 
 
 def loss_curves(records: Sequence[Mapping], path: str | Path) -> Figure:
-    """Loss per answer token against passes over the data, one line a run.
+    """Loss per answer token against passes over the data: a line a run, the mean and range of its seeds.
 
     Args:
         records: runs' records (``run.json``), with keys run, loss, steps and passes.
     """
     rows = [
-        {"run": r["run"], "passes": step / r["steps"] * r["passes"], "loss": loss}
+        {"run": re.sub(r"-seed\d+$", "", r["run"]), "passes": step / r["steps"] * r["passes"], "loss": loss}
         for r in records
         for step, loss in r["loss"]
     ]
     figure, axes = subplots(figsize=(8, 4.5))
-    sns.lineplot(pd.DataFrame(rows, columns=["run", "passes", "loss"]), x="passes", y="loss", hue="run", ax=axes)
+    table = pd.DataFrame(rows, columns=["run", "passes", "loss"])
+    sns.lineplot(table, x="passes", y="loss", hue="run", errorbar=("pi", 100), ax=axes)
     axes.set(
         title="Training loss", xlabel="passes over the samples", ylabel="cross-entropy per answer token (nats)", yscale="log"
     )
