@@ -68,23 +68,27 @@ def project(x, read, weight, bias, A, R, B, setting):
     """Forward: y [T, out], A x^T [rows of A, T], R x^T [num_heads, T] and, with dropout, 1 for each element kept."""
     y = F.linear(x, weight, bias)
     dtype, mask = setting.dtype, None
-    columns = x.t() if x.dtype == dtype or read is None else read.t()
-    columns = columns.to(dtype)
+    columns = _cast(x if x.dtype == dtype or read is None else read, dtype).t()
     if not setting.dropout and setting.router_dtype == dtype and x.shape[0] > A.shape[0]:
         small = torch.cat((A, R)) @ columns
         z, logits = small[:A.shape[0]], small[A.shape[0]:]
     else:  # also for few tokens, as in decoding: reading A and R is the cost there, so do not copy them first
         read = x if read is None else read
-        logits = R.to(setting.router_dtype) @ read.to(setting.router_dtype).t()
+        logits = _cast(R, setting.router_dtype) @ _cast(read, setting.router_dtype).t()
         if setting.dropout:  # the draws of F.dropout on a CPU; bytes, since they multiply faster than bools
             mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - setting.dropout)
             columns = columns * mask.to(dtype).t()
-        z = A.to(dtype) @ columns
+        z = _cast(A, dtype) @ columns
         if setting.dropout:
             z = z / (1 - setting.dropout)
     by_head, weights = _gates(z, logits, B, setting.router)
-    _accumulate(y, (weights.to(dtype) * by_head).flatten(0, 1).t(), B.to(dtype).t(), setting.scaling)
+    _accumulate(y, (_cast(weights, dtype) * by_head).flatten(0, 1).t(), _cast(B, dtype).t(), setting.scaling)
     return y, z, logits, mask
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, which for a tensor that is of it already costs as much as multiplying a few tokens."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):

@@ -148,7 +148,8 @@ class Linear(nn.Module, ILoraLayer):
         self.update_layer(adapter_name, r, lora_alpha, config, shared_routers)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.ilora_A]
+        held = self._modules["ilora_A"]._modules  # plain dictionaries: in decoding look-ups cost as much as the arithmetic
+        names = [] if self._disable_adapters else [name for name in self.active_adapters if name in held]
         if len(names) == 1 and not args and not kwargs:
             tensors = self._fusible(names[0], x)
             if tensors is not None:
@@ -167,7 +168,7 @@ class Linear(nn.Module, ILoraLayer):
         """
         if not self.fused or name in self.fixed_routing or self.router_input[name] != "token" or not _is_eager():
             return None
-        own = self._modules  # the plain dictionaries: in decoding these look-ups cost as much as the arithmetic
+        own = self._modules
         base, down, up, router, dropout = own["base_layer"], *(
             own[part]._modules[name] for part in ("ilora_A", "ilora_B", "ilora_router", "ilora_dropout"))
         if type(router) is SharedRouter and _untouched(router):
@@ -260,7 +261,8 @@ class Linear(nn.Module, ILoraLayer):
         """Raise if the routing logits, or the weights made of them, hold NaN or infinite values."""
         if self.check_routing is None and values.device.type != "cpu" or type(values) is not torch.Tensor:
             return
-        if math.isfinite(values.sum(dtype=torch.float32).item()):
+        total = values.sum() if values.dtype == torch.float32 else values.sum(dtype=torch.float32)
+        if math.isfinite(total.item()):
             return
         if torch.isfinite(values).all():  # large, but each of them finite
             return

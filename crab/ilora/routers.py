@@ -34,7 +34,7 @@ class TokenRouter(nn.Linear):
 
     def weigh(self, logits: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Weights of the logits R x, of the same shape, float32 or wider; the heads lie along `dim`."""
-        if logits.dtype.itemsize < 4:
+        if logits.dtype != torch.float32 and logits.dtype.itemsize < 4:
             logits = logits.float()
         if self.temperature != 1:
             logits = logits / self.temperature
