@@ -136,7 +136,7 @@ def score_all(
     Cutting masks is nearly all of the time: about a tenth of a second each with GrabCut.
 
     Args:
-        runs: what must be there; a missing prediction file is an error.
+        runs: what must be there.
         slots: test slots of the joint runs.
         data: root that holds ``AVUIE_2``.
         out: folder for ``scores.csv`` and ``samples.csv``, which `crab.study.transfer` reads.
@@ -146,6 +146,9 @@ def score_all(
 
     Returns:
         Score table (`COLUMNS`) and per-sample scores (`SAMPLE_COLUMNS`).
+
+    Raises:
+        RuntimeError: naming run and slot, on predictions that are missing or malformed.
     """
     _asked.cache_clear()  # the records may be others than at the last call
     pairs = [(run, slot) for slot in slots for run in runs if slot in run.slots(slots)]
