@@ -45,12 +45,12 @@ def variant_bars(rows: pd.DataFrame, baseline: str, against_baseline: Mapping, a
             axes[2].barh(place, -summary["loss"], color=VERDICTS["loss"])
     for panel in axes:
         panel.axvline(0, color="black", linewidth=1)
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=panel is axes[2]))
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].set(title=f"Less {baseline}", xlabel="difference in score")
     axes[1].set(title="Less plain joint LoRA of its size", xlabel="difference in score")
     axes[2].set(title="... slot by slot", xlabel="slots that lose (left), gain (right)")
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     for kind, colour in COLOURS.items():
         if kind in set(rows["kind"]):
             axes[0].scatter([], [], color=colour, label=kind)
