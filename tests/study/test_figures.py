@@ -60,7 +60,7 @@ HEADS = pd.DataFrame(
     [(f"layers.{k}.mlp.up_proj", 0, 1, 0.2, 0.3, 0.1) for k in (0, 1)],
     columns=["module", "one", "other", "cosine", "overlap", "overlap_by_chance"],
 )
-LOSSES = [{"run": "a", "steps": 10, "passes": 2, "loss": [[5, 1.0], [10, 0.5]]}]
+LOSSES = [{"run": "single-lora-bare-ks", "steps": 10, "passes": 2, "loss": [[5, 1.0], [10, 0.5]]}]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from crab.study.figures.style import save, subplots
+from crab.study.runs import Run
 
 
 def loss_curves(records: Sequence[Mapping], path: str | Path) -> Figure:
@@ -20,7 +21,7 @@ def loss_curves(records: Sequence[Mapping], path: str | Path) -> Figure:
         records: runs' records (``run.json``), with keys run, loss, steps and passes.
     """
     rows = [
-        {"run": re.sub(r"-seed\d+$", "", r["run"]), "passes": step / r["steps"] * r["passes"], "loss": loss}
+        {"run": replace(Run.parse(r["run"]), seed=0).name, "passes": step / r["steps"] * r["passes"], "loss": loss}
         for r in records
         for step, loss in r["loss"]
     ]
