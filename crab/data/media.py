@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import av
@@ -26,6 +26,7 @@ from crab.data.files import aside
 
 SIZE = 224  # side of every frame, image and mask, pixels
 RATE = 16_000  # sample rate of every sound handed to a model, Hz
+_SAME_TIME = 1e-9  # seconds that rounding may part two equal time stamps by
 
 # Measured on 10 s clips of the generated world at 2 frames/s: 9 kB in 20 ms, at the PSNR (37 dB and more) that 4:2:0
 # chroma leaves at any preset; veryfast takes 6.6 kB in 26 ms, ultrafast 14 kB in 17 ms.
@@ -58,47 +59,89 @@ def read_video(path: str | os.PathLike, frames: int, threads: int = 1) -> tuple[
     Returns (uint8 [frames, 224, 224, 3] RGB, float64 [frames] seconds from the clip's start).  The seconds are the
     presentation times of the frames taken, not the middles asked for.  A clip with fewer frames repeats some.
     Raises MediaError for a missing, truncated or undecodable file, and for one without a video stream.
+
+    Of an H.264 clip what is neither taken nor needed to decode what is taken is skipped: about half of its frames.
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}; ask for at least 1")
     path = _existing(path)
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(path, "has no video stream", "give a file with pictures, or read it with read_audio")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = threads
-            start, length = span(path, container, stream)
-            middles = (np.arange(frames) + 0.5) * length / frames
-            return _on_display(path, container, stream, start, middles)
+        for way in ("skip", "own", "counted"):
+            found = _sampled(path, frames, threads, way)
+            if found is not None:
+                return found
     except (av.error.FFmpegError, EOFError) as error:
         raise MediaError(path, f"cannot be decoded as video ({_reason(error)})", "the file is truncated or not a "
                          "video: copy or build it again") from error
 
 
+def _sampled(path: Path, frames: int, threads: int, way: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """`read_video` in one way, or None where that cannot be relied on.
+
+    ``skip``: no frame is decoded that is neither taken nor needed for what is; this trusts packets to have the time stamps of
+    the frames they hold. ``own``: all are, and have their own time stamps. ``counted``: all are, and the n-th has the n-th time
+    stamp of the packets; it comes last, for files whose frames seem to go back in time (H.264 in avi).
+    """
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise MediaError(path, "has no video stream", "give a file with pictures, or read it with read_audio")
+        stream = container.streams.video[0]
+        if way == "skip" and stream.codec_context.name != "h264":  # others do not say for sure whether a frame is needed
+            return None
+        stream.codec_context.thread_count = threads
+        stamps, end = _stamps(path, container, stream)
+        times = np.array([float((stamp - stamps[0]) * stream.time_base) for stamp in stamps])
+        middles = (np.arange(frames) + 0.5) * float((end - stamps[0]) * stream.time_base) / frames
+        places = np.searchsorted(times, middles + _SAME_TIME, "right") - 1
+        decoded = _decoded(container, stream, {stamps[place] for place in places} if way == "skip" else None)
+        if way == "counted":
+            timed = zip(chain(times, repeat(times[-1])), decoded)
+        else:
+            timed = ((float((f.pts - stamps[0]) * stream.time_base), f) for f in decoded if f.pts is not None)
+        pictures, seconds, backwards = _on_display(path, timed, middles)
+    if way == "skip" and not np.allclose(seconds, times[places], atol=_SAME_TIME) or way == "own" and backwards:
+        return None
+    return pictures, seconds
+
+
 def span(path: Path, container, stream) -> tuple[float, float]:
-    """(time stamp of the first frame, length), both in seconds, from the packets' own time stamps.
+    """(time stamp of the first frame, length), both in seconds, from the packets' own time stamps."""
+    stamps, end = _stamps(path, container, stream)
+    return float(stamps[0] * stream.time_base), float((end - stamps[0]) * stream.time_base)
+
+
+def _stamps(path: Path, container, stream) -> tuple[list[int], int]:
+    """(time stamps of the frames, ascending; when the last one ends), in the stream's ticks, from its packets.
 
     Headers are not to be trusted with this: mp4 muxers sum up durations in decoding order, avi has no length for a
     stream.  Walking the packets decodes nothing and costs a few percent of decoding.
     """
     packets = [(p.dts if p.pts is None else p.pts, p.duration or 0) for p in container.demux(stream) if p.size]
-    stamps = [(stamp, duration) for stamp, duration in packets if stamp is not None]
+    stamps = sorted((stamp, duration) for stamp, duration in packets if stamp is not None)
     if not stamps:
         raise MediaError(path, "has a video stream without frames", "copy or build it again")
     # An index at the front of the file survives a cut: what it promises must also be there. Avi counts ticks, skipped ones too.
-    found = max(stamps)[0] + 1 if container.format.name == "avi" else len(packets)
+    found = stamps[-1][0] + 1 if container.format.name == "avi" else len(packets)
     if stream.frames and found < stream.frames:
         raise MediaError(path, f"is truncated: {found} of {stream.frames} frames are there",
                          "copy or build it again")
     container.seek(0)
-    first, (last, duration) = min(stamps)[0], max(stamps)
-    return float(first * stream.time_base), float((last + duration - first) * stream.time_base)
+    return [stamp for stamp, _ in stamps], sum(stamps[-1])
 
 
-def _on_display(path, container, stream, start, middles) -> tuple[np.ndarray, np.ndarray]:
-    """For each of the ascending `middles` the last frame that begins at or before it."""
-    pictures, times, current = [], [], None
+def _decoded(container, stream, wanted: set[int] | None) -> Iterator:
+    """The stream's frames; but where `wanted` is given, no frame of another time stamp on which no other hangs."""
+    for packet in container.demux(stream):
+        stream.codec_context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
+        yield from packet.decode()
+
+
+def _on_display(path, timed, middles) -> tuple[np.ndarray, np.ndarray, bool]:
+    """For each of the ascending `middles` the last of the frames (seconds, frame) that begins at or before it.
+
+    Returns pictures, their seconds, and whether any frame's time was before that of the one ahead of it.
+    """
+    pictures, times, current, began, backwards = [], [], None, 0.0, False
 
     def settle(before: float) -> None:
         """Take the current frame for every middle that ends its display."""
@@ -106,20 +149,19 @@ def _on_display(path, container, stream, start, middles) -> tuple[np.ndarray, np
         while len(times) < len(middles) and middles[len(times)] < before:
             picture = current.to_ndarray(format="rgb24", width=SIZE, height=SIZE) if picture is None else picture
             pictures.append(picture)
-            times.append(current.time - start)
+            times.append(began)
 
-    for frame in container.decode(stream):
-        if frame.time is None:
-            continue
+    for second, frame in timed:
         if current is not None:
-            settle(frame.time - start - 1e-9)
-        current = frame
+            settle(second - _SAME_TIME)
+            backwards |= second < began - _SAME_TIME
+        current, began = frame, second
         if len(times) == len(middles):
             break
     if current is None:
         raise MediaError(path, "has a video stream without frames that decode", "copy or build it again")
     settle(float("inf"))
-    return np.stack(pictures), np.asarray(times, dtype=np.float64)
+    return np.stack(pictures), np.asarray(times, dtype=np.float64), backwards
 
 
 def read_audio(path: str | os.PathLike, start: float | None = None, end: float | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,13 @@ from crab.study.train import CPU_BF16
 Step = Callable[[int], Iterator[None]]
 
 #: part: layer, model or data; where: the sizes; ratio: its name; value, with a 95 % interval from low to high;
-#: roofline: the value if every operation of I-LoRA ran at the machine's own speed, where that is known
+#: roofline: the value if every operation of I-LoRA ran at the machine's own speed (of data: as PyAV's), where that is known
 RATIO = ["part", "device", "dtype", "where", "ratio", "value", "low", "high", "roofline"]
 
 
 def interleaved(
-    steps: Mapping[str, Step], seconds: float, device: str = "cpu", least: int = 5, most: int = 2000, by_wall: bool = False
-) -> dict[str, np.ndarray]:
+    steps: Mapping[Hashable, Step], seconds: float, device: str = "cpu", least: int = 5, most: int = 2000, by_wall: bool = False
+) -> dict[Hashable, np.ndarray]:
     """Time contenders in turn, one of each a repetition and each time another one first, so that drift hits all alike.
 
     Args:
@@ -80,7 +80,7 @@ def quartiles(seconds: np.ndarray) -> dict[str, float]:
     return {"seconds": middle, "q1": low, "q3": high, "repetitions": len(seconds)}
 
 
-def quotient(above: str, below: str) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+def quotient(above: Hashable, below: Hashable) -> Callable[[Mapping[Hashable, np.ndarray]], np.ndarray]:
     """The median over repetitions (last axis) of one contender's time over another's in the same repetition."""
     return lambda times: np.median(times[above] / times[below], axis=-1)
 
@@ -184,6 +184,7 @@ TARGETS = (
     Target("train", "training step of the model: I-LoRA / LoRA", "model", "train_ilora_over_lora", 1.15),
     Target("decode", "greedy decoding of the model: I-LoRA / LoRA", "model", "decode_ilora_over_lora", 1.15),
     Target("prepare", "preparing a sample / decoding it", "data", "prepare_over_decode", 1.0),
+    Target("scale", "decoding and preparing, two workers: one worker / two", "data", "workers_2_over_1", 1.7, True),
     Target("read", "decoding and preparing / PyAV decoding every frame", "data", "both_over_pyav", 1.05),
 )  # fmt: skip
 

@@ -5,7 +5,8 @@ Generated clips have few small frames; a clip as cameras make them, drawn here, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,19 +26,21 @@ from crab.study.encode import load_media
 PYAV, DECODE, PREPARE, BOTH = "PyAV, every frame", "decode", "prepare", "decode and prepare"
 
 
-class Prepared(Dataset):
-    """Records of a slot as the processor leaves them: frames decoded, patches, mel features and tokens made."""
+class Done(Dataset):
+    """Records of which a worker does something and keeps what it makes, as those of the encode stage do; it hands over a number.
 
-    def __init__(self, found: Sequence[Mapping], slot: str, processor):
-        self.found, self.slot, self.processor = found, slot, processor
+    Args:
+        work: record -> number.
+    """
+
+    def __init__(self, found: Sequence[Mapping], work: Callable[[Mapping], int]):
+        self.found, self.work = found, work
 
     def __len__(self) -> int:
         return len(self.found)
 
-    def __getitem__(self, index: int) -> dict:
-        record = self.found[index]
-        items = load_media(record, tasks.get_slot(self.slot).frames)
-        return dict(omni.prepare(self.processor, items, tasks.instruction(self.slot, record)))
+    def __getitem__(self, index: int) -> int:
+        return self.work(self.found[index])
 
 
 def decode_alone(record: Mapping) -> int:
@@ -49,6 +52,12 @@ def decode_alone(record: Mapping) -> int:
             stream.codec_context.thread_count = 1
             count += sum(1 for _ in container.decode(stream))
     return count
+
+
+def prepare_alone(slot: str, processor, record: Mapping) -> int:
+    """Decode and prepare a record: patches, mel features and tokens; returns the number of tokens."""
+    items = load_media(record, tasks.get_slot(slot).frames)
+    return omni.prepare(processor, items, tasks.instruction(slot, record))["input_ids"].shape[-1]
 
 
 def filmed(folder: str | Path, like: Mapping, fps: int, width: int, height: int, seconds: int = 10) -> dict:
@@ -72,11 +81,12 @@ def data_costs(
         base: folder whose processor prepares. root: holds ``AVUIE_2``.
         samples: at least 2, repeated for as long as there is time.
         clip: fps, width and height of the clip as cameras make them.
-        workers: numbers of worker processes to compare; each hands its tensors to this process, as in training.
+        workers: numbers of worker processes to compare.
         seconds: of repetitions, for each of the generated clips, the filmed one and the workers.
 
     Returns:
-        Costs, a row a part of one sample, alone or in so many workers; and ratios.
+        Costs, a row a part of one sample, alone or in so many workers; and ratios. The roofline of what more workers gain is
+        what PyAV alone gains: where the cores share something, no one else's work is faster for it either.
 
     Raises:
         ValueError: when the slot has fewer samples.
@@ -98,11 +108,13 @@ def data_costs(
             pairs = {"prepare_over_decode": (PREPARE, DECODE), "decode_over_pyav": (DECODE, PYAV), "both_over_pyav": (BOTH, PYAV)}
             ratios += [{"where": where, "ratio": name, **estimate(quotient(*pair), one)} for name, pair in pairs.items()]
     where = next(iter(kinds))
-    rest = _through_workers(Prepared(found, slot, processor), workers, seconds)
-    costs += [{"clips": where, "part": BOTH, "workers": int(count), **quartiles(t)} for count, t in rest.items()]
-    few, many = str(min(workers)), str(max(workers))
-    ratios.append({"where": where, "ratio": f"workers_{many}_over_{few}", **estimate(quotient(few, many), rest)})
-    return pd.DataFrame(costs), pd.DataFrame(ratios).assign(part="data", device="cpu", dtype="", roofline=np.nan)[RATIO]
+    of_work = {PYAV: decode_alone, BOTH: partial(prepare_alone, slot, processor)}
+    times = _through_workers({name: Done(found, work) for name, work in of_work.items()}, workers, seconds)
+    costs += [{"clips": where, "part": name, "workers": count, **quartiles(t)} for (name, count), t in times.items()]
+    few, many = min(workers), max(workers)
+    gain = {name: estimate(quotient((name, few), (name, many)), times) for name in of_work}
+    ratios.append({"where": where, "ratio": f"workers_{many}_over_{few}", **gain[BOTH], "roofline": gain[PYAV]["value"]})
+    return pd.DataFrame(costs), pd.DataFrame(ratios).assign(part="data", device="cpu", dtype="").reindex(columns=RATIO)
 
 
 def _parts(chosen: Sequence[Mapping], slot: str, frames: int, processor, seconds: float) -> dict[str, np.ndarray]:
@@ -124,22 +136,22 @@ def _parts(chosen: Sequence[Mapping], slot: str, frames: int, processor, seconds
     return {PYAV: times[PYAV][0], DECODE: decode, PREPARE: prepare, BOTH: decode + prepare}
 
 
-def _through_workers(samples: Prepared, workers: Sequence[int], seconds: float) -> dict[str, np.ndarray]:
-    """Seconds a sample [repetitions] by number of workers, from the first sample on: starting them is not counted."""
+def _through_workers(work: Mapping[str, Done], workers: Sequence[int], seconds: float) -> dict[tuple[str, int], np.ndarray]:
+    """Seconds a sample [repetitions] by work and number of workers, which run from the warm-up on: starting is not counted."""
 
-    def epoch(count: int):
+    def epoch(samples: Done, count: int):
+        loader = DataLoader(samples, batch_size=None, num_workers=count, persistent_workers=True)
+
         def step(_: int):
-            rest = iter(DataLoader(samples, batch_size=None, num_workers=count))
-            next(rest)
-            yield
-            for _ in rest:
+            for _ in loader:
                 pass
             yield
 
         return step
 
-    times = interleaved({str(count): epoch(count) for count in workers}, seconds, least=3, by_wall=True)
-    return {count: t[1] / (len(samples) - 1) for count, t in times.items()}
+    steps = {(name, count): epoch(samples, count) for name, samples in work.items() for count in workers}
+    times = interleaved(steps, seconds, least=3, by_wall=True)
+    return {(name, count): t[0] / len(work[name]) for (name, count), t in times.items()}
 
 
 def data_table(costs: pd.DataFrame) -> pd.DataFrame:

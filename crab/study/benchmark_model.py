@@ -6,22 +6,28 @@ import copy
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from crab import tasks
 from crab.data import records
 from crab.ilora import ILoraConfig
+from crab.ilora.layer import Linear
 from crab.models import omni
 from crab.study.benchmark import RATIO, estimate, formats, interleaved, quartiles, quotient
 from crab.study.dataset import batch, load_base
 from crab.study.encode import load_media
 
 METHODS = ("LoRA", "I-LoRA")
+#: I-LoRA's operations on a few tokens and nothing else: the least that decoding with it costs in torch, operation by operation
+FLOOR = "I-LoRA, operations alone"
 _PARTS = ("forward", "backward", "optimizer")
 
 
@@ -33,12 +39,38 @@ def adapted(base, rank: int, heads: int) -> dict:
     }
     models = {}
     for name, config in configs.items():
-        shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
         with warnings.catch_warnings():  # PEFT asks transformers by a name that is to go
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            models[name] = get_peft_model(copy.deepcopy(base, shared), config)
+            models[name] = get_peft_model(_sharing(base), config)
         models[name].generation_config.eos_token_id = None  # both write as many tokens as they may
     return models
+
+
+def _sharing(model):
+    """A copy whose parameters and buffers are the model's own."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def operations_alone(model):
+    """A copy of an I-LoRA model with nothing but the formula in each adapted layer: for inference in float32 only.
+
+    No choice of adapter, no hooks, dtypes, observers or checks; [A; R] is stacked beforehand.
+    """
+    model = _sharing(model)
+    for layer in [m for m in model.modules() if isinstance(m, Linear)]:
+        (name,) = layer.active_adapters
+        A, R, B = (part[name].weight for part in (layer.ilora_A, layer.ilora_router, layer.ilora_B))
+        base = layer.get_base_layer()
+        stacked = torch.cat((A, R)).detach()
+        layer.forward = partial(_formula, base.weight, base.bias, stacked, B.detach().t(), len(A), layer.scaling[name])
+    return model
+
+
+def _formula(weight, bias, stacked, B, r: int, scaling: float, x: torch.Tensor) -> torch.Tensor:
+    flat = x.view(-1, x.shape[-1])
+    y, small = F.linear(flat, weight, bias), stacked @ flat.t()
+    routed = small[r:].softmax(0).unsqueeze(1) * small[:r]
+    return y.addmm_(routed.flatten(0, 1).t(), B, alpha=scaling).view(*x.shape[:-1], -1)
 
 
 def model_costs(
@@ -54,7 +86,8 @@ def model_costs(
         seconds: of repetitions, for each of training and decoding.
 
     Returns:
-        Costs, a row a number format, method and part, with medians and quartiles; and ratios.
+        Costs, a row a number format, method and part, with medians and quartiles; and ratios, whose roofline in decoding is
+        that of `FLOOR`, in float32.
     """
     model, processor = load_base(base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,20 +134,23 @@ def model_costs(
 
         about = {"device": device, "dtype": dtype}
         where = f"batch {len(found)} x {asked['input_ids'].shape[1]} tokens, r {rank}, N {heads}"
-        for name, work, parts in (("train", train, _PARTS), ("decode", decode, ("decoding",))):
-            times = interleaved({method: work(m) for method, m in models.items()}, seconds, device)
+        floor = {FLOOR: operations_alone(models["I-LoRA"])} if precision == torch.float32 else {}
+        for name, work, parts, held in (("train", train, _PARTS, models), ("decode", decode, ("decoding",), models | floor)):
+            times = interleaved({method: work(m) for method, m in held.items()}, seconds, device)
             for method, taken in times.items():
                 costs += [{**about, "method": method, "part": p, **quartiles(t)} for p, t in zip(parts, taken, strict=True)]
             whole = {method: taken.sum(0) for method, taken in times.items()}
             ratio = {"ratio": f"{name}_ilora_over_lora", **estimate(quotient("I-LoRA", "LoRA"), whole)}
-            ratios.append({"part": "model", "where": where, **about, **ratio})
+            least = float(quotient(FLOOR, "LoRA")(whole)) if FLOOR in whole else np.nan
+            ratios.append({"part": "model", "where": where, **about, **ratio, "roofline": least})
     return pd.DataFrame(costs), pd.DataFrame(ratios, columns=RATIO)
 
 
 def model_table(costs: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
     """Milliseconds of each part by method, a row a number format, and the ratios of training and decoding."""
     table = (1000 * costs.pivot(index=["device", "dtype"], columns=["part", "method"], values="seconds")).round(1)
-    table = table[[(part, method) for part in (*_PARTS, "decoding") for method in METHODS]]
+    decoding = [("decoding", method) for method in (*METHODS, FLOOR) if ("decoding", method) in table]
+    table = table[[(part, method) for part in _PARTS for method in METHODS] + decoding]
     for name in ("train", "decode"):
         part = ratios[ratios["ratio"] == f"{name}_ilora_over_lora"].set_index(["device", "dtype"])
         said = [f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for r in part.itertuples()]

@@ -85,6 +85,60 @@ def test_an_avi_without_presentation_times(tmp_path):
     assert psnr(read, frames[2::4]) > 25
 
 
+def filmed(path, count, codec="libx264", **options):
+    """A clip of `count` frames of moving blocks, 30 a second."""
+    scene = blocks(1, 64)[0]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(scene, 3 * i, 1), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name, options", [
+    ("v.mp4", {"bf": "3"}),
+    ("v.mp4", {"bf": "0"}),
+    ("v.mp4", {"bf": "8", "x264-params": "b-pyramid=strict:b-adapt=0:keyint=20:open-gop=1"}),
+    ("v.mp4", {"bf": "3", "flags": "+ildct+ilme", "x264-params": "tff=1"}),
+    ("v.mkv", {"bf": "3"}),  # time stamps in milliseconds
+    ("v.ts", {"bf": "3"}),  # first time stamp not 0
+    ("v.avi", {"bf": "3"}),  # its frames seem to go back in time
+    ("v.mp4", {"codec": "mpeg4", "bf": "2"}),
+    ("v.webm", {"codec": "libvpx-vp9", "deadline": "realtime"}),
+])
+@pytest.mark.parametrize("count, frames", [(90, 10), (47, 7), (5, 8), (1, 2)])
+def test_frames_that_are_skipped_change_nothing(tmp_path, name, options, count, frames):
+    path = filmed(tmp_path / name, count, **options)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        packets = [(p.dts if p.pts is None else p.pts, p.duration) for p in container.demux(stream) if p.size]
+        container.seek(0)
+        pictures = [f.to_ndarray(format="rgb24", width=224, height=224) for f in container.decode(stream)]
+        begin, *_, (last, length) = sorted(packets) if count > 1 else 2 * packets
+        seconds = [float((stamp - begin[0]) * stream.time_base) for stamp, _ in sorted(packets)]
+        end = float((last + length - begin[0]) * stream.time_base)
+    shown = [sum(s <= (i + 0.5) * end / frames + 1e-9 for s in seconds) - 1 for i in range(frames)]
+    read, times = media.read_video(path, frames)
+    np.testing.assert_allclose(times, [seconds[n] for n in shown], atol=1e-9)
+    assert len(pictures) == count and (read == np.stack([pictures[n] for n in shown])).all()
+
+
+def test_frames_that_nothing_hangs_on_are_not_decoded(tmp_path, monkeypatch):
+    decoded, count = [], media._decoded
+    monkeypatch.setattr(media, "_decoded", lambda *a: (decoded.append(f.pts) or f for f in count(*a)))
+    media.read_video(filmed(tmp_path / "v.mp4", 90, bf="3"), 5)
+    assert len(decoded) < 60
+    # packets whose time stamps are not those of the frames they hold: all frames are decoded, none is missed
+    stamps = media._stamps
+    monkeypatch.setattr(media, "_stamps", lambda *a: ([s + 1 for s in stamps(*a)[0]], stamps(*a)[1] + 1))
+    decoded.clear()
+    media.read_video(tmp_path / "v.mp4", 5)
+    assert len(set(decoded)) > 80  # up to the last one taken
+
+
 def test_a_clip_with_too_few_frames_repeats_some(tmp_path):
     media.write_video(tmp_path / "v.mp4", blocks(2), 1)
     read, times = media.read_video(tmp_path / "v.mp4", 4)

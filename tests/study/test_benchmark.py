@@ -299,9 +299,10 @@ def test_data_costs(base, clips, monkeypatch):
     monkeypatch.setattr(benchmark_data.tasks, "instruction", lambda slot, record: "which action ?")
     clip = {"fps": 2, "width": 32, "height": 32}
     costs, ratios = benchmark_data.data_costs(base, "root", "ave", 3, clip, [1, 2], seconds=0)
-    assert (costs["seconds"] > 0).all() and len(costs) == 2 * 4 + 2
+    assert (costs["seconds"] > 0).all() and len(costs) == 2 * 4 + 2 * 2
     assert set(ratios["ratio"]) == {"prepare_over_decode", "decode_over_pyav", "both_over_pyav", "workers_2_over_1"}
-    assert benchmark_data.data_table(costs)["workers"].tolist() == ["none"] * 8 + ["1", "2"]
+    assert benchmark_data.data_table(costs)["workers"].tolist() == ["none"] * 8 + ["1", "2"] * 2
+    assert ratios.set_index("ratio")["roofline"].notna().to_dict() == {name: name.startswith("workers") for name in ratios["ratio"]}
     with pytest.raises(ValueError, match="ave/train has 3 records, 4 are wanted; lower `samples`"):
         benchmark_data.data_costs(base, "root", "ave", 4, clip, [1], seconds=0)
 
@@ -311,10 +312,26 @@ def test_model_costs(base, clips, monkeypatch):
     monkeypatch.setattr(benchmark_model.tasks, "target", lambda slot, record, form: "<answer>red</answer>")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
     costs, ratios = benchmark_model.model_costs(base, "root", "ave", 2, 3, 2, 3, ["float32", "bfloat16"], seconds=0)
-    assert (costs["seconds"] > 0).all() and len(costs) == 2 * 2 * 4
+    assert (costs["seconds"] > 0).all() and len(costs) == 2 * 2 * 4 + 1
+    assert ratios["roofline"].notna().tolist() == [False, True, False, False]
     assert ratios["ratio"].tolist() == ["train_ilora_over_lora", "decode_ilora_over_lora"] * 2
     table = benchmark_model.model_table(costs, ratios)
     assert len(table) == 2 and " to " in table[("train", "I-LoRA / LoRA")].iloc[0]
+
+
+def test_operations_alone_are_the_whole_formula(base):
+    model, _ = benchmark_model.load_base(base)
+    made = benchmark_model.adapted(model, rank=2, heads=3)["I-LoRA"].eval()
+    for name, weight in made.named_parameters():
+        if "ilora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    bare, ids = benchmark_model.operations_alone(made), torch.arange(14).view(2, 7)
+    with torch.no_grad():
+        wanted, found = (m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (made, bare))
+        with made.disable_adapter():
+            assert not torch.allclose(made(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, wanted, atol=1e-2)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert {p.data_ptr() for p in bare.parameters()} == {p.data_ptr() for p in made.parameters()}
 
 
 def test_adapted_models_share_the_base_and_decode_to_the_end(base):
