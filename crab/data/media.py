@@ -87,7 +87,7 @@ def _sampled(path: Path, frames: int, threads: int, way: str) -> tuple[np.ndarra
             raise MediaError(path, "has no video stream", "give a file with pictures, or read it with read_audio")
         stream = container.streams.video[0]
         if way == "skip" and stream.codec_context.name != "h264":  # others do not say for sure whether a frame is needed
-            return None
+            way = "own"
         stream.codec_context.thread_count = threads
         stamps, end = _stamps(path, container, stream)
         times = np.array([float((stamp - stamps[0]) * stream.time_base) for stamp in stamps])

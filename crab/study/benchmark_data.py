@@ -21,7 +21,7 @@ from crab.data import media, records
 from crab.models import omni
 from crab.study.benchmark import RATIO, estimate, interleaved, quartiles, quotient
 from crab.study.dataset import load_base
-from crab.study.encode import load_media
+from crab.study.encode import load_media, prepared
 
 PYAV, DECODE, PREPARE, BOTH = "PyAV, every frame", "decode", "prepare", "decode and prepare"
 
@@ -56,8 +56,7 @@ def decode_alone(record: Mapping) -> int:
 
 def prepare_alone(slot: str, processor, record: Mapping) -> int:
     """Decode and prepare a record: patches, mel features and tokens; returns the number of tokens."""
-    items = load_media(record, tasks.get_slot(slot).frames)
-    return omni.prepare(processor, items, tasks.instruction(slot, record))["input_ids"].shape[-1]
+    return prepared(processor, record, tasks.get_slot(slot).frames, tasks.instruction(slot, record))["input_ids"].shape[-1]
 
 
 def filmed(folder: str | Path, like: Mapping, fps: int, width: int, height: int, seconds: int = 10) -> dict:
