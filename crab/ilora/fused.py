@@ -41,17 +41,17 @@ class FusedLinear(torch.autograd.Function):
 
     Shapes: x [T, in], weight [out, in], bias [out] or None, A [r or num_heads * r, in], R [num_heads, in],
     B [out, num_heads * r]; `read` is x before autocast rounded it, or None where it did not. Returns y [T, out] and,
-    without gradient, the logits R x^T [num_heads, T].
+    without gradient, the routing weights [num_heads, 1, T].
     """
 
     @staticmethod
     def forward(ctx, x, read, weight, bias, A, R, B, setting):
-        y, z, logits, mask = project(x, read, weight, bias, A, R, B, setting)
+        y, z, logits, weights, mask = project(x, read, weight, bias, A, R, B, setting)
         ctx.save_for_backward(x, weight, A, R, B, z, logits, mask)
-        ctx.mark_non_differentiable(logits)
-        ctx.set_materialize_grads(False)  # or backward would be handed zeros for the logits
+        ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)  # or backward would be handed zeros for the weights
         ctx.setting = setting
-        return y, logits
+        return y, weights
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -60,17 +60,19 @@ class FusedLinear(torch.autograd.Function):
         with autocast_off(grad.device.type):  # some call backward inside the block
             # create_graph=True: _backward writes in place, but the formula can be derived again
             grads = (_differentiable_backward if torch.is_grad_enabled() else _backward)(ctx, grad, *ctx.saved_tensors)
-        grad_x, *grads = (None if g is None else g.to(dtype) for g, dtype in grads)
+        grad_x, *grads = (None if g is None else _cast(g, dtype) for g, dtype in grads)
         return grad_x, None, None, None, *grads, None
 
 
 def project(x, read, weight, bias, A, R, B, setting):
-    """Forward: y [T, out], A x^T [rows of A, T], R x^T [num_heads, T] and, with dropout, 1 for each element kept."""
+    """Forward: y [T, out]; A x^T [rows of A, T], R x^T [num_heads, T] and the weights made of it, [num_heads, 1, T]; and,
+    with dropout, 1 for each element kept.
+    """
     y = F.linear(x, weight, bias)
     dtype, mask = setting.dtype, None
     columns = _cast(x if x.dtype == dtype or read is None else read, dtype).t()
     if not setting.dropout and setting.router_dtype == dtype and x.shape[0] > A.shape[0]:
-        small = torch.cat((A, R)) @ columns
+        small = torch.mm(torch.cat((A, R)), columns)
         z, logits = small[:A.shape[0]], small[A.shape[0]:]
     else:  # also for few tokens, as in decoding: reading A and R is the cost there, so do not copy them first
         read = x if read is None else read
@@ -81,9 +83,23 @@ def project(x, read, weight, bias, A, R, B, setting):
         z = _cast(A, dtype) @ columns
         if setting.dropout:
             z = z / (1 - setting.dropout)
-    by_head, weights = _gates(z, logits, B, setting.router)
-    _accumulate(y, (_cast(weights, dtype) * by_head).flatten(0, 1).t(), _cast(B, dtype).t(), setting.scaling)
-    return y, z, logits, mask
+    weights = setting.router.weigh(logits, 0).unsqueeze(1)
+    routed = _cast(weights, dtype) * _by_head(z, R, B)
+    _accumulate(y, routed.flatten(0, 1).t(), _cast(B, dtype).t(), setting.scaling)
+    return y, z, logits, weights, mask
+
+
+def project_few(x, weight, bias, A, R, B, setting):
+    """`project` for so few tokens that calls cost more than arithmetic, all in one dtype and without gradient.
+
+    x [..., in] -> y [..., out], and the weights [num_heads, 1, T].
+    """
+    y, columns = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1]).t()
+    # one by one: to stack A and R is to copy what is to be read once
+    weights = setting.router.weigh(torch.mm(R, columns), 0).unsqueeze(1)
+    routed = _cast(weights, x.dtype) * _by_head(torch.mm(A, columns), R, B)
+    y.view(-1, y.shape[-1]).addmm_(routed.flatten(0, 1).t(), B.t(), alpha=setting.scaling)
+    return y, weights
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -95,28 +111,30 @@ def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
     """(gradient or None, dtype it must have) for x, A, R and B."""
     need_x, _, _, _, need_A, need_R, need_B, _ = ctx.needs_input_grad
     router, scaling, dropout, dtype, _ = ctx.setting
-    stored, (A, R, B) = (A.dtype, R.dtype, B.dtype), (t.to(dtype) for t in (A, R, B))
-    by_head, weights = _gates(z, logits, B, router)
-    scaled = (weights * scaling).to(dtype)
-    up_grad = grad.to(dtype)
+    stored = A.dtype, R.dtype, B.dtype
+    A, R, B, up_grad = _cast(A, dtype), _cast(R, dtype), _cast(B, dtype), _cast(grad, dtype)
+    weights = router.weigh(logits, 0).unsqueeze(1)  # made again: z and logits are one storage, the weights would be a second
+    by_head, factor = _by_head(z, R, B), weights * scaling
+    scaled = _cast(factor, dtype)
     grad_x = grad_A = grad_R = grad_B = None
     if need_B:
-        grad_B = ((scaled * by_head).flatten(0, 1) @ up_grad).t()
+        grad_B = torch.mm((scaled * by_head).flatten(0, 1), up_grad).t()
     if need_x or need_A or need_R:
-        routed_grad = (B.t() @ up_grad.t()).unflatten(0, (R.shape[0], -1))
+        routed_grad = _by_head(torch.mm(B.t(), up_grad.t()), R, B)
         # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j); a head left out by top_k has w_i = 0
-        logits_grad = (routed_grad * by_head).sum(1, keepdim=True).to(weights.dtype) * (scaling / router.temperature)
-        logits_grad *= weights
+        logits_grad = _cast((routed_grad * by_head).sum(1, keepdim=True), factor.dtype) * factor
         logits_grad -= weights * logits_grad.sum(0, keepdim=True)
-        logits_grad = logits_grad.squeeze(1).to(dtype)
+        if router.temperature != 1:
+            logits_grad /= router.temperature
+        logits_grad = _cast(logits_grad.squeeze(1), dtype)
         z_grad = scaled * routed_grad
         z_grad = z_grad.sum(0) if len(by_head) == 1 else z_grad.flatten(0, 1)
         small_grad = torch.cat((z_grad, logits_grad))
         if need_x:
-            grad_x = grad @ weight
+            grad_x = torch.mm(grad, weight)
         if mask is None:
             if need_A or need_R:
-                grad_A, grad_R = (small_grad @ x.to(dtype)).split((A.shape[0], R.shape[0]))
+                grad_A, grad_R = torch.mm(small_grad, _cast(x, dtype)).split((A.shape[0], R.shape[0]))
             if need_x:
                 _accumulate(grad_x, small_grad.t(), torch.cat((A, R)))
         else:
@@ -139,7 +157,8 @@ def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
     columns = x.to(dtype).t()
     if mask is not None:
         columns = columns * mask.to(dtype).t() / (1 - dropout)
-    by_head, weights = _gates(A.to(dtype) @ columns, R.to(router_dtype) @ x.to(router_dtype).t(), B, router)
+    by_head = _by_head(A.to(dtype) @ columns, R, B)
+    weights = router.weigh(R.to(router_dtype) @ x.to(router_dtype).t(), 0).unsqueeze(1)
     routed = ((weights * scaling).to(dtype) * by_head).flatten(0, 1).t()
     y = F.linear(x, weight) + F.linear(routed, B.to(dtype))
     wanted = [need for i, need in enumerate(ctx.needs_input_grad) if i in (0, 4, 5, 6)]
@@ -148,11 +167,10 @@ def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
     return [(next(found) if need else None, t.dtype) for t, need in zip(given, wanted, strict=True)]
 
 
-def _gates(z, logits, B, router):
-    """A x^T as [1 or num_heads, r, T], and the routing weights as [num_heads, 1, T]."""
-    heads, columns = logits.shape[0], B.shape[1]
-    by_head = z.view(z.shape[0] * heads // columns, columns // heads, z.shape[1])
-    return by_head, router.weigh(logits, dim=0).unsqueeze(1)
+def _by_head(z, R, B):
+    """[r or num_heads * r, T] as [1 or num_heads, r, T]."""
+    heads, columns = R.shape[0], B.shape[1]
+    return z.view(z.shape[0] * heads // columns, columns // heads, z.shape[1])
 
 
 def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -136,7 +137,7 @@ class ILoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         here = list(model.state_dict())
         wrapped = {base_name(_unwrapped(key)): key for key in here if key != _unwrapped(key)}
-        remapped = {wrapped.get(base_name(key), key): value for key, value in remapped.items()}
+        remapped = {wrapped.get(base_name(key), key): _aligned(value) for key, value in remapped.items()}
         known = {base_name(key) for key in here}
         expected = _adapter_shapes(model, adapter_name) | _bias_shapes(model, config.bias, adapter_name)
         given = {base_name(key): tuple(value.shape) for key, value in remapped.items()}
@@ -182,6 +183,14 @@ def _adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
         if not isinstance(layer.ilora_router[adapter_name], (SharedRouter, UniformRouter)):  # perhaps wrapped by FSDP
             shapes[f"{name}.ilora_router.{adapter_name}.weight"] = (heads, layer.in_features)
     return shapes
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it lies where torch would not have put it, as one mapped from the middle of a file may.
+
+    The last bits of small matrix products hang on that, and what was saved and loaded is to give the same ones.
+    """
+    return tensor.clone() if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % 64 else tensor
 
 
 def _unwrapped(key: str) -> str:

@@ -23,6 +23,7 @@ from crab.data.files import aside, write_json
 from crab.study.train import CPU_BF16
 
 Step = Callable[[int], Iterator[None]]
+SHORT = 0.1  # seconds of one repetition of all contenders
 
 #: part: layer, model or data; where: the sizes; ratio: its name; value, with a 95 % interval from low to high;
 #: roofline: the value if every operation of I-LoRA ran at the machine's own speed (of data: as PyAV's), where that is known
@@ -33,6 +34,10 @@ def interleaved(
     steps: Mapping[Hashable, Step], seconds: float, device: str = "cpu", least: int = 5, most: int = 2000, by_wall: bool = False
 ) -> dict[Hashable, np.ndarray]:
     """Time contenders in turn, one of each a repetition and each time another one first, so that drift hits all alike.
+
+    Where a turn of all takes no more than `SHORT` seconds, each is run twice in its turn and timed the second time. A layer of
+    a model follows others of its kind and finds their code in the processor's caches; after a contender of another kind it
+    would not, which at small sizes costs as much as its arithmetic, and more the more calls it makes.
 
     Args:
         steps: generator functions that get the number of the repetition (-1 is the warm-up, which is not counted).
@@ -52,21 +57,23 @@ def interleaved(
     collecting = gc.isenabled()
     gc.disable()  # a collection would be charged to whoever runs
     try:
-        end, n = time.perf_counter() + seconds, -1
+        end, n, short = time.perf_counter() + seconds, -1, False
         while n < least or (n < most and time.perf_counter() < end):
-            first = n % len(names)
+            first, turn = n % len(names), 0.0
             for name in names[first:] + names[:first]:
-                marks = []
-                running = steps[name](n)
-                wait()
-                begin = clock()
-                for _ in running:
+                for _ in range(2 if short else 1):
+                    marks = []
+                    running = steps[name](n)
                     wait()
-                    marks.append(clock() - begin)
+                    begin = clock()
+                    for _ in running:
+                        wait()
+                        marks.append(clock() - begin)
                 if n >= 0:
                     times[name].append(np.diff(marks, prepend=0))
+                turn += marks[-1]
             if n < 0:
-                end = time.perf_counter() + seconds
+                short, end = turn <= SHORT, time.perf_counter() + seconds
             n += 1
     finally:
         if collecting:

@@ -53,6 +53,21 @@ def test_fused_equals_the_modules_called_one_by_one(choices, shape, bias):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choices", [{}, dict(shared_A=False), dict(router_temperature=0.3, top_k=1)])
+def test_the_way_of_few_tokens_equals_that_of_many(tokens, dtype, choices):
+    """Without gradient few tokens go a shorter way than the same tokens among many."""
+    model = adapted(dtype, Single(64, 48), upcast=False, **choices)
+    many = torch.randn(64, 64, dtype=dtype)
+    with torch.no_grad(), record_routing(model) as routing:
+        expected, found = model(many)[:tokens], model(many[:tokens])
+    of_many, of_few = next(iter(routing.values()))
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.02, atol=0.05)
+    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(of_few, of_many[:tokens], **tolerance)
+
+
 @pytest.mark.parametrize("choices", [{}, dict(top_k=2), dict(shared_A=False, router_temperature=2.0)])
 def test_first_and_second_derivatives(choices):
     model = adapted(**choices)

@@ -59,6 +59,23 @@ def test_contenders_take_turns_and_only_what_lies_before_a_yield_counts(clock):
     assert {n for n, _ in ran} == {-1, 0, 1, 2}
 
 
+def test_short_contenders_run_twice_in_a_turn_and_the_second_time_counts(clock):
+    ran = []
+
+    def contender(name):
+        def step(n):
+            first = ran[-1:] != [(n, name)]
+            ran.append((n, name))
+            clock.now += 0.03 if first and n >= 0 else 0.01  # whoever follows another one is slow
+            yield
+
+        return step
+
+    times = benchmark.interleaved({"a": contender("a"), "b": contender("b")}, seconds=0, least=2)
+    assert ran == [(-1, "b"), (-1, "a")] + [(0, "a")] * 2 + [(0, "b")] * 2 + [(1, "b")] * 2 + [(1, "a")] * 2
+    assert all(taken == pytest.approx(0.01) for name in "ab" for taken in times[name][0])
+
+
 def test_repetitions_end_with_the_time_or_at_most(clock):
     def step(_):
         clock.now += 1
