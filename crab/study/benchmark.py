@@ -24,6 +24,7 @@ from crab.study.train import CPU_BF16
 
 Step = Callable[[int], Iterator[None]]
 SHORT = 0.1  # seconds of one repetition of all contenders
+WARM = 3  # runs of a contender that follow one of another kind and are not timed
 
 #: part: layer, model or data; where: the sizes; ratio: its name; value, with a 95 % interval from low to high;
 #: roofline: the value if every operation of I-LoRA ran at the machine's own speed (of data: as PyAV's), where that is known
@@ -35,8 +36,8 @@ def interleaved(
 ) -> dict[Hashable, np.ndarray]:
     """Time contenders in turn, one of each a repetition and each time another one first, so that drift hits all alike.
 
-    Where a turn of all takes no more than `SHORT` seconds, each is run twice in its turn and timed the second time. A layer of
-    a model follows others of its kind and finds their code in the processor's caches; after a contender of another kind it
+    Where a repetition of all takes no more than `SHORT` seconds, each is run `WARM` times in its turn before it is timed. A layer
+    of a model follows others of its kind and finds their code in the processor's caches; after a contender of another kind it
     would not, which at small sizes costs as much as its arithmetic, and more the more calls it makes.
 
     Args:
@@ -61,7 +62,7 @@ def interleaved(
         while n < least or (n < most and time.perf_counter() < end):
             first, turn = n % len(names), 0.0
             for name in names[first:] + names[:first]:
-                for _ in range(2 if short else 1):
+                for _ in range(1 + WARM if short else 1):
                     marks = []
                     running = steps[name](n)
                     wait()
