@@ -201,10 +201,12 @@ def hold(ratios: pd.DataFrame, targets: Sequence[Target] = TARGETS) -> pd.DataFr
     """Each ratio that a target is about, with the verdict.
 
     Returns:
-        Columns key, target, device, dtype, where, wanted, value, low, high, roofline, reached, verdict. The verdict says
+        Columns key, target, device, dtype, where, wanted, value, low, high, roofline, plain, reached, verdict. ``plain`` is the
+        value if I-LoRA's adapter cost what plain LoRA's of its rank does, where that was measured. The verdict says
         *narrowly* where the interval holds the limit too, and of a miss whether I-LoRA would miss at its roofline too.
     """
-    found = []
+    found, place = [], ["device", "dtype", "where"]
+    plain = ratios[ratios["ratio"] == "loop_over_lora_alone"].drop_duplicates(place).set_index(place)["value"]
     for target in targets:
         rows = ratios[(ratios["part"] == target.part) & (ratios["ratio"] == target.ratio)]
         for row in rows[target.applies(rows).astype(bool)].to_dict("records") if len(rows) else []:
@@ -214,9 +216,10 @@ def hold(ratios: pd.DataFrame, targets: Sequence[Target] = TARGETS) -> pd.DataFr
                 verdict += ", narrowly"
             if not reached and pd.notna(row["roofline"]) and not target.reached(row["roofline"]):
                 verdict += ", even at the roofline"
+            row["plain"] = plain.get(tuple(row[name] for name in place)) if row["ratio"] == "loop_over_ilora_alone" else None
             row |= {"key": target.key, "target": target.says, "wanted": target.wanted, "reached": reached, "verdict": verdict}
             found.append(row)
-    names = ["key", "target", "device", "dtype", "where", "wanted", "value", "low", "high", "roofline", "reached", "verdict"]
+    names = ["key", "target", "device", "dtype", "where", "wanted", "value", "low", "high", "roofline", "plain", "reached", "verdict"]
     return pd.DataFrame(found, columns=names)
 
 

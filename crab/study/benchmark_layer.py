@@ -32,6 +32,7 @@ RATIOS = {
     "ilora_over_wide_lora": quotient(ILORA, WIDE),
     "loop_over_lora": quotient(LOOP, LORA),
     "loop_over_ilora_alone": quotient_without(BASE, LOOP, ILORA),
+    "loop_over_lora_alone": quotient_without(BASE, LOOP, LORA),  # what `loop_over_ilora_alone` would be if I-LoRA cost what LoRA does
 }
 
 

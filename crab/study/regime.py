@@ -52,22 +52,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Map:
-    """Slots, and two axes with their values in the order given; `points` has all places, the first axis slowest."""
+    """Slots, how many seeds, and two axes with their values in the order given; `points` has all places, the first axis slowest."""
 
     name: str
     slots: tuple[str, ...]
+    seeds: int
     axes: tuple[str, str]
     points: tuple[Point, ...]
 
     @classmethod
     def of(cls, name: str, given: Mapping[str, Any]) -> Map:
-        """From params.yaml: ``slots`` and all of `AXES`, two of them lists.
+        """From params.yaml: ``slots``, ``seeds`` (how many, counted from 0) and all of `AXES`, two of them lists.
 
         Raises:
             ValueError: naming the map, on anything else.
         """
-        if set(given) != {"slots", *AXES}:
-            raise ValueError(f"regime.maps: {name} holds {', '.join(given)}; it must hold slots, {', '.join(AXES)}")
+        if set(given) != {"slots", "seeds", *AXES}:
+            raise ValueError(f"regime.maps: {name} holds {', '.join(given)}; it must hold slots, seeds, {', '.join(AXES)}")
         axes = tuple(axis for axis in AXES if isinstance(given[axis], list))
         if len(axes) != 2 or not all(given[axis] for axis in axes):
             raise ValueError(f"regime.maps: {name} varies {', '.join(axes) or 'nothing'}; give a list for exactly two of {', '.join(AXES)}")
@@ -75,7 +76,7 @@ class Map:
         if not slots or (untested := [slot for slot in slots if not tasks.get_slot(slot).test]):
             raise ValueError(f"regime.maps: {name}: slots {', '.join(untested if slots else ()) or 'none'}; give benchmarks only")
         values = [given[axis] if axis in axes else [given[axis]] for axis in AXES]
-        for axis, tried in zip(AXES, values, strict=True):
+        for axis, tried in (("seeds", [given["seeds"]]), *zip(AXES, values, strict=True)):
             for value in tried:
                 fine = isinstance(value, int) and not isinstance(value, bool) and value >= 1
                 if not fine and not (axis == "samples" and value is None):
@@ -84,7 +85,7 @@ class Map:
                     raise ValueError(f"regime.maps: {name}: tasks is {value}, of {len(slots)} slots; give no more than these")
         if max(values[AXES.index("conventions")]) > 1:
             check_slots(slots)
-        return cls(name, slots, axes, tuple(Point(*place) for place in product(*values)))
+        return cls(name, slots, given["seeds"], axes, tuple(Point(*place) for place in product(*values)))
 
 
 def groups(slots: Sequence[str], size: int) -> list[tuple[str, ...]]:
@@ -135,13 +136,12 @@ class Regime:
             slots that own adapters lift above chance (`LOSS`, and two for each routed method), with its 95 % interval.
             ``not_inside``: methods of the two whose best learning rate was the highest or lowest tried, or was not swept.
         routed: names of the routed methods. swept: whether learning rates were; else the one given was taken.
-        seeds: how many. seconds: of training, test runs only.
+        seconds: of training, test runs only.
     """
 
     maps: list[Map]
     routed: list[str]
     swept: bool
-    seeds: int
     points: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COLUMNS))
     seconds: float = 0.0
 
@@ -161,7 +161,6 @@ def regime(
     routed: Mapping[str, Mapping[str, Any]],
     *,
     words: Sequence[str],
-    seeds: int,
     tuning: Mapping[str, Any],
     margin: float,
     resamples: int,
@@ -179,7 +178,7 @@ def regime(
 
     Args:
         maps: by name, see `Map.of`. routed: by name, options of an I-LoRA config without ``r`` and ``lora_alpha``.
-        words: of the conventions, the first ones of which are used. seeds: how many, counted from 0.
+        words: of the conventions, the first ones of which are used.
         chance: score of the best constant answer of the slots as they are; under a convention it is the same.
         run, where: what trains and scores cells, and its further arguments; see `crab.study.grid.run_grid`.
         size: parameters of an adapter on ``base``, by method and options.
@@ -191,8 +190,8 @@ def regime(
     for each in known:
         _check(each, words, tuning, encoded)
         for name, options in routed.items():
-            _variant(name, "ilora", each.points[0].rank, options, 1, seeds)
-    result = Regime(known, list(routed), len(tuning.rates) > 1, seeds)
+            _variant(name, "ilora", each.points[0].rank, options, 1, each.seeds)
+    result = Regime(known, list(routed), len(tuning.rates) > 1)
     place = dict(encoded=encoded, dataset=dataset, base=base)
     trees = Path(work).parent / "trees"
     _write(result, out)
@@ -202,7 +201,7 @@ def regime(
             tree = partial(conventions, **place, out=trees, slots=each.slots, words=used)
             alone = [(tree(only=c if len(used) > 1 else None), (slot,)) for c in range(len(used)) for slot in each.slots]
             together = [(tree(), group) for group in groups(each.slots, point.tasks)]
-            methods, pairs = _methods(routed, point, seeds, partial(size, base))
+            methods, pairs = _methods(routed, point, each.seeds, partial(size, base))
             found, frames = {}, []
             for name, v in methods.items():
                 run_them = partial(run_parts, parts=alone if name == OWN else together, samples=point.samples, run=run)
@@ -285,7 +284,7 @@ def finding(result: Regime) -> str:
     }
     lines = []
     for each in result.maps:
-        lines += [f"Map `{each.name}` ({' and '.join(each.axes)}):", ""]
+        lines += [f"Map `{each.name}` ({' and '.join(each.axes)}; {each.seeds} {'seeds' if each.seeds > 1 else 'seed'}):", ""]
         for measure, said in words.items():
             rows = [r for r in result.points.itertuples() if (r.map, r.measure) == (each.name, measure)]
             judged = [r for r in rows if not pd.isna(r.mean)]
@@ -302,8 +301,8 @@ def finding(result: Regime) -> str:
         lines.append("")
     if not result.swept:
         lines.append("The learning rate was given, the same for all, and not swept.")
-    if result.seeds == 1:
-        lines.append("One seed: the intervals hold for it alone.")
+    if any(each.seeds == 1 for each in result.maps):
+        lines.append("With one seed the intervals hold for it alone.")
     return "\n".join(lines).strip()
 
 

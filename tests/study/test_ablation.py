@@ -246,7 +246,7 @@ def test_figures_show_what_there_is(tmp_path):
 # Regime
 
 BENCH = ("ks", "cremad", "mafw", "dfew")
-PLACE = {"slots": list(BENCH), "rank": 2, "tasks": 4, "passes": 3, "samples": 20, "conventions": 1}
+PLACE = {"slots": list(BENCH), "rank": 2, "tasks": 4, "passes": 3, "samples": 20, "conventions": 1, "seeds": 2}
 ROUTED = {"ilora": {"num_heads": 3}}
 ROOM = PLACE | {"rank": [1, 2], "tasks": [2, 4]}
 
@@ -254,7 +254,7 @@ ROOM = PLACE | {"rank": [1, 2], "tasks": [2, 4]}
 def explore(world, given, tmp_path, routed=ROUTED, **changes):
     for slot in BENCH:
         write_json(tmp_path / "encoded" / slot / "train.json", {"ids": [f"{slot}/{i}" for i in range(30)]})
-    options = dict(words=["one", "two"], seeds=2, tuning=FIXED, margin=0.02, resamples=300, chance=CHANCE)
+    options = dict(words=["one", "two"], tuning=FIXED, margin=0.02, resamples=300, chance=CHANCE)
     where = {name: tmp_path / name for name in ("encoded", "dataset", "base", "work", "out")}
     return regime(given, routed, run=world, size=size, **options | where | changes)
 
@@ -281,7 +281,7 @@ def test_planted_loss_is_mapped(tmp_path):
     assert set(result.points["slots"]) == {4} and result.seconds == 1.5 * len([c for c in world.cells if not c.held_out])
     said = maps.finding(result)
     assert "own adapters: clearly worse at 4 of 4 points, clearly better at 0; most below at rank 1, tasks 4: -0.4" in said
-    assert "was given, the same for all, and not swept" in said and "One seed" not in said
+    assert "was given, the same for all, and not swept" in said and "(rank and tasks; 2 seeds)" in said and "one seed" not in said
     assert len(maps.table(result)) == 12
     figure = heat_maps(result, tmp_path / "m.png")
     panels = [axes for axes in figure.axes if axes.images]
@@ -298,6 +298,14 @@ def test_maps_come_out_the_other_way_and_can_be_empty(tmp_path):
     none = explore(world, {}, tmp_path)
     assert not world.calls and maps.finding(none).startswith("No map is given in this profile") and maps.table(none).empty
     heat_maps(none, tmp_path / "m.png")
+
+
+def test_each_map_has_its_own_number_of_seeds(tmp_path):
+    world = World(hurts)
+    result = explore(world, {"few": ROOM | {"seeds": 1}, "many": ROOM | {"seeds": 3}}, tmp_path)
+    for label, cells, _ in world.calls:
+        assert {c.run.seed for c in cells} == set(range({"few": 1, "many": 3}[label.split()[0]]))
+    assert "With one seed the intervals hold for it alone." in maps.finding(result)
 
 
 @pytest.mark.parametrize("size", range(1, 7))
@@ -361,7 +369,9 @@ def test_each_convention_is_a_task_with_an_adapter_of_its_own(tmp_path, monkeypa
         ({"samples": 31}, "31 samples of ks wanted, 30 are left when 0 are held out"),
         ({"conventions": 3}, "regime.words: 2 for up to 3 conventions"),
         ({"conventions": 2, "slots": ["ks", "ave"], "tasks": [1, 2]}, "slot ave takes no conventions"),
-        ({"depth": 1}, "it must hold slots, rank"),
+        ({"depth": 1}, "it must hold slots, seeds, rank"),
+        ({"seeds": 0}, "room: seeds is 0; give whole numbers"),
+        ({"seeds": [1, 2]}, r"room: seeds is \[1, 2\]"),
     ],
 )
 def test_bad_maps_are_refused_before_anything_is_trained(tmp_path, change, said):

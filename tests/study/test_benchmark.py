@@ -293,6 +293,15 @@ def test_at_least_is_the_other_way_round():
     assert benchmark.summary(held)["worst"].tolist() == [4] and held["wanted"].iloc[0] == "≥ 5"
 
 
+def test_what_plain_lora_would_reach_stands_beside_what_its_adapter_alone_is_held_to():
+    rows = [ratio(3, 2.5, 3.5, ratio="loop_over_ilora_alone"), ratio(3.2, 3, 3.5, ratio="loop_over_lora_alone"), ratio(1.0, 0.9, 1.04)]
+    for row, where in zip(rows, ["here", "here", "there"], strict=True):
+        row["where"] = where
+    held = benchmark.hold(pd.DataFrame(rows))
+    assert held["key"].tolist() == ["wide", "alone_small"] and held["plain"].isna().tolist() == [True, False]
+    assert held["plain"].iloc[1] == 3.2
+
+
 @pytest.fixture
 def clips(monkeypatch, tmp_path):
     """Three records that share one drawn clip, in place of a data set's."""
