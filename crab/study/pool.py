@@ -14,6 +14,10 @@ from crab.data.workers import end_with_parent
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+#: Workers that wait for further jobs, by their number. To import torch, transformers and peft takes each of them as long as a
+#: short job, and a map or an ablation runs dozens of lists of jobs.
+_POOLS: dict[int, ProcessPoolExecutor] = {}
+
 
 def _start(threads: int) -> None:
     end_with_parent()
@@ -27,8 +31,8 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
 
     Args:
         jobs: name and picklable callable without arguments.
-        workers: processes, each with ``cores // workers`` threads, which end with this one. One worker, or one job,
-            runs here.
+        workers: processes, each with ``cores // workers`` threads. They are kept for the next call and end with this
+            process. One worker, or one job, runs here.
         label: stands before the progress bar and in errors.
 
     Returns:
@@ -36,7 +40,7 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
 
     Raises:
         ValueError: on no workers or on two jobs of one name.
-        RuntimeError: naming the job that failed; jobs not yet started are dropped.
+        RuntimeError: naming the job that failed; jobs not yet started are dropped, those that run are waited for.
     """
     if workers < 1:
         raise ValueError(f"{label}: workers is {workers}; at least 1 is needed")
@@ -59,18 +63,21 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
     # Read by the numeric libraries when a spawned worker first imports them.
     kept = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update({name: str(threads) for name in THREAD_VARIABLES})
+    if workers not in _POOLS:
+        _POOLS[workers] = ProcessPoolExecutor(workers, get_context("spawn"), _start, (threads,))
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn"), _start, (threads,)) as pool:
-            futures = {pool.submit(job): name for name, job in jobs}
-            for future in as_completed(futures):
-                name = futures[future]
-                try:
-                    results[name] = future.result()
-                except Exception as error:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise RuntimeError(f"{label} {name} failed: {error}") from error
-                bar.set_postfix_str(name)
-                bar.update()
+        futures = {_POOLS[workers].submit(job): name for name, job in jobs}
+        for future in as_completed(futures):
+            name = futures[future]
+            try:
+                results[name] = future.result()
+            except Exception as error:
+                raise RuntimeError(f"{label} {name} failed: {error}") from error
+            bar.set_postfix_str(name)
+            bar.update()
+    except BaseException:  # an interrupt too: whoever calls next gets workers that do nothing else
+        _POOLS.pop(workers).shutdown(cancel_futures=True)
+        raise
     finally:
         bar.close()
         for name, value in kept.items():

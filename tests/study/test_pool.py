@@ -28,6 +28,23 @@ def test_a_failing_job_is_named():
         run_pool([("good", partial(divmod, 1, 1)), ("bad", partial(divmod, 1, 0))], 2, "count")
 
 
+def test_workers_are_kept_for_the_next_jobs_until_one_fails():
+    def pids():
+        return set(run_pool([("a", os.getpid), ("b", os.getpid)], 2, "count").values())
+
+    first = pids()
+    assert first & pids()
+    with pytest.raises(RuntimeError, match="count bad failed"):
+        run_pool([("good", os.getpid), ("bad", partial(divmod, 1, 0))], 2, "count")
+    assert not first & pids()
+
+
+def test_a_killed_worker_does_not_spoil_the_next_jobs():
+    with pytest.raises(RuntimeError, match="count [ab] failed"):
+        run_pool([("a", partial(time.sleep, 0.1)), ("b", partial(os._exit, 1))], 2, "count")
+    assert list(run_pool([("a", os.getpid), ("b", os.getpid)], 2, "count")) == ["a", "b"]
+
+
 def test_wrong_jobs():
     with pytest.raises(ValueError, match="one name.*a"):
         run_pool([("a", os.getpid), ("a", os.getpid)], 2, "count")
