@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ class Setting(NamedTuple):
         dropout: probability that an element of A's input is dropped; 0 outside training.
         dtype: in which A and B are multiplied: their own, or under autocast as a rule autocast's.
         router_dtype: in which R is multiplied: its own, or float32 under autocast.
+        kernels: `crab.ilora.kernels` where it does what lies between the products; None leaves that to torch.
     """
 
     router: TokenRouter
@@ -26,6 +30,23 @@ class Setting(NamedTuple):
     dropout: float
     dtype: torch.dtype
     router_dtype: torch.dtype
+    kernels: ModuleType | None
+
+
+@cache
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """`crab.ilora.kernels` if its kernels run on this device; None without Triton, and where one cannot be built."""
+    try:
+        from . import kernels
+
+        for _ in range(2):  # the second launch is of a kernel already built
+            kernels.route(torch.ones(1, 2, device=device), torch.ones(1, 2, device=device), 1, 1)
+    except ImportError:
+        return None
+    except Exception as error:  # no C compiler, say; what is slower still works
+        warnings.warn(f"I-LoRA: Triton builds no kernel for {device}, so a layer makes more launches: {error}", stacklevel=2)
+        return None
+    return kernels
 
 
 class FusedLinear(torch.autograd.Function):
@@ -83,9 +104,8 @@ def project(x, read, weight, bias, A, R, B, setting):
         z = _cast(A, dtype) @ columns
         if setting.dropout:
             z = z / (1 - setting.dropout)
-    weights = setting.router.weigh(logits, 0).unsqueeze(1)
-    routed = _cast(weights, dtype) * _by_head(z, R, B)
-    _accumulate(y, routed.flatten(0, 1).t(), _cast(B, dtype).t(), setting.scaling)
+    routed, weights = _route(z, logits, R, B, setting)
+    _accumulate(y, routed.t(), _cast(B, dtype).t(), setting.scaling)
     return y, z, logits, weights, mask
 
 
@@ -96,10 +116,23 @@ def project_few(x, weight, bias, A, R, B, setting):
     """
     y, columns = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1]).t()
     # one by one: to stack A and R is to copy what is to be read once
-    weights = setting.router.weigh(torch.mm(R, columns), 0).unsqueeze(1)
-    routed = _cast(weights, x.dtype) * _by_head(torch.mm(A, columns), R, B)
-    y.view(-1, y.shape[-1]).addmm_(routed.flatten(0, 1).t(), B.t(), alpha=setting.scaling)
+    logits, z = torch.mm(R, columns), torch.mm(A, columns)
+    routed, weights = _route(z, logits, R, B, setting)
+    y.view(-1, y.shape[-1]).addmm_(routed.t(), B.t(), alpha=setting.scaling)
     return y, weights
+
+
+def _route(z, logits, R, B, setting):
+    """What B multiplies, [num_heads * r, T], and the routing weights [num_heads, 1, T]."""
+    if setting.kernels:
+        return setting.kernels.route(z, logits, B.shape[1], setting.router.temperature)
+    weights = _weigh(logits, setting.router)
+    return (_cast(weights, z.dtype) * _by_head(z, R, B)).flatten(0, 1), weights
+
+
+def _weigh(logits, router):
+    """Weights [num_heads, 1, T] of the logits [num_heads, T]."""
+    return router.weigh(logits, 0).unsqueeze(1)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -110,47 +143,54 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
     """(gradient or None, dtype it must have) for x, A, R and B."""
     need_x, _, _, _, need_A, need_R, need_B, _ = ctx.needs_input_grad
-    router, scaling, dropout, dtype, _ = ctx.setting
-    stored = A.dtype, R.dtype, B.dtype
+    router, scaling, dropout, dtype, _, kernels = ctx.setting
+    stored = A.dtype, B.dtype
     A, R, B, up_grad = _cast(A, dtype), _cast(R, dtype), _cast(B, dtype), _cast(grad, dtype)
-    weights = router.weigh(logits, 0).unsqueeze(1)  # made again: z and logits are one storage, the weights would be a second
-    by_head, factor = _by_head(z, R, B), weights * scaling
-    scaled = _cast(factor, dtype)
     grad_x = grad_A = grad_R = grad_B = None
-    if need_B:
-        grad_B = torch.mm((scaled * by_head).flatten(0, 1), up_grad).t()
-    if need_x or need_A or need_R:
-        routed_grad = _by_head(torch.mm(B.t(), up_grad.t()), R, B)
-        # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j); a head left out by top_k has w_i = 0
-        logits_grad = _cast((routed_grad * by_head).sum(1, keepdim=True), factor.dtype) * factor
-        logits_grad -= weights * logits_grad.sum(0, keepdim=True)
-        if router.temperature != 1:
-            logits_grad /= router.temperature
-        logits_grad = _cast(logits_grad.squeeze(1), dtype)
-        z_grad = scaled * routed_grad
-        z_grad = z_grad.sum(0) if len(by_head) == 1 else z_grad.flatten(0, 1)
-        small_grad = torch.cat((z_grad, logits_grad))
+    if kernels:
+        routed, small_grad = kernels.route_backward(z, logits, torch.mm(B.t(), up_grad.t()), router.temperature, scaling)
+        if need_B:  # not as below: the transpose of a product would be copied into place by autograd
+            grad_B = torch.mm(up_grad.t(), routed.t())
+    else:
+        weights = _weigh(logits, router)  # made again: z and logits are one storage, the weights would be a second
+        by_head, factor = _by_head(z, R, B), weights * scaling
+        scaled = _cast(factor, dtype)
+        if need_B:
+            grad_B = torch.mm((scaled * by_head).flatten(0, 1), up_grad).t()
+        if need_x or need_A or need_R:
+            routed_grad = _by_head(torch.mm(B.t(), up_grad.t()), R, B)
+            # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j); a head left out by top_k has w_i = 0
+            logits_grad = _cast((routed_grad * by_head).sum(1, keepdim=True), factor.dtype) * factor
+            logits_grad -= weights * logits_grad.sum(0, keepdim=True)
+            if router.temperature != 1:
+                logits_grad /= router.temperature
+            logits_grad = _cast(logits_grad.squeeze(1), dtype)
+            z_grad = scaled * routed_grad
+            z_grad = z_grad.sum(0) if len(by_head) == 1 else z_grad.flatten(0, 1)
+            small_grad = torch.cat((z_grad, logits_grad))
+    if need_x:
+        grad_x = torch.mm(grad, weight)
+    rows = A.shape[0], R.shape[0]
+    if mask is None:
+        if need_A or need_R:  # stored in one dtype, so that one cast serves both
+            grad_A, grad_R = _cast(torch.mm(small_grad, _cast(x, dtype)), stored[0]).split(rows)
         if need_x:
-            grad_x = torch.mm(grad, weight)
-        if mask is None:
-            if need_A or need_R:
-                grad_A, grad_R = torch.mm(small_grad, _cast(x, dtype)).split((A.shape[0], R.shape[0]))
-            if need_x:
-                _accumulate(grad_x, small_grad.t(), torch.cat((A, R)))
-        else:
-            kept, z_grad = mask.to(dtype), z_grad / (1 - dropout)
-            if need_A:
-                grad_A = z_grad @ (x.to(dtype) * kept)
-            if need_R:
-                grad_R = logits_grad @ x.to(dtype)
-            if need_x:
-                _accumulate(grad_x, logits_grad.t(), R)
-                grad_x += (z_grad.t() @ A).mul_(kept)
-    return (grad_x, x.dtype), (grad_A, stored[0]), (grad_R, stored[1]), (grad_B, stored[2])
+            _accumulate(grad_x, small_grad.t(), torch.cat((A, R)))
+    elif need_x or need_A or need_R:
+        z_grad, logits_grad = small_grad.split(rows)
+        kept, z_grad = mask.to(dtype), z_grad / (1 - dropout)
+        if need_A:
+            grad_A = z_grad @ (x.to(dtype) * kept)
+        if need_R:
+            grad_R = logits_grad @ x.to(dtype)
+        if need_x:
+            _accumulate(grad_x, logits_grad.t(), R)
+            grad_x += (z_grad.t() @ A).mul_(kept)
+    return (grad_x, x.dtype), (grad_A, stored[0]), (grad_R, stored[0]), (grad_B, stored[1])
 
 
 def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
-    router, scaling, dropout, dtype, router_dtype = ctx.setting
+    router, scaling, dropout, dtype, router_dtype, _ = ctx.setting
     # views, so that a path from one of them to another outside this layer is not counted here
     given = [t.view_as(t) for t in (x, A, R, B)]
     x, A, R, B = given
@@ -158,7 +198,7 @@ def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
     if mask is not None:
         columns = columns * mask.to(dtype).t() / (1 - dropout)
     by_head = _by_head(A.to(dtype) @ columns, R, B)
-    weights = router.weigh(R.to(router_dtype) @ x.to(router_dtype).t(), 0).unsqueeze(1)
+    weights = _weigh(R.to(router_dtype) @ x.to(router_dtype).t(), router)
     routed = ((weights * scaling).to(dtype) * by_head).flatten(0, 1).t()
     y = F.linear(x, weight) + F.linear(routed, B.to(dtype))
     wanted = [need for i, need in enumerate(ctx.needs_input_grad) if i in (0, 4, 5, 6)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import ILoraConfig
-from .fused import FusedLinear, Setting, project, project_few
+from .fused import FusedLinear, Setting, kernels_for, project, project_few
 from .routers import SharedRouter, TokenRouter, UniformRouter, autocast_dtype, autocast_off
 
 MERGE_REFUSAL = (
@@ -22,6 +23,7 @@ MERGE_REFUSAL = (
 )
 
 CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DEVICES = ("cuda",)
 FEW_TOKENS = 32  # as in decoding: what is done to the weights before they are used costs as much as using them
 
 
@@ -44,6 +46,11 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     return held[name] if name in held else getattr(module, name)
 
 
+def _few(x: torch.Tensor) -> bool:
+    """Tokens are few and no gradient is wanted, as in decoding."""
+    return x.numel() <= FEW_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
+
+
 def _is_eager() -> bool:
     """Neither compiled, nor traced, nor under a torch.func transform."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
@@ -59,6 +66,9 @@ class ILoraLayer(BaseTunerLayer):
     Attributes:
         fused: let the layer run base and adapter together where that is possible (the default). Set it to False, on
             the class or on one layer, to have every part called as a module, for instance to compare the two.
+        kernels: on a GPU with Triton, let a layer that runs fused do what lies between its matrix products in one kernel
+            each way (the default), which saves launches. A router with top_k and float64 are always left to torch. Set it
+            to False, on the class or on one layer, to compare the two.
         check_routing: refuse, by the module's name, routing that is not finite. None (the default) checks on the CPU,
             where it costs 2 microseconds a layer; True also on other devices, which then wait for the host in every
             layer; False nowhere. Set it on the class or on one layer. Code that is compiled, traced or under a
@@ -73,6 +83,7 @@ class ILoraLayer(BaseTunerLayer):
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_router")
     other_param_names = ("r", "lora_alpha", "num_heads", "scaling", "shared_A", "router_input", "ilora_dropout")
     fused = True
+    kernels = True
     check_routing: bool | None = None
 
     def __init__(self, base_layer: nn.Module, module_name: str = "", **kwargs) -> None:
@@ -207,20 +218,26 @@ class Linear(nn.Module, ILoraLayer):
         if dtype is None:
             if x.dtype != weight.dtype or A.dtype != x.dtype and not getattr(self, "cast_input_dtype_enabled", True):
                 return None
-            return x, None, weight, bias, A, R, B, Setting(router, self.scaling[name], rate, A.dtype, A.dtype)
+            setting = Setting(router, self.scaling[name], rate, A.dtype, A.dtype, self._kernels(router, x, A.dtype))
+            return x, None, weight, bias, A, R, B, setting
         for tensor in (x, weight, A):
             if tensor.dtype not in CAST_BY_AUTOCAST:
                 return None
         read = None if x.dtype == dtype else x.detach()
         bias = bias if bias is None else bias.to(dtype)
         # Casting A and B costs as much as multiplying a few tokens by them; as they are stored they are more exact.
-        few = x.numel() <= FEW_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
-        setting = Setting(router, self.scaling[name], rate, A.dtype if few else dtype, torch.float32)
+        used = A.dtype if _few(x) else dtype
+        setting = Setting(router, self.scaling[name], rate, used, torch.float32, self._kernels(router, x, used))
         return x.to(dtype), read, weight.to(dtype), bias, A, R, B, setting
 
+    def _kernels(self, router: TokenRouter, x: torch.Tensor, dtype: torch.dtype) -> ModuleType | None:
+        """`crab.ilora.kernels`, or None where they do not run, or do not do what is asked for."""
+        if x.device.type not in KERNEL_DEVICES or not self.kernels or router.top_k is not None:
+            return None
+        return kernels_for(x.device) if dtype in CAST_BY_AUTOCAST and type(x) is torch.Tensor and x.numel() else None
+
     def _fused(self, name: str, x: torch.Tensor, read, weight, bias, A, R, B, setting: Setting) -> torch.Tensor:
-        if (x.numel() <= FEW_TOKENS * x.shape[-1] and x.dtype == setting.dtype == setting.router_dtype
-                and not setting.dropout and not torch.is_grad_enabled()):
+        if x.dtype == setting.dtype == setting.router_dtype and not setting.dropout and _few(x):
             y, weights = project_few(x, weight, bias, A, R, B, setting)
         else:
             flat = (-1, x.shape[-1])
@@ -234,7 +251,7 @@ class Linear(nn.Module, ILoraLayer):
         if self.check_routing is not False:
             self._require_finite(name, weights)
         if self.routing_observers.get(name):
-            self._show_routing(name, weights.detach().squeeze(1).t().reshape(*x.shape[:-1], -1))
+            self._show_routing(name, weights.detach().squeeze(1).t().reshape(*x.shape[:-1], len(weights)))
         return y
 
     def _add_adapter(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
