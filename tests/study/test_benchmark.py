@@ -255,10 +255,10 @@ def test_figures_name_what_they_show_and_are_the_same_for_the_same_table(draw, m
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "sub" / "a.png").read_bytes()
 
 
-def ratio(value, low, high, roofline=None, **sizes):
+def ratio(value, low, high, roofline=None, plain=None, **sizes):
     sizes = {"width_in": 576, "width_out": 576, "heads": 3, **sizes}
     about = {"part": "layer", "device": "cpu", "dtype": "float32", "where": str(sizes), "ratio": "ilora_over_lora"}
-    return {**about, "value": value, "low": low, "high": high, "roofline": roofline, **sizes}
+    return {**about, "value": value, "low": low, "high": high, "roofline": roofline, "plain": plain, **sizes}
 
 
 def test_verdicts(tmp_path):
@@ -293,13 +293,11 @@ def test_at_least_is_the_other_way_round():
     assert benchmark.summary(held)["worst"].tolist() == [4] and held["wanted"].iloc[0] == "≥ 5"
 
 
-def test_what_plain_lora_would_reach_stands_beside_what_its_adapter_alone_is_held_to():
-    rows = [ratio(3, 2.5, 3.5, ratio="loop_over_ilora_alone"), ratio(3.2, 3, 3.5, ratio="loop_over_lora_alone"), ratio(1.0, 0.9, 1.04)]
-    for row, where in zip(rows, ["here", "here", "there"], strict=True):
-        row["where"] = where
-    held = benchmark.hold(pd.DataFrame(rows))
-    assert held["key"].tolist() == ["wide", "alone_small"] and held["plain"].isna().tolist() == [True, False]
-    assert held["plain"].iloc[1] == 3.2
+def test_a_miss_that_plain_lora_would_share_says_so():
+    target = benchmark.Target("alone", "says", "layer", "ilora_over_lora", 5, at_least=True)
+    held = benchmark.hold(pd.DataFrame([ratio(4, 3, 4.5, plain=4.5), ratio(4, 3, 4.5, plain=6), ratio(6, 5.5, 7, plain=4)]), [target])
+    assert held["verdict"].tolist() == ["missed, even at plain LoRA's time", "missed", "reached"]
+    assert held["plain"].tolist() == [4.5, 6, 4]
 
 
 @pytest.fixture
