@@ -1,7 +1,8 @@
-"""Writing aside, then renaming: a file that bears its final name is whole."""
+"""Writing aside, then renaming: a file that bears its final name is whole. And what is in a file, as a digest."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,11 @@ def aside_folder(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal, or a word where there is none: whoever reads it then says what is wrong."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else "none"
 
 
 def write_json(path: str | Path, value: Any) -> None:

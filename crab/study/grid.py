@@ -21,14 +21,15 @@ import pandas as pd
 
 from crab import tasks
 from crab.data import records
-from crab.data.files import aside_folder, read_json, write_json
+from crab.data.files import aside_folder, file_digest, read_json, write_json
 from crab.study import sources
 from crab.study.dataset import read_slot
 from crab.study.pool import run_pool
-from crab.study.predict import predict_run
+from crab.study.predict import ANSWERING, predict_run
 from crab.study.runs import Run
-from crab.study.score import SAMPLE_COLUMNS, masks_of, read_predictions
-from crab.study.train import adapter_config, code_digest, run_key, run_options, train_run, warn_of_emulation
+from crab.study.score import SAMPLE_COLUMNS, SCORING, masks_of, read_predictions
+from crab.study.sources import code_digest
+from crab.study.train import adapter_config, run_key, run_options, train_run, warn_of_emulation
 
 EVALUATE = {"batch_size": 32, "max_new_tokens": 96, "segmenter": "grabcut"}
 COLUMNS = ["cell", *SAMPLE_COLUMNS]
@@ -36,9 +37,6 @@ CELL_COLUMNS = [
     "cell", "run", "key", "learning_rate", "passes", "held_out", "trainable_parameters", "samples", "steps", "seconds", "last_loss",
     "unparsable",
 ]  # fmt: skip
-#: Modules that decide which answer an adapter gives; and those that decide, with `scored`, what an answer is worth.
-ANSWERING = "import crab.study.predict"
-SCORING = "import crab.study.score, crab.study.segment"
 
 
 def is_rate(value: Any) -> bool:
@@ -150,7 +148,7 @@ def run_grid(
 
     digest = cache(lambda slot, split: read_slot(encoded, slot, split).digest)
     keys = {cell.name: _cell_key(cell, place, digest) for cell in cells}
-    truth = cache(lambda slot, split: _file_digest(place.dataset / tasks.json_path(slot, split)))
+    truth = cache(lambda slot, split: file_digest(place.dataset / tasks.json_path(slot, split)))
     score_keys = {cell.name: _score_key(cell, place, truth) for cell in cells}
     waiting = {keys[cell.name]: cell for cell in cells if not _finished(cell, keys, score_keys, place)}  # equal cells once
     size = cache(lambda slot: len(read_json(Path(encoded) / slot / "train.json")["ids"]))
@@ -274,8 +272,3 @@ def _score_key(cell: Cell, place: _Place, digest) -> str:
         "segmenter": place.evaluate["segmenter"],
         "code": [code_digest(SCORING), sources.plain(inspect.getsource(truths)), sources.plain(inspect.getsource(scored))],
     })  # fmt: skip
-
-
-def _file_digest(path: Path) -> str:
-    """Digest of a file, or a word where there is none: whoever reads it then says what is wrong."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"

@@ -18,15 +18,18 @@ from transformers.utils.logging import disable_progress_bar
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
 from crab import tasks
-from crab.data.files import aside, read_json, write_json
+from crab.data.files import aside, file_digest, read_json, write_json
 from crab.models import omni
 from crab.study.dataset import Sample, batch, load_base, read_slot
 from crab.study.instruction import instruction_shown
 from crab.study.pool import run_pool
 from crab.study.runs import Run
-from crab.study.train import base_digest, code_digest
+from crab.study.sources import code_digest
+from crab.study.train import base_digest
 
 WEIGHTS = "adapter_model.safetensors"
+#: Modules that decide which answer an adapter gives.
+ANSWERING = "import crab.study.predict"
 ANSWERED = "answered.json"  # beside a run's answers: what decided them
 
 
@@ -143,11 +146,11 @@ def predict_all(
     """
     out = Path(out)
     digest = cache(lambda slot: read_slot(encoded, slot, "test").digest)
-    how = [base_digest(base), code_digest("import crab.study.predict"), batch_size, max_new_tokens]
+    how = [base_digest(base), code_digest(ANSWERING), batch_size, max_new_tokens]
     jobs = []
     for run, folder in sorted(runs.items(), key=lambda item: -len(item[0].slots(slots))):
         of_run = run.slots(slots)
-        adapter = [hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() for name in (WEIGHTS, "adapter_config.json")]
+        adapter = [file_digest(Path(folder) / name) for name in (WEIGHTS, "adapter_config.json")]
         what = json.dumps([*how, adapter, [(slot, digest(slot)) for slot in of_run]])
         key = hashlib.sha256(what.encode()).hexdigest()[:16]
         marker = out / run.name / ANSWERED

@@ -5,6 +5,7 @@ Predictions lie at ``<predictions>/<run>/<slot>.jsonl``, one ``{"id", "slot", "t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -15,10 +16,11 @@ import pandas as pd
 
 from crab import tasks
 from crab.data import media, records
-from crab.data.files import aside, write_json
+from crab.data.files import aside, file_digest, read_json, write_json
 from crab.study.pool import run_pool
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
+from crab.study.sources import code_digest
 from crab.tasks.segmentation import bounding_box, points_inside
 
 COLUMNS = [
@@ -26,6 +28,8 @@ COLUMNS = [
     "n_expected", "n_found", "n_scored", "n_unparsable",
 ]  # fmt: skip
 SAMPLE_COLUMNS = ["run", "family", "seed", "slot", "id", "score"]
+#: Modules that decide what an answer is worth.
+SCORING = "import crab.study.score, crab.study.segment"
 ORACLE_COLUMNS = ["segmenter", "slot", "metric", "primary", "value", "low", "high", "n_expected"]
 
 
@@ -110,7 +114,7 @@ def score_run(
     rows = []
     for metric, value in result["metrics"].items():
         first = metric == tasks.get_slot(slot).metric
-        extra = {"low": low, "high": high, "chance": chance} if first else {}
+        extra = {"low": float(low), "high": float(high), "chance": float(chance)} if first else {}
         rows.append({**head, "metric": metric, "primary": first, "value": float(value), **extra, **counts})
     samples = [
         {**head, "id": name, "score": float(value)}
@@ -133,7 +137,8 @@ def score_all(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Score every run on its slots.
 
-    Cutting masks is nearly all of the time: about a tenth of a second each with GrabCut.
+    Cutting masks is nearly all of the time: about a tenth of a second each with GrabCut. So the scores of a run and slot stay
+    beside its answers, in ``<slot>.scores.json``, and while answers, records and code are the same they are taken from there.
 
     Args:
         runs: what must be there.
@@ -150,10 +155,10 @@ def score_all(
     Raises:
         RuntimeError: naming run and slot, on predictions that are missing or malformed.
     """
-    _asked.cache_clear()  # the records may be others than at the last call
+    truths = {slot: _truth_digest(slot, data) for slot in slots}
     pairs = [(run, slot) for slot in slots for run in runs if slot in run.slots(slots)]
     jobs = [
-        (f"{run.name} {slot}", partial(_score_file, run, slot, data, predictions, resamples, seed, segmenter))
+        (f"{run.name} {slot}", partial(_score_file, run, slot, data, truths[slot], predictions, resamples, seed, segmenter))
         for run, slot in sorted(pairs, key=lambda pair: not tasks.get_slot(pair[1]).masks)  # the slow ones first
     ]
     found = run_pool(jobs, workers, "score")
@@ -168,18 +173,35 @@ def score_all(
     return table, tidy
 
 
+def _truth_digest(slot: str, data: str | Path) -> str:
+    """Of the test records, and of the pictures and masks that predicted masks are cut from and held against."""
+    files = [Path(data) / tasks.json_path(slot, "test")]
+    if tasks.get_slot(slot).masks:
+        files += [path for r in records.read(data, slot, "test") for path in (r["mask"], *(item.path for item in r["media"]))]
+    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+
+
 @cache
-def _asked(slot: str, data: str | Path, segmenter: str) -> tuple[list[dict], dict, float]:
+def _asked(slot: str, data: str | Path, truth: str, segmenter: str) -> tuple[list[dict], dict, float]:
     """Test records of a slot, what `crab.tasks.score` needs beside them, and the score of chance: once in each worker."""
     test, masks = records.read(data, slot, "test"), masks_of(slot, segmenter)
     return test, masks, tasks.chance(slot, test, **masks)
 
 
-def _score_file(run: Run, slot: str, data, predictions, resamples: int, seed: int, segmenter: str) -> tuple[list[dict], list[dict]]:
-    """`score_run` of the answers in a file. Run in a worker."""
-    test, masks, chance = _asked(slot, data, segmenter)
-    texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
-    return score_run(run, slot, test, texts, chance, masks, resamples, seed)
+def _score_file(
+    run: Run, slot: str, data, truth: str, predictions, resamples: int, seed: int, segmenter: str
+) -> tuple[list[dict], list[dict]]:
+    """`score_run` of the answers in a file, where it has not been done before. Run in a worker."""
+    answers = Path(predictions) / run.name / f"{slot}.jsonl"
+    kept = answers.with_suffix(".scores.json")
+    decisive = [file_digest(answers), truth, resamples, seed, segmenter, code_digest(SCORING)]
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    if not kept.is_file() or read_json(kept)["key"] != key:
+        test, masks, chance = _asked(slot, data, truth, segmenter)
+        rows, samples = score_run(run, slot, test, read_predictions(answers, slot), chance, masks, resamples, seed)
+        write_json(kept, {"key": key, "rows": rows, "samples": samples})
+    found = read_json(kept)
+    return found["rows"], found["samples"]
 
 
 def oracle(

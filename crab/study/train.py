@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
-import crab
 from crab.data.files import aside_folder, read_json, write_json
 from crab.ilora import ILoraConfig, parameter_groups
 from crab.models import omni
-from crab.study import sources
 from crab.study.dataset import SlotData, batch, load_base, read_slot
 from crab.study.instruction import instruction_shown
 from crab.study.pool import run_pool
 from crab.study.runs import Run
+from crab.study.sources import code_digest
 
 WHOLE = "whole"  # empty file in a checkpoint, written last
 NOT_FOR_CONFIG = ("runs", "learning_rate", "router_rate")
@@ -117,14 +116,6 @@ def base_digest(base: str | Path) -> str:
         digest.update(path.name.encode())
         digest.update(path.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-@cache
-def code_digest(imports: str, *own: Path) -> str:
-    """Digest of the code, without comments and docstrings, that ``imports`` may load, and of the files ``own``."""
-    folder = Path(crab.__file__).parents[1]
-    paths = [folder / path for path in sources.modules(folder, imports)] + list(own)
-    return hashlib.sha256("".join(sources.plain(path.read_text(), path.name) for path in paths).encode()).hexdigest()
 
 
 def run_options(

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from crab import tasks
-from crab.data import media
+from crab.data import media, records
 from crab.study import score
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run, plan
@@ -74,12 +74,46 @@ def test_workers_write_the_same_bytes_and_records_are_read_anew(world):
     file.write_bytes((world / "predictions" / RUN.name / "ks.jsonl").read_bytes())
     go(world, runs)
     first = {p.name: p.read_bytes() for p in (world / "out").iterdir()}
+    for kept in (world / "predictions").rglob("*.scores.json"):
+        kept.unlink()
     score.score_all(runs, ["ks"], world, world / "predictions", world / "out", workers=2)
     assert first == {p.name: p.read_bytes() for p in (world / "out").iterdir()}
     path = world / tasks.json_path(tasks.get_slot("ks"), "test")
     path.write_text(path.read_text().replace("ringing", "drumming"))
     table, _ = go(world, runs)
     assert table["value"].tolist() == [0.5, 0.5] and table["chance"].tolist() == [1, 1]
+
+
+def test_what_was_scored_before_is_scored_again_only_where_something_changed(world, monkeypatch):
+    scored = []
+    monkeypatch.setattr(score, "score_run", lambda run, *args, go=score.score_run: scored.append(run) or go(run, *args))
+    first = go(world)
+    again = go(world)
+    assert scored == [RUN] and all(a.equals(b) for a, b in zip(first, again, strict=True))
+    write(world, ["<answer>drumming</answer>"] * 4)
+    assert go(world)[0]["value"].tolist() == [0.25] and len(scored) == 2
+    score.score_all([RUN], ["ks"], world, world / "predictions", world / "out", resamples=10)
+    assert len(scored) == 3
+    monkeypatch.setattr(score, "code_digest", lambda imports: "other code")
+    go(world)
+    assert len(scored) == 4
+    (world / "predictions" / RUN.name / "ks.scores.json").write_text("{")
+    with pytest.raises(RuntimeError, match="ks.scores.json: malformed.*delete it"):
+        go(world)
+
+
+def test_a_mask_is_part_of_the_truth(tmp_path):
+    path = tmp_path / tasks.json_path(tasks.get_slot("s4"), "test")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps([{
+        "visual_path": "a/frames/0.jpg", "audio_path": "a/audio.wav", "vid": "a", "uid": "a_0", "a_obj": "whistle", "frame_idx": 0,
+    }]))  # fmt: skip
+    (record,) = records.read(tmp_path, "s4", "test")
+    found = []
+    for mask in (np.eye(4, dtype=bool), np.eye(4, dtype=bool), ~np.eye(4, dtype=bool)):
+        media.write_mask(record["mask"], mask)
+        found.append(score._truth_digest("s4", tmp_path))
+    assert found[0] == found[1] != found[2]
 
 
 def test_missing_prediction_raises(world):
