@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -21,9 +23,12 @@ _POOLS: dict[int, ProcessPoolExecutor] = {}
 
 def _start(threads: int) -> None:
     end_with_parent()
+    # An interrupt reaches workers too, also whenever a notebook's kernel ends. They end without a word, a job as by an error.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     import torch
 
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit())
 
 
 def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label: str) -> dict[str, Any]:

@@ -52,6 +52,53 @@ def test_wrong_jobs():
         run_pool([], 0, "count")
 
 
+INTERRUPTED = """
+import os, signal, sys, time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from threading import Timer
+from crab.study.pool import run_pool
+
+def job(folder):
+    with ExitStack() as stack:
+        stack.callback((folder / f"tidied {os.getpid()}").touch)
+        (folder / f"started {os.getpid()}").touch()
+        time.sleep(60)
+
+def interrupt(folder):
+    while len(list(folder.glob("started *"))) < 2:
+        time.sleep(0.05)
+    os.killpg(0, signal.SIGINT)
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    run_pool([("a", os.getpid), ("b", os.getpid)], 2, "idle")
+    if sys.argv[2] == "idle":  # as when a notebook's kernel ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.killpg(0, signal.SIGINT)
+        time.sleep(1)
+        sys.exit()
+    Timer(0, interrupt, [folder]).start()
+    try:
+        run_pool([("c", partial(job, folder)), ("d", partial(job, folder))], 2, "busy")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_an_interrupt_ends_workers_without_a_word_and_lets_their_jobs_tidy_up(tmp_path, state):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    run = subprocess.run(
+        [sys.executable, "script.py", str(tmp_path), state], cwd=tmp_path, capture_output=True, text=True, start_new_session=True, timeout=60,
+    )  # fmt: skip
+    assert "Traceback" not in run.stderr
+    if state == "busy":
+        assert run.returncode == 1 and "interrupted" in run.stderr
+        assert len(list(tmp_path.glob("tidied *"))) == len(list(tmp_path.glob("started *"))) == 2
+
+
 # Each leaves something in the folder as soon as its workers are at work, for longer than the test lasts.
 PARENTS = {
     "pool": """
