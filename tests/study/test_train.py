@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import crab
 from crab.models import omni
-from crab.study import instruction, predict, train
+from crab.study import instruction, predict, sources, train
 from crab.study.dataset import batch, load_base, read_slot, segments
 from crab.study.runs import Run
 
@@ -90,7 +91,7 @@ def test_precision_is_never_changed_silently(encoded, base, tmp_path, monkeypatc
 
 
 def test_key_hangs_on_the_code_that_decides_and_on_no_other():
-    names = {path.as_posix() for path in train.sources.modules(Path(train.crab.__file__).parents[1], train.DECIDING)}
+    names = {path.as_posix() for path in sources.modules(Path(crab.__file__).parents[1], train.DECIDING)}
     assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/study/dataset.py"} <= names
     assert not {"crab/ilora/published.py", "crab/study/paths.py", "crab/study/notebook.py", "crab/study/pool.py"} & names
 
