@@ -19,6 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
+from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 from scipy.signal import resample_poly
 
@@ -142,12 +143,16 @@ def _on_display(path, timed, middles) -> tuple[np.ndarray, np.ndarray, bool]:
     Returns pictures, their seconds, and whether any frame's time was before that of the one ahead of it.
     """
     pictures, times, current, began, backwards = [], [], None, 0.0, False
+    # One for all frames, and one thread: a frame that is asked itself sets up a scaler and its threads each time, for longer
+    # than it scales.
+    scaler = VideoReformatter()
 
     def settle(before: float) -> None:
         """Take the current frame for every middle that ends its display."""
         picture = None
         while len(times) < len(middles) and middles[len(times)] < before:
-            picture = current.to_ndarray(format="rgb24", width=SIZE, height=SIZE) if picture is None else picture
+            if picture is None:
+                picture = scaler.reformat(current, SIZE, SIZE, "rgb24", threads=1).to_ndarray()
             pictures.append(picture)
             times.append(began)
 

@@ -17,6 +17,17 @@ ALIGNED = 8  # elements: matrix products are slow where rows of 2-byte numbers d
 _compiled: dict[tuple, object] = {}
 
 
+@triton.jit
+def _softmax(logits, t, tokens, temperature, N: tl.constexpr, HEADS: tl.constexpr):
+    """Of the tokens `t`: the heads, which of these there are, the highest score, exp(score - highest) of each, and the sum of those."""
+    head = tl.arange(0, HEADS)[:, None].to(tl.int64)
+    inside = (head < N) & (t < tokens)
+    scores = tl.load(logits + head * tokens + t, inside, other=float("-inf")).to(tl.float32) / temperature
+    highest = tl.max(scores, 0)[None, :]
+    powers = tl.exp(scores - highest)
+    return head, inside, highest, powers, tl.sum(powers, 0)[None, :]
+
+
 @triton.jit(do_not_specialize=["tokens", "pitch"],
             do_not_specialize_on_alignment=["z", "logits", "routed", "weights"])
 def _forward(z, logits, routed, weights, tokens, pitch, temperature,
@@ -24,12 +35,7 @@ def _forward(z, logits, routed, weights, tokens, pitch, temperature,
              COLUMNS: tl.constexpr):
     """One program: COLUMNS tokens, ROWS of the N * RANK rows of `routed`. HEADS is N rounded up to a power of 2."""
     t = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    head = tl.arange(0, HEADS)[:, None].to(tl.int64)
-    inside = (head < N) & (t < tokens)
-    scores = tl.load(logits + head * tokens + t, inside, other=float("-inf")).to(tl.float32) / temperature
-    highest = tl.max(scores, 0)[None, :]
-    powers = tl.exp(scores - highest)
-    total = tl.sum(powers, 0)[None, :]
+    head, inside, highest, powers, total = _softmax(logits, t, tokens, temperature, N, HEADS)
     if tl.program_id(1) == 0:
         tl.store(weights + head * tokens + t, powers / total, inside)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -47,12 +53,7 @@ def _backward(z, logits, routed_grad, routed, small_grad, tokens, pitch, tempera
               COLUMNS: tl.constexpr):
     """One program: COLUMNS tokens, all rows, ROWS of each head at a time. HEADS is N rounded up to a power of 2."""
     t = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    head = tl.arange(0, HEADS)[:, None].to(tl.int64)
-    inside = (head < N) & (t < tokens)
-    scores = tl.load(logits + head * tokens + t, inside, other=float("-inf")).to(tl.float32) / temperature
-    highest = tl.max(scores, 0)[None, :]
-    powers = tl.exp(scores - highest)
-    total = tl.sum(powers, 0)[None, :]
+    head, inside, highest, powers, total = _softmax(logits, t, tokens, temperature, N, HEADS)
     dots = tl.zeros((HEADS, COLUMNS), tl.float32)  # of z with the gradient of what was routed, head by head
     for start in range(0, RANK, ROWS):
         row = (start + tl.arange(0, ROWS))[:, None].to(tl.int64)

@@ -9,7 +9,8 @@ cached embeddings (:func:`collate`, :func:`generate`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -433,6 +434,22 @@ def collate(model, tokenizer, samples: Sequence[dict], answers: Sequence[str] | 
     return batch if answers is None else {**batch, "labels": labels}
 
 
+@contextmanager
+def logits_at(model, chosen) -> Iterator[None]:
+    """Inside, the model (a thinker, or PEFT's wrapper of one) gives logits at some positions alone.
+
+    Of a vocabulary of 152,064 words, Qwen2.5-Omni's, those of a prompt's 1,500 tokens take half a gigabyte a sample in bfloat16.
+
+    Args:
+        chosen: what indexes the last hidden states [B, L, hidden]: a bool mask [B, L], say, for logits [chosen, vocabulary].
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0][chosen],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def generate(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch from :func:`collate` made without answers."""
@@ -440,12 +457,13 @@ def generate(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: i
     mask, positions = batch["attention_mask"], batch["position_ids"]
     # transformers adds this offset to the count of tokens seen to place each new token.
     base.model.rope_deltas = (positions.amax(dim=(0, 2)) + 1 - mask.sum(-1))[:, None]
-    out = model.generate(
-        inputs_embeds=batch["inputs_embeds"],
-        attention_mask=mask,
-        position_ids=positions,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-    )
+    with logits_at(base, (slice(None), slice(-1, None))):
+        out = model.generate(
+            inputs_embeds=batch["inputs_embeds"],
+            attention_mask=mask,
+            position_ids=positions,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
     return tokenizer.batch_decode(out, skip_special_tokens=True)

@@ -7,9 +7,7 @@ a grid goes on in the cells it was in, from their last checkpoints.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +19,14 @@ import pandas as pd
 
 from crab import tasks
 from crab.data import records
-from crab.data.files import aside_folder, file_digest, read_json, write_json
+from crab.data.files import aside_folder, read_json, write_json
 from crab.study import sources
 from crab.study.dataset import read_slot
+from crab.study.keys import code_digest, key_of
 from crab.study.pool import run_pool
 from crab.study.predict import ANSWERING, predict_run
 from crab.study.runs import Run
-from crab.study.score import SAMPLE_COLUMNS, SCORING, masks_of, read_predictions
-from crab.study.sources import code_digest
+from crab.study.score import SAMPLE_COLUMNS, SCORING, masks_of, read_predictions, truth_digest
 from crab.study.train import adapter_config, run_key, run_options, train_run, warn_of_emulation
 
 EVALUATE = {"batch_size": 32, "max_new_tokens": 96, "segmenter": "grabcut"}
@@ -148,7 +146,7 @@ def run_grid(
 
     digest = cache(lambda slot, split: read_slot(encoded, slot, split).digest)
     keys = {cell.name: _cell_key(cell, place, digest) for cell in cells}
-    truth = cache(lambda slot, split: file_digest(place.dataset / tasks.json_path(slot, split)))
+    truth = cache(lambda slot, split: truth_digest(slot, split, dataset))
     score_keys = {cell.name: _score_key(cell, place, truth) for cell in cells}
     waiting = {keys[cell.name]: cell for cell in cells if not _finished(cell, keys, score_keys, place)}  # equal cells once
     size = cache(lambda slot: len(read_json(Path(encoded) / slot / "train.json")["ids"]))
@@ -246,10 +244,6 @@ def chances(
     return found
 
 
-def _hash(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def _cell_key(cell: Cell, place: _Place, digest) -> str:
     """Hash of all that decides the cell's answers. Not of its name."""
     options = run_options(
@@ -257,7 +251,7 @@ def _cell_key(cell: Cell, place: _Place, digest) -> str:
         samples=cell.samples,
     )  # fmt: skip
     trained = run_key(cell.run, options, [digest(slot, "train") for slot in cell.trained_slots], place.base)
-    return _hash({
+    return key_of({
         "trained": trained,
         "answered": [(slot, digest(slot, split_of(cell))) for slot in cell.scored_slots],
         "evaluate": [place.evaluate["batch_size"], place.evaluate["max_new_tokens"]],
@@ -267,7 +261,7 @@ def _cell_key(cell: Cell, place: _Place, digest) -> str:
 
 def _score_key(cell: Cell, place: _Place, digest) -> str:
     """Hash of all that decides the scores, given the answers."""
-    return _hash({
+    return key_of({
         "truths": [digest(slot, split_of(cell)) for slot in cell.scored_slots],
         "segmenter": place.evaluate["segmenter"],
         "code": [code_digest(SCORING), sources.plain(inspect.getsource(truths)), sources.plain(inspect.getsource(scored))],

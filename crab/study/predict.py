@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -22,10 +21,9 @@ from crab.data.files import aside, file_digest, read_json, write_json
 from crab.models import omni
 from crab.study.dataset import Sample, batch, load_base, read_slot
 from crab.study.instruction import instruction_shown
+from crab.study.keys import base_digest, code_digest, key_of
 from crab.study.pool import run_pool
 from crab.study.runs import Run
-from crab.study.sources import code_digest
-from crab.study.train import base_digest
 
 WEIGHTS = "adapter_model.safetensors"
 #: Modules that decide which answer an adapter gives.
@@ -151,8 +149,7 @@ def predict_all(
     for run, folder in sorted(runs.items(), key=lambda item: -len(item[0].slots(slots))):
         of_run = run.slots(slots)
         adapter = [file_digest(Path(folder) / name) for name in (WEIGHTS, "adapter_config.json")]
-        what = json.dumps([*how, adapter, [(slot, digest(slot)) for slot in of_run]])
-        key = hashlib.sha256(what.encode()).hexdigest()[:16]
+        key = key_of([*how, adapter, [(slot, digest(slot)) for slot in of_run]])
         marker = out / run.name / ANSWERED
         if not marker.is_file() or read_json(marker) != {"key": key}:
             jobs.append((run.name, partial(_predict_marked, key, run, folder, encoded, base, out, of_run, batch_size, max_new_tokens)))

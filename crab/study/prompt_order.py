@@ -8,9 +8,7 @@ samples are re-ordered, and nothing is encoded anew.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from crab.models import checkpoint
 from crab.models.omni import END, SPECIAL
 from crab.study import sources
 from crab.study.dataset import Sample, read_slot, write_slot
+from crab.study.keys import key_of
 
 OPENING, CLOSING = ("vision_bos_token", "audio_bos_token"), ("vision_eos_token", "audio_eos_token")
 
@@ -72,7 +71,7 @@ def reordered(encoded: str | Path, base: str | Path, out: str | Path, slots: Seq
     """A copy of the encoded ``slots``, instruction first, under ``out``; made once for the same samples and code."""
     data = {(slot, split): read_slot(encoded, slot, split) for slot in slots for split in tasks.get_slot(slot).splits}
     code = sources.plain(inspect.getsource(sys.modules[__name__]))
-    key = hashlib.sha256(json.dumps([code, [d.digest for d in data.values()]]).encode()).hexdigest()[:16]
+    key = key_of([code, [d.digest for d in data.values()]])
     folder = Path(out) / f"instruction_first-{key}"
     if not folder.is_dir():
         which = marks(AutoTokenizer.from_pretrained(checkpoint.resolve(base) or base))

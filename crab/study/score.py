@@ -5,7 +5,6 @@ Predictions lie at ``<predictions>/<run>/<slot>.jsonl``, one ``{"id", "slot", "t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -17,10 +16,10 @@ import pandas as pd
 from crab import tasks
 from crab.data import media, records
 from crab.data.files import aside, file_digest, read_json, write_json
+from crab.study.keys import code_digest, key_of
 from crab.study.pool import run_pool
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
-from crab.study.sources import code_digest
 from crab.tasks.segmentation import bounding_box, points_inside
 
 COLUMNS = [
@@ -155,7 +154,7 @@ def score_all(
     Raises:
         RuntimeError: naming run and slot, on predictions that are missing or malformed.
     """
-    truths = {slot: _truth_digest(slot, data) for slot in slots}
+    truths = {slot: truth_digest(slot, "test", data) for slot in slots}
     pairs = [(run, slot) for slot in slots for run in runs if slot in run.slots(slots)]
     jobs = [
         (f"{run.name} {slot}", partial(_score_file, run, slot, data, truths[slot], predictions, resamples, seed, segmenter))
@@ -173,12 +172,12 @@ def score_all(
     return table, tidy
 
 
-def _truth_digest(slot: str, data: str | Path) -> str:
-    """Of the test records, and of the pictures and masks that predicted masks are cut from and held against."""
-    files = [Path(data) / tasks.json_path(slot, "test")]
+def truth_digest(slot: str, split: str, data: str | Path) -> str:
+    """Of a split's records, and of the pictures and masks that predicted masks are cut from and held against."""
+    files = [Path(data) / tasks.json_path(slot, split)]
     if tasks.get_slot(slot).masks:
-        files += [path for r in records.read(data, slot, "test") for path in (r["mask"], *(item.path for item in r["media"]))]
-    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+        files += [path for r in records.read(data, slot, split) for path in (r["mask"], *(item.path for item in r["media"]))]
+    return key_of([file_digest(path) for path in files])
 
 
 @cache
@@ -194,13 +193,13 @@ def _score_file(
     """`score_run` of the answers in a file, where it has not been done before. Run in a worker."""
     answers = Path(predictions) / run.name / f"{slot}.jsonl"
     kept = answers.with_suffix(".scores.json")
-    decisive = [file_digest(answers), truth, resamples, seed, segmenter, code_digest(SCORING)]
-    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
-    if not kept.is_file() or read_json(kept)["key"] != key:
+    key = key_of([file_digest(answers), truth, resamples, seed, segmenter, code_digest(SCORING)])
+    found = read_json(kept) if kept.is_file() else {}
+    if found.get("key") != key:
         test, masks, chance = _asked(slot, data, truth, segmenter)
         rows, samples = score_run(run, slot, test, read_predictions(answers, slot), chance, masks, resamples, seed)
-        write_json(kept, {"key": key, "rows": rows, "samples": samples})
-    found = read_json(kept)
+        found = {"key": key, "rows": rows, "samples": samples}
+        write_json(kept, found)
     return found["rows"], found["samples"]
 
 

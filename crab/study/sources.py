@@ -20,11 +20,9 @@ import io
 import sys
 import tokenize
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import crab
 from crab.data.files import aside, aside_folder, write_json
 from crab.study.ipynb import nbformat
 from crab.study.paths import root
@@ -102,14 +100,6 @@ def modules(folder: Path, code: str) -> list[Path]:
                 package = name if path.name == "__init__.py" else name.rpartition(".")[0]
                 waiting += _named(path.read_text(), package)
     return sorted(found.values())
-
-
-@cache
-def code_digest(imports: str, *own: Path) -> str:
-    """Digest of the `plain` text of all modules that ``imports`` may load, and of the files ``own``."""
-    folder = Path(crab.__file__).parents[1]
-    paths = [folder / path for path in modules(folder, imports)] + list(own)
-    return hashlib.sha256("".join(plain(path.read_text(), path.name) for path in paths).encode()).hexdigest()
 
 
 def code_cells(notebook: Any, name: str) -> list[str]:

@@ -7,8 +7,6 @@ of the stage are done and are then promoted together, so a killed stage loses no
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 import warnings
@@ -31,9 +29,9 @@ from crab.ilora import ILoraConfig, parameter_groups
 from crab.models import omni
 from crab.study.dataset import SlotData, batch, load_base, read_slot
 from crab.study.instruction import instruction_shown
+from crab.study.keys import base_digest, code_digest, key_of
 from crab.study.pool import run_pool
 from crab.study.runs import Run
-from crab.study.sources import code_digest
 
 WHOLE = "whole"  # empty file in a checkpoint, written last
 NOT_FOR_CONFIG = ("runs", "learning_rate", "router_rate")
@@ -52,18 +50,18 @@ class AnswerTrainer(Trainer):
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with instruction_shown(model, inputs):
+        wanted = inputs["labels"].roll(-1, 1)  # a label is learned from the position before it; no prompt begins with one
+        here = wanted != omni.IGNORE
+        with instruction_shown(model, inputs), omni.logits_at(self.model, here):
             outputs = model(
                 inputs_embeds=inputs["inputs_embeds"],
                 attention_mask=inputs["attention_mask"],
                 position_ids=inputs["position_ids"],
                 use_cache=False,
             )
-        labels = inputs["labels"][:, 1:]
-        here = labels != omni.IGNORE
-        loss = torch.nn.functional.cross_entropy(
-            outputs.logits[:, :-1][here].float(), labels[here], reduction="sum"
-        ) / (here.sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted[here], reduction="sum") / (
+            here.sum() if num_items_in_batch is None else num_items_in_batch
+        )
         return (loss, outputs) if return_outputs else loss
 
 
@@ -104,20 +102,6 @@ def adapter_config(method: str, section: Mapping[str, Any]):
         raise ValueError(f"methods.{method}: {error}; see {config.__name__}") from None
 
 
-def base_digest(base: str | Path) -> str:
-    """Digest of a base's weights and configuration; files over 256 MB count by name, size and date."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in Path(base).rglob("*") if p.suffix in (".safetensors", ".json"))
-    if not files:
-        raise ValueError(f"{base}: no base model there; run the base stage")
-    for path in files:
-        stat = path.stat()
-        small = stat.st_size < 2**28
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
 def run_options(
     run: Run, section: Mapping[str, Any], passes: int, batch_size: int, warmup: float = 0.03,
     precision: str = "fp32", held_out: int = 0, samples: int | None = None,
@@ -142,15 +126,14 @@ def run_key(run: Run, options: Mapping[str, Any], data: Sequence[str], base: str
     Args:
         options: of `run_options`. data: digests of the training data of each slot, in order.
     """
-    what = {
+    return key_of({
         "run": run.name,
         "options": options,
         "data": list(data),
         "base": base_digest(base),
         "code": code_digest(DECIDING, Path(__file__)),
         "versions": [torch.__version__, transformers.__version__, peft.__version__],
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    })
 
 
 def native_bf16() -> bool:

@@ -112,7 +112,7 @@ def test_a_mask_is_part_of_the_truth(tmp_path):
     found = []
     for mask in (np.eye(4, dtype=bool), np.eye(4, dtype=bool), ~np.eye(4, dtype=bool)):
         media.write_mask(record["mask"], mask)
-        found.append(score._truth_digest("s4", tmp_path))
+        found.append(score.truth_digest("s4", "test", tmp_path))
     assert found[0] == found[1] != found[2]
 
 

@@ -203,6 +203,24 @@ def test_only_the_answer_is_learned(encoded, base):
     assert ((kinds == -1) == (made["attention_mask"] == 0)).all()
 
 
+def test_loss_is_the_models_own_and_no_logits_are_made_of_prompts(encoded, base, tmp_path, monkeypatch):
+    found = []
+
+    class Spy(train.AnswerTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            with torch.no_grad():
+                whole = model(**{k: v for k, v in inputs.items() if k != "input_ids"}, use_cache=False)
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            answer_tokens = (inputs["labels"] != omni.IGNORE).sum().item()
+            found.append((loss.item(), whole.loss.item(), len(outputs.logits), answer_tokens))
+            return super().compute_loss(model, inputs, **kwargs)
+
+    monkeypatch.setattr(train, "AnswerTrainer", Spy)
+    go(JOINT, {**ILORA, "lora_dropout": 0.0}, encoded, base, tmp_path, passes=1)
+    for loss, whole, logits, answer_tokens in found:
+        assert loss == pytest.approx(whole, rel=1e-5) and logits == answer_tokens
+
+
 def test_unknown_parameter_and_method(encoded, base, tmp_path):
     with pytest.raises(ValueError, match="methods.lora.*rank"):
         train.adapter_config("lora", LORA | {"rank": 3})
