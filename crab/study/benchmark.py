@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from crab.data.files import aside, write_json
-from crab.study.train import CPU_BF16
+from crab.study.train import native_bf16
 
 Step = Callable[[int], Iterator[None]]
 SHORT = 0.1  # seconds of one repetition of all contenders
@@ -122,8 +122,7 @@ def formats(dtypes: Sequence[str], device: str) -> list[str]:
 
     A CPU without bfloat16 emulates it, tens of times slower: such times would tell of the emulation, not of a method.
     """
-    native = device != "cpu" or any(torch.cpu.get_capabilities().get(name, False) for name in CPU_BF16)
-    return [dtype for dtype in dtypes if native or dtype != "bfloat16"]
+    return [dtype for dtype in dtypes if dtype != "bfloat16" or native_bf16(device)]
 
 
 def machine(threads: int) -> dict[str, Any]:

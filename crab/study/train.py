@@ -136,9 +136,9 @@ def run_key(run: Run, options: Mapping[str, Any], data: Sequence[str], base: str
     })
 
 
-def native_bf16() -> bool:
-    """Whether the device that trains computes in bfloat16 itself; else it is emulated, and slower than float32."""
-    if torch.cuda.is_available():
+def native_bf16(device: str | None = None) -> bool:
+    """Whether a device, else the one that trains, computes in bfloat16 itself; else it is emulated, and slower than float32."""
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name, False) for name in CPU_BF16)
 
@@ -204,7 +204,7 @@ def train_run(
     model, processor = load_base(base)
     # on CPUs the backward pass of torch's fused attention is slow in bf16; in fp32 it is the faster one
     model.set_attn_implementation("eager" if precision == "bf16" and not torch.cuda.is_available() else "sdpa")
-    peft_model = _adapted(model, run, section)
+    peft_model = adapted(model, run.method, section)
     pairs = [pair for slot in data for pair in _trained_on(slot, run.form, held_out, samples)]
     steps = -(-len(pairs) // batch_size) * passes
     trainer = AnswerTrainer(
@@ -246,10 +246,11 @@ def train_run(
     return final
 
 
-def _adapted(model, run: Run, section: Mapping[str, Any]):
+def adapted(model, method: str, section: Mapping[str, Any]):
+    """The base with a new adapter in it; see `adapter_config`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
-        return get_peft_model(model, adapter_config(run.method, section))
+        return get_peft_model(model, adapter_config(method, section))
 
 
 def _optimizer(model, section: Mapping[str, Any]) -> torch.optim.Optimizer | None:

@@ -5,19 +5,17 @@ The rate is chosen as in the sweep stage, by held-out training samples. All that
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import pandas as pd
 import torch
-from peft import get_peft_model
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from crab.models import checkpoint
 from crab.study.sweep import cells_of, check_rates, sweep
-from crab.study.train import adapter_config
+from crab.study.train import adapted
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,8 @@ def adapter_parameters(base, method: str, options: Mapping[str, Any]) -> int:
     """Trainable parameters of an adapter on the base in this folder, counted without loading a weight."""
     config = Qwen2_5OmniThinkerConfig.from_pretrained(checkpoint.resolve(base) or base)
     with torch.device("meta"):
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
-            adapted = get_peft_model(model, adapter_config(method, options))
-    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        model = adapted(Qwen2_5OmniThinkerForConditionalGeneration(config), method, options)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def plain_rank(parameters: int, of_rank_one: int) -> int:

@@ -115,7 +115,10 @@ def test_emulated_formats_are_not_timed(monkeypatch):
     both = ["float32", "bfloat16"]
     for found, wanted in (({"avx2": True}, ["float32"]), ({"avx512_bf16": True}, both), ({"bf16": True}, both)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert benchmark.formats(both, "cpu") == wanted and benchmark.formats(both, "cuda") == both
+        assert benchmark.formats(both, "cpu") == wanted
+    for native, wanted in ((True, both), (False, ["float32"])):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native or including_emulation)
+        assert benchmark.formats(both, "cuda") == wanted
 
 
 def reference(x, W, A, R, heads, scaling):
