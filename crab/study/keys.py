@@ -26,7 +26,7 @@ def code_digest(imports: str, *own: Path) -> str:
 
 
 def base_digest(base: str | Path) -> str:
-    """Digest of a base's weights and configuration; files over 256 MB count by name, size and date."""
+    """Digest of a base's weights and configuration; files over 256 MB count by name, size and date. None there: ValueError."""
     digest = hashlib.sha256()
     files = sorted(p for p in Path(base).rglob("*") if p.suffix in (".safetensors", ".json"))
     if not files:
