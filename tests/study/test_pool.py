@@ -79,6 +79,7 @@ if __name__ == "__main__":
         os.killpg(0, signal.SIGINT)
         time.sleep(1)
         sys.exit()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in its background ignores interrupts
     Timer(0, interrupt, [folder]).start()
     try:
         run_pool([("c", partial(job, folder)), ("d", partial(job, folder))], 2, "busy")
