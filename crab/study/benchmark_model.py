@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -14,13 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 
 from crab import tasks
 from crab.data import records
-from crab.ilora import ILoraConfig
 from crab.ilora.layer import Linear
 from crab.models import omni
+from crab.study import train as training
 from crab.study.benchmark import RATIO, estimate, formats, interleaved, quartiles, quotient
 from crab.study.dataset import batch, load_base
 from crab.study.encode import load_media
@@ -33,16 +31,13 @@ _PARTS = ("forward", "backward", "optimizer")
 
 def adapted(base, rank: int, heads: int) -> dict:
     """The base with each method's adapter; they share the frozen weights, so that a large base lies in memory once."""
-    configs = {
-        "LoRA": LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=omni.LANGUAGE_TARGETS),
-        "I-LoRA": ILoraConfig(r=rank, lora_alpha=2 * rank, num_heads=heads, target_modules=omni.LANGUAGE_TARGETS),
+    options = {"r": rank, "lora_alpha": 2 * rank}
+    models = {
+        "LoRA": training.adapted(_sharing(base), "lora", options),
+        "I-LoRA": training.adapted(_sharing(base), "ilora", {**options, "num_heads": heads}),
     }
-    models = {}
-    for name, config in configs.items():
-        with warnings.catch_warnings():  # PEFT asks transformers by a name that is to go
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            models[name] = get_peft_model(_sharing(base), config)
-        models[name].generation_config.eos_token_id = None  # both write as many tokens as they may
+    for model in models.values():
+        model.generation_config.eos_token_id = None  # both write as many tokens as they may
     return models
 
 
