@@ -92,7 +92,6 @@ def model_costs(
     samples = omni.encode(model, [omni.prepare(processor, load_media(r, frames), tasks.instruction(slot, r)) for r in found])
     answers = [tasks.target(slot, record, "bare") for record in found]
     learned, asked = batch(model, processor.tokenizer, samples, answers), batch(model, processor.tokenizer, samples)
-    inputs = {name: value for name, value in learned.items() if name != "input_ids"}
     models = adapted(model, rank, heads)
 
     costs, ratios = [], []
@@ -108,7 +107,7 @@ def model_costs(
             def step(_: int):
                 model.train()
                 with context():
-                    loss = model(**inputs, use_cache=False).loss
+                    loss, _ = training.answer_loss(model, learned)
                 yield
                 loss.backward()
                 yield

@@ -27,13 +27,16 @@ def code_digest(imports: str, *own: Path) -> str:
 
 def base_digest(base: str | Path) -> str:
     """Digest of a base's weights and configuration; files over 256 MB count by name, size and date. None there: ValueError."""
-    digest = hashlib.sha256()
     files = sorted(p for p in Path(base).rglob("*") if p.suffix in (".safetensors", ".json"))
     if not files:
         raise ValueError(f"{base}: no base model there; run the base stage")
-    for path in files:
-        stat = path.stat()
-        small = stat.st_size < 2**28
+    return _digest_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache  # a grid asks for each of its cells
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, size, changed in files:
         digest.update(path.name.encode())
-        digest.update(path.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        digest.update(path.read_bytes() if size < 2**28 else f"{size} {changed}".encode())
     return digest.hexdigest()

@@ -50,19 +50,27 @@ class AnswerTrainer(Trainer):
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        wanted = inputs["labels"].roll(-1, 1)  # a label is learned from the position before it; no prompt begins with one
-        here = wanted != omni.IGNORE
-        with instruction_shown(model, inputs), omni.logits_at(self.model, here):
-            outputs = model(
-                inputs_embeds=inputs["inputs_embeds"],
-                attention_mask=inputs["attention_mask"],
-                position_ids=inputs["position_ids"],
-                use_cache=False,
-            )
-        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted[here], reduction="sum") / (
-            here.sum() if num_items_in_batch is None else num_items_in_batch
-        )
+        loss, outputs = answer_loss(model, inputs, num_items_in_batch, self.model)
         return (loss, outputs) if return_outputs else loss
+
+
+def answer_loss(model, inputs: Mapping[str, torch.Tensor], count: int | torch.Tensor | None = None, unwrapped=None):
+    """Cross-entropy of the answer tokens of a batch, their end included, and the model's outputs; only they get logits.
+
+    Args:
+        count: tokens the sum is divided by; None for the batch's own. unwrapped: the model without DDP's wrapper, if it has one.
+    """
+    wanted = inputs["labels"].roll(-1, 1)  # a label is learned from the position before it; no prompt begins with one
+    here = wanted != omni.IGNORE
+    with instruction_shown(model, inputs), omni.logits_at(unwrapped or model, here):
+        outputs = model(
+            inputs_embeds=inputs["inputs_embeds"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            use_cache=False,
+        )
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted[here], reduction="sum")
+    return total / (here.sum() if count is None else count), outputs
 
 
 def _collate(model, tokenizer, pairs: Sequence[tuple]) -> dict[str, torch.Tensor]:
