@@ -16,7 +16,10 @@ ROUTER_INPUTS = ("token", "instruction")
 ROUTER_SHARING = ("module", "layer", "model")
 BIASES = ("none", "all", "ilora_only")
 # Left out of the saved file at these values, so that what was saved before they existed is saved the same today.
-LATER_FIELDS = {"top_k": None, "router_input": "token", "router_sharing": "module", "shared_A": True}
+LATER_FIELDS = {
+    "top_k": None, "router_input": "token", "router_sharing": "module", "shared_A": True, "shared_head": False, "router_noise": 0.0,
+    "balance_weight": 0.0, "orthogonality_weight": 0.0,
+}  # fmt: skip
 
 
 def _is_positive_int(value) -> bool:
@@ -37,7 +40,8 @@ class ILoraConfig(PeftConfig):
 
     where `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; `shared_A=False` puts an A_i in
     the place of A, `top_k` takes the softmax over the k largest logits alone, `router_input` says which x the router
-    reads and `router_sharing` how many modules have one R. Each field below carries its meaning in its metadata; the
+    reads, `router_sharing` how many modules have one R, and `shared_head` takes the first head out of the softmax and
+    gives it weight 1. `router_noise`, `balance_weight` and `orthogonality_weight` are for training alone. Each field below carries its meaning in its metadata; the
     published run is r = 128, lora_alpha = 256, num_heads = 3, lora_dropout = 0.1 on the q, k, v, o, gate, up and down
     projections. Sets given for the module lists are saved sorted, so that the same choice always writes the same bytes.
 
@@ -107,6 +111,31 @@ class ILoraConfig(PeftConfig):
         default=True,
         metadata={"help": "One down-projection A for all heads (published). False gives each head its own A_i, stacked "
                           "in one tensor [num_heads * r, in]."},
+    )
+    shared_head: bool = field(
+        default=False,
+        metadata={"help": "Let the first head work on every token with weight 1 (shared), and the router weigh the others "
+                          "alone (private); the weights of a token then sum to 2. Needs router='token' and two heads or "
+                          "more. Published: not used."},
+    )
+    router_noise: float = field(
+        default=0.0,
+        metadata={"help": "Standard deviation of the normal noise that each logit gets in training, as in noisy gating "
+                          "(arXiv 1701.06538, without its learned scale). Needs router='token'. Published: 0."},
+    )
+    balance_weight: float = field(
+        default=0.0,
+        metadata={"help": "In training, each adapted module adds so many times N sum_i m_i^2 - 1 to the loss, m_i being the "
+                          "mean weight of head i over the tokens of the batch, padding included: 0 where all heads work "
+                          "equally much. Only the gradient is added, in each backward pass: the loss that a trainer "
+                          "reports is the task's, and a loss that was scaled before backward (fp16) makes the term "
+                          "smaller by as much. Needs router='token'. Published: 0."},
+    )
+    orthogonality_weight: float = field(
+        default=0.0,
+        metadata={"help": "As balance_weight, for the mean over pairs of heads of ||B_i^T B_j||^2 / (||B_i||^2 ||B_j||^2): 0 "
+                          "where no two heads write into a common direction. Needs two heads or more, and whole ones: not "
+                          "under ZeRO-3 or FSDP. Published: 0."},
     )
     router_init_std: float = field(
         default=0.02,
@@ -187,6 +216,17 @@ class ILoraConfig(PeftConfig):
         require(self.router_sharing == "module" or self.router == "token", "router_sharing",
                 "'module' unless router='token' (a uniform router has no weight to share)")
         require(isinstance(self.shared_A, bool), "shared_A", "True or False")
+        require(isinstance(self.shared_head, bool), "shared_head", "True or False")
+        require(not self.shared_head or self.router == "token" and self.num_heads > 1, "shared_head",
+                "False unless router='token' and num_heads is 2 or more (the others are routed)")
+        require(self.top_k is None or self.top_k <= self.num_heads - self.shared_head, "top_k",
+                f"at most the {self.num_heads - self.shared_head} heads that are routed")
+        for name in ("router_noise", "balance_weight", "orthogonality_weight"):
+            value = getattr(self, name)
+            require(_is_positive_number(value) or value == 0 and not isinstance(value, bool), name, "a number of at least 0")
+        for name in ("router_noise", "balance_weight"):
+            require(not getattr(self, name) or self.router == "token", name, "0 unless router='token'")
+        require(not self.orthogonality_weight or self.num_heads > 1, "orthogonality_weight", "0 for a single head")
         require(_is_positive_number(self.router_init_std), "router_init_std",
                 "above 0 (a zero router over zero heads never tells the heads apart)")
         require(self.bias in BIASES, "bias", f"one of {BIASES}")

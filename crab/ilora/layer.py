@@ -13,7 +13,8 @@ from torch import nn
 
 from .config import ILoraConfig
 from .fused import FusedLinear, Setting, kernels_for, project, project_few
-from .routers import SharedRouter, TokenRouter, UniformRouter, autocast_dtype, autocast_off
+from .routers import PrivateRouter, SharedRouter, TokenRouter, UniformRouter, autocast_dtype, autocast_off
+from .terms import Terms, with_terms
 
 MERGE_REFUSAL = (
     "I-LoRA cannot be merged: its heads are weighed anew for every token, so no single weight matrix equals the base "
@@ -60,8 +61,8 @@ class ILoraLayer(BaseTunerLayer):
     """Holds, for each adapter name, A, the stacked heads B, the router and the dropout.
 
     Shapes: `ilora_A` weight [r, in], or [num_heads * r, in] when each head has its own; `ilora_B` weight
-    [out, num_heads * r], that is [B_1 | ... | B_N] side by side; `ilora_router` weight [num_heads, in] (none for the
-    uniform router, nor where another layer holds the router that this one shares).
+    [out, num_heads * r], that is [B_1 | ... | B_N] side by side; `ilora_router` weight [num_heads, in], a row less with
+    a shared head (none for the uniform router, nor where another layer holds the router that this one shares).
 
     Attributes:
         fused: let the layer run base and adapter together where that is possible (the default). Set it to False, on
@@ -81,7 +82,8 @@ class ILoraLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_router")
-    other_param_names = ("r", "lora_alpha", "num_heads", "scaling", "shared_A", "router_input", "ilora_dropout")
+    other_param_names = ("r", "lora_alpha", "num_heads", "scaling", "shared_A", "shared_head", "router_input",
+                         "terms", "unfused_training", "ilora_dropout")
     fused = True
     kernels = True
     check_routing: bool | None = None
@@ -94,6 +96,9 @@ class ILoraLayer(BaseTunerLayer):
         self.num_heads: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.shared_A: dict[str, bool] = {}
+        self.shared_head: dict[str, bool] = {}
+        self.terms: dict[str, Terms] = {}
+        self.unfused_training: dict[str, bool] = {}  # something is done in training that `FusedLinear` does not do
         self.router_input: dict[str, str] = {}
         self.ilora_A = nn.ModuleDict()
         self.ilora_B = nn.ModuleDict()
@@ -121,6 +126,9 @@ class ILoraLayer(BaseTunerLayer):
         self.num_heads[adapter_name] = config.num_heads
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.shared_A[adapter_name] = config.shared_A
+        self.shared_head[adapter_name] = config.shared_head
+        self.terms[adapter_name] = Terms(config.balance_weight, config.orthogonality_weight)
+        self.unfused_training[adapter_name] = bool(config.router_noise) or any(self.terms[adapter_name])
         self.router_input[adapter_name] = config.router_input
         rows = r if config.shared_A else config.num_heads * r
         self.ilora_A[adapter_name] = nn.Linear(self.in_features, rows, bias=False)
@@ -128,8 +136,8 @@ class ILoraLayer(BaseTunerLayer):
         if shared_routers is not None:
             self.ilora_router[adapter_name] = SharedRouter(shared_routers, adapter_name)
         elif config.router == "token":
-            self.ilora_router[adapter_name] = TokenRouter(
-                self.in_features, config.num_heads, config.router_temperature, config.top_k)
+            self.ilora_router[adapter_name] = (PrivateRouter if config.shared_head else TokenRouter)(
+                self.in_features, config.num_heads, config.router_temperature, config.top_k, config.router_noise)
         else:
             self.ilora_router[adapter_name] = UniformRouter(config.num_heads)
         self.ilora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -184,9 +192,11 @@ class Linear(nn.Module, ILoraLayer):
 
         Left to autograd and the modules: quantised, sharded, offloaded or trained base layers, hooked parts, torch.func
         transforms, float64 under autocast (which leaves that alone), and tracing or compiling, where the compiler does
-        the fusing.
+        the fusing. So are, in training, noise and further terms of the loss, and always a shared head.
         """
         if not self.fused or name in self.fixed_routing or self.router_input[name] != "token" or not _is_eager():
+            return None
+        if self.unfused_training[name] and self.training:
             return None
         own = self._modules
         base, down, up = own["base_layer"], own["ilora_A"]._modules[name], own["ilora_B"]._modules[name]
@@ -274,8 +284,20 @@ class Linear(nn.Module, ILoraLayer):
         if routed.dtype == B.weight.dtype == result.dtype and type(B) is nn.Linear and _untouched(B):
             # Accumulates onto the base's output inside the matrix product.
             flat = torch.addmm(result.reshape(-1, self.out_features), routed.reshape(-1, routed.shape[-1]), B.weight.t())
-            return flat.view(result.shape)
-        return result + B(routed).to(result.dtype)
+            result = flat.view(result.shape)
+        else:
+            result = result + B(routed).to(result.dtype)
+        if self.training and any(self.terms[name]) and torch.is_grad_enabled():
+            result = with_terms(result, weights, self._whole_heads(name), self.terms[name])
+        return result
+
+    def _whole_heads(self, name: str) -> torch.Tensor:
+        """B's weight [out, num_heads * r], refused where it is a shard and a term would be of that alone."""
+        B, wanted = self.ilora_B[name].weight, (self.out_features, self.num_heads[name] * self.r[name])
+        if self.terms[name].orthogonality_weight and tuple(B.shape) != wanted:
+            raise ValueError(f"I-LoRA: orthogonality_weight needs whole heads, but those of {self.module_name!r} are sharded "
+                             f"({list(B.shape)} in place of {list(wanted)}). Train without ZeRO-3 or FSDP, or set it to 0.")
+        return B
 
     def _weights(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Routing weights, [..., num_heads], or [batch, 1, num_heads] when one serves all tokens of a sample."""

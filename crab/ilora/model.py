@@ -181,7 +181,7 @@ def _adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
         shapes[f"{name}.ilora_A.{adapter_name}.weight"] = (rows, layer.in_features)
         shapes[f"{name}.ilora_B.{adapter_name}.weight"] = (layer.out_features, heads * r)
         if not isinstance(layer.ilora_router[adapter_name], (SharedRouter, UniformRouter)):  # perhaps wrapped by FSDP
-            shapes[f"{name}.ilora_router.{adapter_name}.weight"] = (heads, layer.in_features)
+            shapes[f"{name}.ilora_router.{adapter_name}.weight"] = (heads - layer.shared_head[adapter_name], layer.in_features)
     return shapes
 
 

@@ -64,7 +64,8 @@ PARTS = (  # current -> published beginning of a module's name in the base
 # Fields of ILoraConfig that do not change what the tensors mean; the published layer is the default of every other one.
 FREE_FIELDS = {
     "r", "lora_alpha", "num_heads", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "rank_pattern", "alpha_pattern", "init_weights", "router_init_std",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "init_weights", "router_init_std", "router_noise", "balance_weight",
+    "orthogonality_weight",
 }  # fmt: skip
 
 

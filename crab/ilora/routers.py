@@ -16,21 +16,27 @@ class TokenRouter(nn.Linear):
     With `top_k` the softmax is over the k largest logits and the other heads weigh 0. Under autocast the logits are
     computed in float32 too: rounded to bfloat16, a logit near 8 is off by up to 1/32 and its weight by 3 %.
 
+    In training each logit gets normal noise of standard deviation `noise`.
+
     Shapes: x [..., in_features] -> [..., num_heads], rows summing to 1.
     """
 
-    def __init__(self, in_features: int, num_heads: int, temperature: float, top_k: int | None = None):
+    def __init__(self, in_features: int, num_heads: int, temperature: float, top_k: int | None = None, noise: float = 0.0):
         super().__init__(in_features, num_heads, bias=False)
         self.temperature = temperature
         self.top_k = top_k
+        self.noise = noise
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(x.device)  # elsewhere only if the layers that share it lie on several devices
         if autocast_dtype(x.device.type) is None:
-            return self.weigh(F.linear(x, weight))
+            return self.weigh(self._noisy(F.linear(x, weight)))
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with autocast_off(x.device.type):
-            return self.weigh(F.linear(x.to(dtype), weight.to(dtype)))
+            return self.weigh(self._noisy(F.linear(x.to(dtype), weight.to(dtype))))
+
+    def _noisy(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits + self.noise * torch.randn_like(logits) if self.noise and self.training else logits
 
     def weigh(self, logits: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Weights of the logits R x, of the same shape, float32 or wider; the heads lie along `dim`."""
@@ -42,6 +48,17 @@ class TokenRouter(nn.Linear):
             chosen = logits.topk(self.top_k, dim=dim)
             logits = torch.full_like(logits, -math.inf).scatter(dim, chosen.indices, chosen.values)
         return torch.softmax(logits, dim=dim)
+
+
+class PrivateRouter(TokenRouter):
+    """Weighs all heads but the first, which has weight 1: x [..., in_features] -> [..., num_heads], rows summing to 2."""
+
+    def __init__(self, in_features: int, num_heads: int, *options, **named):
+        super().__init__(in_features, num_heads - 1, *options, **named)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = super().forward(x)
+        return torch.cat((torch.ones_like(weights[..., :1]), weights), -1)
 
 
 class SharedRouter(nn.Module):

@@ -93,7 +93,9 @@ def test_an_a_for_each_head_by_hand():
 
 
 OPTIONS = [dict(top_k=2), dict(shared_A=False), dict(router_input="instruction"), dict(router_sharing="layer"),
-           dict(router_temperature=0.5), dict(router="uniform", shared_A=False), dict(use_rslora=True, rank_pattern={"q_proj": 3})]
+           dict(router_temperature=0.5), dict(router="uniform", shared_A=False), dict(use_rslora=True, rank_pattern={"q_proj": 3}),
+           dict(shared_head=True), dict(shared_head=True, router_sharing="layer", top_k=1),
+           dict(router_noise=0.5, balance_weight=0.1, orthogonality_weight=0.1)]
 
 
 @pytest.mark.parametrize("choices", OPTIONS, ids=lambda c: "-".join(c))
@@ -113,7 +115,7 @@ def test_options_survive_saving(choices, tmp_path):
 def test_options_left_alone_are_not_written(tmp_path):
     language_model().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert not {"top_k", "router_input", "router_sharing", "shared_A"} & set(written)
+    assert not {"top_k", "router_input", "router_sharing", "shared_A", "shared_head", "router_noise", "balance_weight"} & set(written)
 
 
 @pytest.mark.parametrize("choices, message", [
@@ -122,10 +124,128 @@ def test_options_left_alone_are_not_written(tmp_path):
     (dict(router_input="instruction", router="uniform"), "reads nothing"),
     (dict(router_sharing="block"), "`router_sharing` must be one of"),
     (dict(router_sharing="layer", router="uniform"), "no weight to share"), (dict(shared_A=1), "`shared_A` must be"),
+    (dict(shared_head=1), "`shared_head` must be"), (dict(shared_head=True, num_heads=1), "num_heads is 2 or more"),
+    (dict(shared_head=True, router="uniform"), "unless router='token'"),
+    (dict(shared_head=True, top_k=3), "at most the 2 heads that are routed"),
+    (dict(router_noise=-1.0), "`router_noise` must be a number of at least 0"), (dict(router_noise=True), "`router_noise` must be"),
+    (dict(router_noise=1.0, router="uniform"), "`router_noise` must be 0 unless"),
+    (dict(balance_weight=math.inf), "`balance_weight` must be"), (dict(balance_weight=1, router="uniform"), "0 unless router='token'"),
+    (dict(orthogonality_weight=0.1, num_heads=1), "0 for a single head"),
 ])
 def test_bad_options(choices, message):
     with pytest.raises(ValueError, match=message):
         adapted(**choices)
+
+
+# ---- a shared head, noise, and terms beside the loss
+
+def test_a_shared_head_by_hand():
+    model = adapted(shared_head=True)
+    layer, A, B, R = parts(model)
+    assert R.shape == (2, 5)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    w = torch.softmax(x @ R.T, -1)
+    heads = [(x @ A.T) @ B[:, 2 * i:2 * i + 2].T for i in range(3)]
+    with record_routing(model) as routing:
+        y = model(x)
+    torch.testing.assert_close(y, layer.base_layer(x) + 1.5 * (heads[0] + w[:, :1] * heads[1] + w[:, 1:] * heads[2]))
+    torch.testing.assert_close(routing["lin"][0], torch.cat((torch.ones(4, 1), w.detach().float()), 1).to(routing["lin"][0]))
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (A, B, R))
+
+
+def test_noise_is_drawn_in_training_alone():
+    model, still = adapted(router_noise=0.7), adapted()
+    layer, A, B, R = parts(model)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.equal(model.eval()(x), still.eval()(x))
+    torch.manual_seed(3)
+    y = model.train()(x)
+    torch.manual_seed(3)
+    w = torch.softmax(x @ R.T + 0.7 * torch.randn(4, 3, dtype=torch.float64), -1)
+    expected = layer.base_layer(x) + 1.5 * sum(w[:, i:i + 1] * ((x @ A.T) @ B[:, 2 * i:2 * i + 2].T) for i in range(3))
+    torch.testing.assert_close(y, expected)
+    assert not torch.equal(y, model(x))
+
+
+def imbalance(w):
+    means = w.reshape(-1, w.shape[-1]).mean(0)
+    return len(means) * sum(m * m for m in means) - 1
+
+
+def overlap(B, heads):
+    parts = B.chunk(heads, 1)
+    pairs = [(i, j) for i in range(heads) for j in range(i)]
+    return sum((parts[i].T @ parts[j]).norm() ** 2 / (parts[i].norm() * parts[j].norm()) ** 2 for i, j in pairs) / len(pairs)
+
+
+def test_terms_are_what_they_say():
+    terms = crab.ilora.terms
+    for w, wanted in (([[0.5, 0.5], [0.5, 0.5]], 0), ([[1, 0], [0, 1]], 0), ([[1, 0], [1, 0]], 1), ([[0.75, 0.25]], 0.25)):
+        assert terms.imbalance(torch.tensor(w).float()).item() == pytest.approx(wanted)
+    eye = torch.eye(4)
+    for B, wanted in ((eye, 0), (torch.cat((eye[:, :2], eye[:, :2]), 1), 0.5), (torch.ones(4, 4), 1), (torch.zeros(4, 4), 0)):
+        assert terms.overlap(B, 2).item() == pytest.approx(wanted)
+    B = torch.randn(7, 6)
+    assert terms.overlap(B, 3).item() == pytest.approx(overlap(B, 3).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("choices", [dict(balance_weight=0.3), dict(orthogonality_weight=0.2), dict(balance_weight=0.3, orthogonality_weight=0.2),
+                                     dict(balance_weight=0.3, shared_A=False, lora_dropout=0.0)])
+def test_terms_give_the_gradient_they_would_have_in_the_loss(choices):
+    model, plain = adapted(**choices), adapted(**{k: v for k, v in choices.items() if not k.endswith("_weight")})
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+    _, _, B, R = parts(plain)
+    loss = plain.train()(x).square().mean()
+    whole = loss
+    if "balance_weight" in choices:
+        whole = whole + 0.3 * imbalance(torch.softmax(x @ R.T, -1))
+    if "orthogonality_weight" in choices:
+        whole = whole + 0.2 * overlap(B, 3)
+    whole.backward()
+    found = model.train()(x).square().mean()
+    torch.testing.assert_close(found, loss)  # what is reported stays the task's
+    found.backward()
+    for own, wanted in zip(parts(model)[1:], parts(plain)[1:], strict=True):
+        torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-5, atol=1e-7)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+def test_terms_in_a_whole_model_under_checkpointing_and_from_zero_heads():
+    grads = []
+    for checkpointing in (False, True):
+        model = language_model(balance_weight=1.0, orthogonality_weight=1.0, init_weights=True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        assert all(g.isfinite().all() for g in grads[-1].values()) and any("router" in n and g.abs().sum() > 0 for n, g in grads[-1].items())
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+@pytest.mark.parametrize("choices", [dict(balance_weight=1.0), dict(orthogonality_weight=1.0)])
+def test_terms_do_what_they_are_for(choices):
+    measured = {}
+    for name, chosen in (("without", {}), ("with", choices)):
+        model = adapted(dtype=torch.float32, **chosen).train()
+        layer, _, B, R = parts(model)
+        x = torch.randn(32, 5)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+        measured[name] = imbalance(torch.softmax(x @ R.T, -1)) if "balance_weight" in choices else overlap(B, 3)
+    assert measured["with"] < 0.5 * measured["without"]
+
+
+def test_sharded_heads_are_refused_an_orthogonality_term():
+    model = adapted(orthogonality_weight=0.1).train()
+    layer, _, B, _ = parts(model)
+    layer.ilora_B["default"] = nn.Linear(3, 7, bias=False).double()
+    with pytest.raises(ValueError, match=r"orthogonality_weight needs whole heads, but those of 'lin' are sharded \(\[7, 3\] in place"):
+        layer._whole_heads("default")
 
 
 # ---- the instruction as the router's input
