@@ -7,6 +7,7 @@ joint plain LoRA of the smallest rank that has at least as many parameters, with
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +17,11 @@ from typing import Any
 
 import pandas as pd
 
-from crab.data.files import aside, write_json
+from crab import tasks
+from crab.data.files import aside, file_digest, read_json, write_json
+from crab.study import sources
 from crab.study.grid import run_grid
+from crab.study.keys import base_digest, code_digest, key_of
 from crab.study.prompt_order import reordered
 from crab.study.resample import interval
 from crab.study.runs import FORMS, SETTINGS
@@ -28,7 +32,10 @@ from crab.study.tuned import Tuned, Tuning, adapter_parameters, plain_rank, tune
 ORDERS = ("media", "instruction")  # what comes first in a prompt
 ROWS = [
     "variant", "kind", "parameters", "adapters", "rate", "tries", "inside", "passes", "seeds", "score", "low", "high", "rival", "seconds",
+    "key",
 ]  # fmt: skip
+#: Modules that decide, with functions of this one, what comes out for a variant.
+DECIDING = "import crab.study.grid, crab.study.prompt_order, crab.study.transfer, crab.study.tuned"
 KINDS = ("routed", "unrouted heads", "plain", "own adapters", "instruction first")
 
 
@@ -161,7 +168,7 @@ class Ablation:
 
     Attributes:
         rows: a row a variant (`ROWS`), in the order given, each rival where it is first needed; ``inside`` is None where no
-            rate was swept, ``rival`` where there is none.
+            rate was swept, ``rival`` where there is none; ``key``: of what decided the row and its comparisons.
         slots: a row a comparison and slot, of `crab.study.transfer.compare`; ``comparison`` says which two.
         against_baseline, against_rival: summaries by variant, of `crab.study.transfer.summarise`, with ``sign_test_holm``.
         baseline: the variant that all are compared with.
@@ -192,6 +199,19 @@ def judge(
     return summaries, tables
 
 
+def deciding(encoded: str | Path, dataset: str | Path, base: str | Path, slots: Sequence[str], code: Sequence[Any], *others: Any) -> list:
+    """What decides a result beside a method's own settings, to be hashed: samples and records of the slots, the base, and code.
+
+    Args:
+        code: imports of modules, and functions. others: anything else.
+    """
+    of_slots = [(slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
+    places = [Path(encoded) / slot / f"{split}{end}" for slot, split in of_slots for end in (".safetensors", ".json")]
+    places += [Path(dataset) / tasks.json_path(*which) for which in of_slots]
+    own = [code_digest(each) if isinstance(each, str) else sources.plain(inspect.getsource(each)) for each in code]
+    return [list(slots), [file_digest(path) for path in places], base_digest(base), own, *others]
+
+
 def ablation(
     variants: Mapping[str, Mapping[str, Any]],
     *,
@@ -207,11 +227,15 @@ def ablation(
     work: str | Path,
     chance: Mapping[str, float],
     out: str | Path,
+    dataset: str | Path,
     run=run_grid,
     size=adapter_parameters,
     **where: Any,
 ) -> Ablation:
     """Train, score and compare all variants and their rivals, in the order given; ``out`` is written anew after each.
+
+    What ``out`` already has of a variant, decided by the same settings, data, base and code, is taken over as it is: only new
+    ones are trained, and those they are compared with.
 
     Args:
         variants, passes, seeds: see `expand`. tuning: see `crab.study.tuned.Tuning`.
@@ -230,28 +254,80 @@ def ablation(
     place = {"media": Path(encoded)}
     if any(v.order == "instruction" for v in rows):
         place["instruction"] = reordered(encoded, base, Path(work).parent / "trees", slots)
+    same = []
+    if rows:
+        same = deciding(encoded, dataset, base, slots, [DECIDING, judge], baseline, tuning, margin, resamples, chance, where)
+    of_name = {v.name: v for v in rows}
+    keys = {
+        v.name: key_of([[vars(of_name[name]) for name in (v.name, rivals.get(v.name), baseline) if name], *same]) for v in rows
+    }
+    result = _left_in(out, baseline, keys, rivals)
+    wanted = [name for name in keys if name not in set(result.rows["variant"])]
+    needed = {*wanted, *(rivals[name] for name in wanted if name in rivals), *([baseline] if wanted else [])}
     found: dict[str, Tuned] = {}
-    result = Ablation(pd.DataFrame(columns=ROWS), baseline)
     _write(result, out)
     for number, v in enumerate(rows, 1):
+        if v.name not in needed:
+            continue
         t = found[v.name] = tuned(
             v.method, v.row, v.options, slots, range(v.seeds), v.passes, tuning, run, f"{v.name} ({number} of {len(rows)})",
-            encoded=place[v.order], base=base, work=work, **where,
+            encoded=place[v.order], dataset=dataset, base=base, work=work, **where,
         )  # fmt: skip
-        score, draws = slot_draws(t.samples, resamples)
-        result.rows.loc[len(result.rows)] = [
-            v.name, v.kind, t.parameters, t.adapters, t.rate, t.tries, t.inside, v.passes, v.seeds, score, *interval(draws),
-            rivals.get(v.name), t.seconds,
-        ]  # fmt: skip
+        if v.name in wanted:
+            score, draws = slot_draws(t.samples, resamples)
+            result.rows.loc[len(result.rows)] = [
+                v.name, v.kind, t.parameters, t.adapters, t.rate, t.tries, t.inside, v.passes, v.seeds, score, *interval(draws),
+                rivals.get(v.name), t.seconds, keys[v.name],
+            ]  # fmt: skip
         samples = pd.concat([f.samples.assign(family=name) for name, f in found.items()], ignore_index=True)
-        for done, wanted in ((result.against_baseline, dict.fromkeys(found, baseline)), (result.against_rival, rivals)):
-            pairs = {n: o for n, o in wanted.items() if {n, o, baseline} <= set(found) and n != o and n not in done}
+        for done, asked in ((result.against_baseline, dict.fromkeys(found, baseline)), (result.against_rival, rivals)):
+            pairs = {n: o for n, o in asked.items() if {n, o, baseline} <= set(found) and n != o and n not in done}
             summaries, tables = judge(samples, chance, pairs, baseline, margin, resamples)
             done.update(summaries)
             correct(done)
             result.slots = pd.concat([result.slots, *tables], ignore_index=True)
+        _in_order(result, list(keys))
         _write(result, out)
     return result
+
+
+def _left_in(out: str | Path, baseline: str, keys: Mapping[str, str], rivals: Mapping[str, str]) -> Ablation:
+    """What an earlier run left in ``out`` of the variants that these keys still hold for, with all their comparisons."""
+    result = Ablation(pd.DataFrame(columns=ROWS), baseline)
+    paths = {name: Path(out) / name for name in ("variants.csv", "slots.csv", "metrics.json")}
+    if not all(path.is_file() for path in paths.values()):
+        return result
+    rows = pd.read_csv(paths["variants.csv"], keep_default_na=False).astype({"inside": str})
+    if list(rows.columns) != ROWS:
+        return result
+    before = read_json(paths["metrics.json"])
+    whole = [
+        name for name in rows["variant"]
+        if (name == baseline or name in before["against_baseline"]) and (name not in rivals or name in before["against_rival"])
+    ]  # fmt: skip
+    rows = rows[[name in whole and keys.get(name) == key for name, key in zip(rows["variant"], rows["key"], strict=True)]]
+    rows["inside"] = rows["inside"].map({"True": True, "False": False, "": None}).astype(object)
+    rows["rival"] = rows["rival"].replace("", None)
+    rows["score"] = rows["variant"].map(before["score"])  # to the last digit
+    for row in rows.itertuples(index=False):
+        result.rows.loc[len(result.rows)] = list(row)
+    names = set(rows["variant"])
+    result.against_baseline, result.against_rival = (
+        {name: values for name, values in before[field].items() if name in names} for field in ("against_baseline", "against_rival")
+    )
+    pairs = {f"{name} vs {other}" for name in names for other in (baseline, rivals.get(name))}
+    slots = pd.read_csv(paths["slots.csv"])
+    result.slots = slots[slots["comparison"].isin(pairs)].reset_index(drop=True)
+    _in_order(result, list(keys))
+    return result
+
+
+def _in_order(result: Ablation, names: Sequence[str]) -> None:
+    """Rows and summaries in the order in which the variants are given."""
+    result.rows = result.rows.sort_values("variant", key=lambda column: column.map(names.index), ignore_index=True)
+    result.against_baseline, result.against_rival = (
+        {name: summaries[name] for name in names if name in summaries} for summaries in (result.against_baseline, result.against_rival)
+    )
 
 
 def _write(result: Ablation, out: str | Path) -> None:

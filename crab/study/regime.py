@@ -22,15 +22,20 @@ import pandas as pd
 
 from crab import tasks
 from crab.data.files import aside, read_json, write_json
-from crab.study.ablation import Variant, clear, judge
+from crab.study.ablation import Variant, clear, deciding, judge
 from crab.study.conventions import Tree, check_slots, conventions
 from crab.study.grid import Cell, run_grid
+from crab.study.keys import key_of
 from crab.study.tuned import Tuning, adapter_parameters, plain_rank, tuned
 
 AXES = ("rank", "tasks", "passes", "samples", "conventions")
 OWN, JOINT = "own adapters", "joint LoRA"
 LOSS = f"{JOINT} less {OWN}"
-COLUMNS = ["map", *AXES, "measure", "mean", "low", "high", "gain", "tie", "loss", "slots", "parameters", "rival_parameters", "not_inside"]
+COLUMNS = [
+    "map", *AXES, "measure", "mean", "low", "high", "gain", "tie", "loss", "slots", "parameters", "rival_parameters", "not_inside", "key",
+]  # fmt: skip
+#: Modules that decide, with functions of this one, what comes out at a point.
+DECIDING = "import crab.study.conventions, crab.study.grid, crab.study.transfer, crab.study.tuned"
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,27 @@ class Point:
 
 @dataclass(frozen=True)
 class Map:
-    """Slots, how many seeds, and two axes with their values in the order given; `points` has all places, the first axis slowest."""
+    """Slots, how many seeds, and two axes with their values in the order given; `points` has all places, the first axis slowest.
+
+    Beside joint LoRA and own adapters the routed methods named in ``routed`` are trained, None for all.
+    """
 
     name: str
     slots: tuple[str, ...]
     seeds: int
+    routed: tuple[str, ...] | None
     axes: tuple[str, str]
     points: tuple[Point, ...]
 
     @classmethod
     def of(cls, name: str, given: Mapping[str, Any]) -> Map:
-        """From params.yaml: ``slots``, ``seeds`` (how many, counted from 0) and all of `AXES`, two of them lists.
+        """From params.yaml: ``slots``, ``seeds`` (how many, counted from 0), all of `AXES`, two of them lists, and perhaps ``routed``.
 
         Raises:
             ValueError: naming the map, on anything else.
         """
-        if set(given) != {"slots", "seeds", *AXES}:
-            raise ValueError(f"regime.maps: {name} holds {', '.join(given)}; it must hold slots, seeds, {', '.join(AXES)}")
+        if set(given) - {"routed"} != {"slots", "seeds", *AXES}:
+            raise ValueError(f"regime.maps: {name} holds {', '.join(given)}; it must hold slots, seeds, {', '.join(AXES)}, may hold routed")
         axes = tuple(axis for axis in AXES if isinstance(given[axis], list))
         if len(axes) != 2 or not all(given[axis] for axis in axes):
             raise ValueError(f"regime.maps: {name} varies {', '.join(axes) or 'nothing'}; give a list for exactly two of {', '.join(AXES)}")
@@ -85,7 +94,14 @@ class Map:
                     raise ValueError(f"regime.maps: {name}: tasks is {value}, of {len(slots)} slots; give no more than these")
         if max(values[AXES.index("conventions")]) > 1:
             check_slots(slots)
-        return cls(name, slots, given["seeds"], axes, tuple(Point(*place) for place in product(*values)))
+        routed = None if given.get("routed") is None else tuple(given["routed"])
+        return cls(name, slots, given["seeds"], routed, axes, tuple(Point(*place) for place in product(*values)))
+
+    def of_these(self, routed: Mapping[str, Mapping]) -> dict[str, Mapping]:
+        """Those of the routed methods that this map compares. Raises ValueError where it asks for another."""
+        if unknown := [name for name in self.routed or () if name not in routed]:
+            raise ValueError(f"regime.maps: {self.name}: routed has no method {unknown[0]!r}; known: {', '.join(routed) or 'none'}")
+        return {name: options for name, options in routed.items() if self.routed is None or name in self.routed}
 
 
 def groups(slots: Sequence[str], size: int) -> list[tuple[str, ...]]:
@@ -134,9 +150,10 @@ class Regime:
         maps: as asked for.
         points: a row a map, point and measure (`COLUMNS`); a measure is the mean difference between two methods over the
             slots that own adapters lift above chance (`LOSS`, and two for each routed method), with its 95 % interval.
-            ``not_inside``: methods of the two whose best learning rate was the highest or lowest tried, or was not swept.
+            ``not_inside``: methods of the two whose best learning rate was the highest or lowest tried, or was not swept;
+            ``key``: of what decided the row.
         routed: names of the routed methods. swept: whether learning rates were; else the one given was taken.
-        seconds: of training, test runs only.
+        seconds: of training, test runs only, of points not taken over.
     """
 
     maps: list[Map]
@@ -176,6 +193,8 @@ def regime(
 ) -> Regime:
     """Train, score and compare at every point of every map, in the order given; ``out`` is written anew after each point.
 
+    A point that ``points.csv`` there already has, decided by the same settings, data, base and code, is taken over as it is.
+
     Args:
         maps: by name, see `Map.of`. routed: by name, options of an I-LoRA config without ``r`` and ``lora_alpha``.
         words: of the conventions, the first ones of which are used.
@@ -189,21 +208,46 @@ def regime(
     tuning, known = Tuning.of(tuning), [Map.of(name, given) for name, given in maps.items()]
     for each in known:
         _check(each, words, tuning, encoded)
-        for name, options in routed.items():
+        for name, options in each.of_these(routed).items():
             _variant(name, "ilora", each.points[0].rank, options, 1, each.seeds)
     result = Regime(known, list(routed), len(tuning.rates) > 1)
     place = dict(encoded=encoded, dataset=dataset, base=base)
-    trees = Path(work).parent / "trees"
+    methods = {
+        (each.name, point): _methods(each.of_these(routed), point, each.seeds, partial(size, base)) for each in known for point in each.points
+    }
+    same = {
+        each.name: deciding(
+            encoded, dataset, base, each.slots, [DECIDING, groups, run_parts, judge], tuning, margin, resamples,
+            [chance[slot] for slot in each.slots], where,
+        )
+        for each in known
+    }  # fmt: skip
+    keys = {
+        (each.name, point): key_of([
+            vars(point), words[: point.conventions] if point.conventions > 1 else [],
+            {name: vars(v) for name, v in methods[each.name, point][0].items()}, *same[each.name],
+        ])
+        for each in known for point in each.points
+    }  # fmt: skip
+    before = _points_in(out)
+    for (name, _), key in keys.items():
+        for row in before[before["key"] == key].assign(map=name).itertuples(index=False):
+            result.points.loc[len(result.points)] = list(row)
     _write(result, out)
+    done = set(zip(result.points["map"], result.points["key"], strict=True))
+    trees = Path(work).parent / "trees"
     for each in known:
         for number, point in enumerate(each.points, 1):
+            key = keys[each.name, point]
+            if (each.name, key) in done:
+                continue
             used = words[: point.conventions]
             tree = partial(conventions, **place, out=trees, slots=each.slots, words=used)
             alone = [(tree(only=c if len(used) > 1 else None), (slot,)) for c in range(len(used)) for slot in each.slots]
             together = [(tree(), group) for group in groups(each.slots, point.tasks)]
-            methods, pairs = _methods(routed, point, each.seeds, partial(size, base))
+            variants, pairs = methods[each.name, point]
             found, frames = {}, []
-            for name, v in methods.items():
+            for name, v in variants.items():
                 run_them = partial(run_parts, parts=alone if name == OWN else together, samples=point.samples, run=run)
                 found[name] = tuned(
                     v.method, v.row, v.options, each.slots, range(v.seeds), v.passes, tuning, run_them,
@@ -218,10 +262,21 @@ def regime(
                 odd = [name for name in (first, second) if not found[name].inside]
                 result.points.loc[len(result.points)] = [
                     each.name, *vars(point).values(), measure, summary["mean_difference"], low, high, summary["gain"], summary["tie"],
-                    summary["loss"], summary["slots_counted"], found[first].parameters, found[second].parameters, ", ".join(odd),
+                    summary["loss"], summary["slots_counted"], found[first].parameters, found[second].parameters, ", ".join(odd), key,
                 ]  # fmt: skip
             _write(result, out)
+    order = [(name, key) for (name, _), key in keys.items()]
+    places = [order.index(which) for which in zip(result.points["map"], result.points["key"], strict=True)]
+    result.points = result.points.iloc[sorted(range(len(places)), key=places.__getitem__)].reset_index(drop=True)
+    _write(result, out)
     return result
+
+
+def _points_in(out: str | Path) -> pd.DataFrame:
+    """What an earlier run left; nothing where there is none."""
+    path = Path(out) / "points.csv"
+    left = pd.read_csv(path, keep_default_na=False, na_values={"mean": "", "low": "", "high": ""}) if path.is_file() else pd.DataFrame()
+    return left[COLUMNS].astype({"key": str}) if set(COLUMNS) <= set(left.columns) else pd.DataFrame(columns=COLUMNS)
 
 
 def _methods(routed: Mapping[str, Mapping], point: Point, seeds: int, size) -> tuple[dict[str, Variant], dict[str, tuple[str, str]]]:
@@ -288,6 +343,8 @@ def finding(result: Regime) -> str:
         for measure, said in words.items():
             rows = [r for r in result.points.itertuples() if (r.map, r.measure) == (each.name, measure)]
             judged = [r for r in rows if not pd.isna(r.mean)]
+            if not rows:
+                continue
             if not judged:
                 lines.append(f"- {said}: own adapters lift no slot above chance at any point, so nothing can be judged.")
                 continue

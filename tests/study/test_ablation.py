@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from crab import tasks
 from crab.data.files import write_json
 from crab.study import ablation as tables
 from crab.study import params
@@ -56,9 +57,15 @@ class World:
         return pd.DataFrame(rows, columns=["cell", "run", "family", "seed", "slot", "id", "score"]), pd.DataFrame(summaries)
 
 
+def some_base(folder):
+    if not (folder / "base" / "config.json").exists():
+        write_json(folder / "base" / "config.json", {})
+
+
 def go(world, variants, tmp_path, **changes):
     given = dict(baseline="own", slots=SLOTS, passes=3, seeds=2, tuning=FIXED, margin=0.02, resamples=300, chance=CHANCE)
-    where = dict(encoded=tmp_path / "encoded", base=tmp_path / "base", work=tmp_path / "grid", out=tmp_path / "out")
+    where = {name: tmp_path / name for name in ("encoded", "dataset", "base", "out")} | {"work": tmp_path / "grid"}
+    some_base(tmp_path)
     return ablation(variants, run=world, size=size, **given | where | changes)
 
 
@@ -179,6 +186,41 @@ def test_comparisons_use_the_seeds_that_both_have(tmp_path):
     assert result.rows.set_index("variant")["seeds"].to_dict()["plain LoRA r=9"] == 4
 
 
+def on_disk(tmp_path):
+    return {name: (tmp_path / "out" / name).read_bytes() for name in ("variants.csv", "slots.csv", "metrics.json")}
+
+
+def test_only_new_variants_and_those_they_are_compared_with_are_trained(tmp_path):
+    soft = {"soft": {"method": "ilora", "r": 4, "num_heads": 3, "router_temperature": 2.0}}
+    go(World(planted), VARIANTS, tmp_path)
+    first = on_disk(tmp_path)
+    idle = World(planted)
+    go(idle, VARIANTS, tmp_path)
+    assert not idle.calls and on_disk(tmp_path) == first
+    world = World(planted)
+    result = go(world, {"own": VARIANTS["own"], **soft, **VARIANTS}, tmp_path)
+    assert [label.partition(" (")[0] for label, *_ in world.calls] == ["own", "soft", "plain LoRA r=9"]
+    (tmp_path / "other").mkdir()
+    whole = go(World(planted), {"own": VARIANTS["own"], **soft, **VARIANTS}, tmp_path / "other")
+    assert result.against_rival == whole.against_rival and result.against_baseline == whole.against_baseline
+    taken, made = (r.rows.drop(columns="seconds").to_csv(float_format="%.6g") for r in (result, whole))
+    assert taken == made
+    assert finding(result) == finding(whole) and tables.table(result).equals(tables.table(whole))
+    less = go(World(planted), {"own": VARIANTS["own"], "sharp": VARIANTS["sharp"]}, tmp_path)
+    assert less.rows["variant"].tolist() == ["own", "plain LoRA r=4", "sharp", "plain LoRA r=9"]
+    assert set(less.slots["comparison"]) == {
+        "own vs plain LoRA r=4", "plain LoRA r=4 vs own", "sharp vs own", "sharp vs plain LoRA r=9", "plain LoRA r=9 vs own",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"passes": 2}, {"margin": 0.1}, {"baseline": "lora"}, {"tuning": FIXED | {"rates": [1e-3]}}, {"slots": SLOTS[:3]}])
+def test_variants_whose_settings_changed_are_made_anew(tmp_path, change):
+    go(World(planted), VARIANTS, tmp_path)
+    again = World(planted)
+    go(again, VARIANTS, tmp_path, **change)
+    assert {label.partition(" (")[0] for label, *_ in again.calls} >= {"own", "lora", "ilora", "sharp"}
+
+
 def test_what_is_finished_is_on_disk_when_the_rest_fails(tmp_path):
     def killed(cells, **kwargs):
         if cells[0].run.method == "ilora":
@@ -254,6 +296,7 @@ ROOM = PLACE | {"rank": [1, 2], "tasks": [2, 4]}
 def explore(world, given, tmp_path, routed=ROUTED, **changes):
     for slot in BENCH:
         write_json(tmp_path / "encoded" / slot / "train.json", {"ids": [f"{slot}/{i}" for i in range(30)]})
+    some_base(tmp_path)
     options = dict(words=["one", "two"], tuning=FIXED, margin=0.02, resamples=300, chance=CHANCE)
     where = {name: tmp_path / name for name in ("encoded", "dataset", "base", "work", "out")}
     return regime(given, routed, run=world, size=size, **options | where | changes)
@@ -288,14 +331,55 @@ def test_planted_loss_is_mapped(tmp_path):
     assert len(panels) == 3 and len(panels[0].patches) == 4 and len(panels[1].patches) == 0
 
 
+def without_key(points):
+    return points.drop(columns="key").to_csv(index=False, float_format="%.6g")
+
+
+def test_a_finished_map_is_taken_over_and_only_what_is_new_is_trained(tmp_path):
+    first = explore(World(hurts), {"room": ROOM, "few": ROOM | {"rank": [1], "seeds": 1}}, tmp_path)
+    again = World(hurts)
+    result = explore(again, {"room": ROOM | {"rank": [1, 2, 4]}, "alone": ROOM | {"rank": [1], "routed": []}}, tmp_path)
+    assert {label.partition(":")[0] for label, *_ in again.calls} == {"room 5 of 6", "room 6 of 6", "alone 1 of 2", "alone 2 of 2"}
+    assert not any(cell.run.method == "ilora" for label, cells, _ in again.calls if label.startswith("alone") for cell in cells)
+    old, new = (r.points[(r.points["map"] == "room") & (r.points["rank"] < 4)] for r in (first, result))
+    assert len(old) == 12 and without_key(old) == without_key(new)
+    assert set(result.points[result.points["map"] == "alone"]["measure"]) == {LOSS}
+    assert "`ilora`" not in maps.finding(result).partition("Map `alone`")[2]
+    panels = heat_maps(result, tmp_path / "m.png").axes
+    assert [axes.axison for axes in panels[:6]] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tuning": FIXED | {"rates": [1e-3]}}, {"margin": 0.05}, {"resamples": 301}, {"chance": dict.fromkeys(SLOTS, 0.3)},
+        {"routed": {"ilora": {"num_heads": 2}}}, {"batch_size": 4},
+    ],
+)  # fmt: skip
+def test_a_map_whose_settings_changed_is_made_anew(tmp_path, change):
+    explore(World(hurts), {"room": ROOM | {"rank": [1]}}, tmp_path)
+    again = World(hurts)
+    explore(again, {"room": ROOM | {"rank": [1]}}, tmp_path, **change)
+    assert again.calls
+
+
+@pytest.mark.parametrize("file", ["base/config.json", "encoded/ks/test.json", f"dataset/{tasks.json_path('ks', 'test')}"])
+def test_a_map_whose_data_or_base_changed_is_made_anew(tmp_path, file):
+    explore(World(hurts), {"room": ROOM | {"rank": [1]}}, tmp_path)
+    write_json(tmp_path / file, {"changed": True})
+    again = World(hurts)
+    explore(again, {"room": ROOM | {"rank": [1]}}, tmp_path)
+    assert again.calls
+
+
 def test_maps_come_out_the_other_way_and_can_be_empty(tmp_path):
     said = maps.finding(explore(World(lambda *_: 0.6), {"room": ROOM}, tmp_path))
     assert said.count("clearly worse at 0 of 4 points, clearly better at 0.") == 2
-    low = explore(World(lambda *_: 0.1), {"room": ROOM}, tmp_path)
+    low = explore(World(lambda *_: 0.1), {"room": ROOM}, tmp_path / "low")
     assert "no slot above chance at any point, so nothing can be judged" in maps.finding(low)
     assert not any(axes.patches for axes in heat_maps(low, tmp_path / "m.png").axes if axes.images)
     world = World(hurts)
-    none = explore(world, {}, tmp_path)
+    none = explore(world, {}, tmp_path / "none")
     assert not world.calls and maps.finding(none).startswith("No map is given in this profile") and maps.table(none).empty
     heat_maps(none, tmp_path / "m.png")
 
@@ -370,6 +454,7 @@ def test_each_convention_is_a_task_with_an_adapter_of_its_own(tmp_path, monkeypa
         ({"conventions": 3}, "regime.words: 2 for up to 3 conventions"),
         ({"conventions": 2, "slots": ["ks", "ave"], "tasks": [1, 2]}, "slot ave takes no conventions"),
         ({"depth": 1}, "it must hold slots, seeds, rank"),
+        ({"routed": ["ilroa"]}, "room: routed has no method 'ilroa'; known: ilora"),
         ({"seeds": 0}, "room: seeds is 0; give whole numbers"),
         ({"seeds": [1, 2]}, r"room: seeds is \[1, 2\]"),
     ],

@@ -33,6 +33,9 @@ def heat_maps(result: Regime, path: str | Path) -> Figure:
         rows, columns = (list(dict.fromkeys(getattr(p, axis) for p in each.points)) for axis in each.axes)
         for axes, measure in zip(line, measures, strict=True):
             part = result.points[(result.points["map"] == each.name) & (result.points["measure"] == measure)]
+            if part.empty:  # this map does not compare the method
+                axes.set_axis_off()
+                continue
             values, clear = np.full((len(rows), len(columns)), np.nan), np.zeros((len(rows), len(columns)), bool)
             for point in part.itertuples():
                 place = rows.index(getattr(point, down)), columns.index(getattr(point, across))
