@@ -235,7 +235,7 @@ def ablation(
     """Train, score and compare all variants and their rivals, in the order given; ``out`` is written anew after each.
 
     What ``out`` already has of a variant, decided by the same settings, data, base and code, is taken over as it is: only new
-    ones are trained, and those they are compared with.
+    ones are trained, and those they are compared with, at the rate of their row.
 
     Args:
         variants, passes, seeds: see `expand`. tuning: see `crab.study.tuned.Tuning`.
@@ -269,8 +269,9 @@ def ablation(
     for number, v in enumerate(rows, 1):
         if v.name not in needed:
             continue
+        known = result.rows.loc[result.rows["variant"] == v.name, "rate"].tolist() if v.name not in wanted else []
         t = found[v.name] = tuned(
-            v.method, v.row, v.options, slots, range(v.seeds), v.passes, tuning, run, f"{v.name} ({number} of {len(rows)})",
+            v.method, v.row, v.options, slots, range(v.seeds), v.passes, replace(tuning, rates=known) if known else tuning, run, f"{v.name} ({number} of {len(rows)})",
             encoded=place[v.order], dataset=dataset, base=base, work=work, **where,
         )  # fmt: skip
         if v.name in wanted:
@@ -309,8 +310,8 @@ def _left_in(out: str | Path, baseline: str, keys: Mapping[str, str], rivals: Ma
     rows["inside"] = rows["inside"].map({"True": True, "False": False, "": None}).astype(object)
     rows["rival"] = rows["rival"].replace("", None)
     rows["score"] = rows["variant"].map(before["score"])  # to the last digit
-    for row in rows.itertuples(index=False):
-        result.rows.loc[len(result.rows)] = list(row)
+    if len(rows):
+        result.rows = rows.reset_index(drop=True).astype({"rival": object})
     names = set(rows["variant"])
     result.against_baseline, result.against_rival = (
         {name: values for name, values in before[field].items() if name in names} for field in ("against_baseline", "against_rival")

@@ -199,6 +199,7 @@ def test_only_new_variants_and_those_they_are_compared_with_are_trained(tmp_path
     assert not idle.calls and on_disk(tmp_path) == first
     world = World(planted)
     result = go(world, {"own": VARIANTS["own"], **soft, **VARIANTS}, tmp_path)
+    assert {cell.settings["learning_rate"] for cell in world.cells} == {BEST}
     assert [label.partition(" (")[0] for label, *_ in world.calls] == ["own", "soft", "plain LoRA r=9"]
     (tmp_path / "other").mkdir()
     whole = go(World(planted), {"own": VARIANTS["own"], **soft, **VARIANTS}, tmp_path / "other")
@@ -211,6 +212,15 @@ def test_only_new_variants_and_those_they_are_compared_with_are_trained(tmp_path
     assert set(less.slots["comparison"]) == {
         "own vs plain LoRA r=4", "plain LoRA r=4 vs own", "sharp vs own", "sharp vs plain LoRA r=9", "plain LoRA r=9 vs own",
     }  # fmt: skip
+
+
+def test_what_is_trained_once_more_to_be_compared_with_keeps_the_rate_of_its_row(tmp_path):
+    go(World(planted, best=1e-3), VARIANTS, tmp_path, tuning=TUNING)
+    world = World(planted, best=4e-3)
+    result = go(world, VARIANTS | {"soft": VARIANTS["sharp"] | {"router_temperature": 2.0}}, tmp_path, tuning=TUNING)
+    assert result.rows.set_index("variant")["rate"].to_dict() | {"soft": None} == dict.fromkeys(result.rows["variant"], 1e-3) | {"soft": None}
+    rates = {label.partition(" (")[0]: {c.settings["learning_rate"] for c in cells} for label, cells, _ in world.calls if "sweep" not in label}
+    assert rates == {"own": {1e-3}, "plain LoRA r=9": {1e-3}, "soft": {4e-3}}
 
 
 @pytest.mark.parametrize("change", [{"passes": 2}, {"margin": 0.1}, {"baseline": "lora"}, {"tuning": FIXED | {"rates": [1e-3]}}, {"slots": SLOTS[:3]}])
