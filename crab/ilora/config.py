@@ -41,9 +41,9 @@ class ILoraConfig(PeftConfig):
     where `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; `shared_A=False` puts an A_i in
     the place of A, `top_k` takes the softmax over the k largest logits alone, `router_input` says which x the router
     reads, `router_sharing` how many modules have one R, and `shared_head` takes the first head out of the softmax and
-    gives it weight 1. `router_noise`, `balance_weight` and `orthogonality_weight` are for training alone. Each field below carries its meaning in its metadata; the
-    published run is r = 128, lora_alpha = 256, num_heads = 3, lora_dropout = 0.1 on the q, k, v, o, gate, up and down
-    projections. Sets given for the module lists are saved sorted, so that the same choice always writes the same bytes.
+    gives it weight 1. `router_noise`, `balance_weight` and `orthogonality_weight` are for training alone. Each field
+    below carries its meaning in its metadata; the published run is r = 128, lora_alpha = 256, num_heads = 3,
+    lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Sets given for the module lists are saved sorted, so that the same choice always writes the same bytes.
 
     Raises:
         ValueError: a value out of its range; the message names the field.
