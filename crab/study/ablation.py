@@ -241,7 +241,7 @@ def ablation(
         variants, passes, seeds: see `expand`. tuning: see `crab.study.tuned.Tuning`.
         baseline: name of the variant (after expansion) that all are compared with; it also tells which slots can be learned.
         slots: of the joint runs, those without a test split too.
-        chance: score of the best constant answer, by slot.
+        chance: score of the best constant answer, by slot. encoded, dataset, base: of the encode, build and base stages.
         run, where: what trains and scores cells, and its further arguments; see `crab.study.grid.run_grid`.
         size: parameters of an adapter on ``base``, by method and options.
 
@@ -271,8 +271,8 @@ def ablation(
             continue
         known = result.rows.loc[result.rows["variant"] == v.name, "rate"].tolist() if v.name not in wanted else []
         t = found[v.name] = tuned(
-            v.method, v.row, v.options, slots, range(v.seeds), v.passes, replace(tuning, rates=known) if known else tuning, run, f"{v.name} ({number} of {len(rows)})",
-            encoded=place[v.order], dataset=dataset, base=base, work=work, **where,
+            v.method, v.row, v.options, slots, range(v.seeds), v.passes, replace(tuning, rates=known) if known else tuning, run,
+            f"{v.name} ({number} of {len(rows)})", encoded=place[v.order], dataset=dataset, base=base, work=work, **where,
         )  # fmt: skip
         if v.name in wanted:
             score, draws = slot_draws(t.samples, resamples)
