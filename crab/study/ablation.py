@@ -7,6 +7,7 @@ joint plain LoRA of the smallest rank that has at least as many parameters, with
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import safe_open
 
 from crab import tasks
+from crab.data import records
 from crab.data.files import aside, file_digest, read_json, write_json
 from crab.study import sources
 from crab.study.grid import run_grid
@@ -35,7 +38,7 @@ ROWS = [
     "key",
 ]  # fmt: skip
 #: Modules that decide, with functions of this one, what comes out for a variant.
-DECIDING = "import crab.study.grid, crab.study.prompt_order, crab.study.transfer, crab.study.tuned"
+DECIDING = "import crab.study.encode, crab.study.grid, crab.study.prompt_order, crab.study.transfer, crab.study.tuned"
 KINDS = ("routed", "unrouted heads", "plain", "own adapters", "instruction first")
 
 
@@ -205,11 +208,25 @@ def deciding(encoded: str | Path, dataset: str | Path, base: str | Path, slots: 
     Args:
         code: imports of modules, and functions. others: anything else.
     """
-    of_slots = [(slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
-    places = [Path(encoded) / slot / f"{split}{end}" for slot, split in of_slots for end in (".safetensors", ".json")]
-    places += [Path(dataset) / tasks.json_path(*which) for which in of_slots]
+    samples = [_samples_digest(encoded, dataset, slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
     own = [code_digest(each) if isinstance(each, str) else sources.plain(inspect.getsource(each)) for each in code]
-    return [list(slots), [file_digest(path) for path in places], base_digest(base), own, *others]
+    return [list(slots), samples, base_digest(base), own, *others]
+
+
+def _samples_digest(encoded: str | Path, dataset: str | Path, slot: str, split: str) -> str:
+    """Of a slot's records and media, and of what is encoded of them but for the features.
+
+    These follow from the rest, and round differently on another processor, where rows would then never be taken over.
+    """
+    path, listed = Path(encoded) / slot / f"{split}.safetensors", Path(dataset) / tasks.json_path(slot, split)
+    found = records.read(dataset, slot, split) if listed.is_file() else []
+    files = [path.with_suffix(".json"), listed, *(item.path for record in found for item in record["media"])]
+    files += [record["mask"] for record in found if record.get("mask")]
+    whole = []
+    if path.is_file():
+        with safe_open(path, "np") as tensors:
+            whole = [hashlib.sha256(tensors.get_tensor(name).tobytes()).hexdigest() for name in ("ids", "positions", "lengths")]
+    return key_of([file_digest(each) for each in files] + whole)
 
 
 def ablation(

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from crab import tasks
 from crab.data.files import write_json
@@ -15,6 +16,7 @@ from crab.study import ablation as tables
 from crab.study import params
 from crab.study import regime as maps
 from crab.study.ablation import ablation, expand, finding, rivals_of, with_rivals
+from crab.study.dataset import write_slot
 from crab.study.figures.ablation import slot_map, variant_bars
 from crab.study.figures.regime import heat_maps
 from crab.study.regime import LOSS, OWN, Map, groups, regime, versus_own, versus_rival
@@ -60,6 +62,7 @@ class World:
 def some_base(folder):
     if not (folder / "base" / "config.json").exists():
         write_json(folder / "base" / "config.json", {})
+    return folder / "base"
 
 
 def go(world, variants, tmp_path, **changes):
@@ -376,10 +379,22 @@ def test_a_map_whose_settings_changed_is_made_anew(tmp_path, change):
 @pytest.mark.parametrize("file", ["base/config.json", "encoded/ks/test.json", f"dataset/{tasks.json_path('ks', 'test')}"])
 def test_a_map_whose_data_or_base_changed_is_made_anew(tmp_path, file):
     explore(World(hurts), {"room": ROOM | {"rank": [1]}}, tmp_path)
-    write_json(tmp_path / file, {"changed": True})
+    write_json(tmp_path / file, [])
     again = World(hurts)
     explore(again, {"room": ROOM | {"rank": [1]}}, tmp_path)
     assert again.calls
+
+
+def test_rounding_of_the_encoders_does_not_part_a_row_from_its_key(tmp_path):
+    def encode(features, positions):
+        sample = {"input_ids": torch.arange(3), "position_ids": torch.full((3, 3), positions), "features": torch.full((2, 4), features)}
+        write_slot(tmp_path / "encoded", "ks", "test", [sample], ["a"], ["what"], {"bare": []})
+
+    keys = []
+    for features, positions in ((0.5, 1), (0.75, 1), (0.5, 2)):
+        encode(features, positions)
+        keys.append(tables.deciding(tmp_path / "encoded", tmp_path / "dataset", some_base(tmp_path), ["ks"], []))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_maps_come_out_the_other_way_and_can_be_empty(tmp_path):
