@@ -118,7 +118,8 @@ def peak_bytes(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> int:
     """Most bytes that one forward and backward hold at a time beyond what was there before; gradients count.
 
     On the CPU it is summed over torch's own allocations, as the profiler saw them; what a library takes for itself
-    (a matrix product's packed copies, say) is not among them.
+    (a matrix product's packed copies, say) is not among them, but where it takes it from torch: oneDNN does, for bfloat16
+    on processors that have that.
     """
     if x.device.type == "cuda":
         before = torch.cuda.memory_allocated()
