@@ -43,7 +43,8 @@ class ILoraConfig(PeftConfig):
     reads, `router_sharing` how many modules have one R, and `shared_head` takes the first head out of the softmax and
     gives it weight 1. `router_noise`, `balance_weight` and `orthogonality_weight` are for training alone. Each field
     below carries its meaning in its metadata; the published run is r = 128, lora_alpha = 256, num_heads = 3,
-    lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Sets given for the module lists are saved sorted, so that the same choice always writes the same bytes.
+    lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Sets given for the module lists are saved
+    sorted, so that the same choice always writes the same bytes.
 
     Raises:
         ValueError: a value out of its range; the message names the field.
