@@ -95,6 +95,20 @@ def test_rates_stand_beside_the_papers(tmp_path):
     assert "no slot above chance" in [text.get_text() for text in axes.texts]
 
 
+def test_a_skill_is_drawn_in_the_panel_of_the_stage_that_teaches_it(tmp_path):
+    history = [
+        {"step": 10, "stage": "text", "loss": 2.0, "copy": 0.5},
+        {"step": 20, "stage": "presence", "loss": 1.0, "copy": 0.75, "heard": 0.25},
+        {"step": 30, "stage": "presence", "loss": 1.0, "copy": 1.0, "heard": 0.5},
+    ]
+    first, second = skill_curves(history, tmp_path / "a.png").axes
+    assert (first.get_title(), second.get_title()) == ("text", "presence")
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["copy"]
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["heard"]
+    drawn = [line.get_ydata().tolist() for line in first.lines if len(line.get_ydata()) == 3]
+    assert drawn == [[0.5, 0.75, 1.0]]
+
+
 def test_a_base_that_was_not_trained_has_figures_that_say_so(tmp_path):
     for draw, empty in ((encoder_curves, {}), (skill_curves, [])):
         assert "Nothing was trained here" in draw(empty, tmp_path / "a.png").axes[0].get_title()

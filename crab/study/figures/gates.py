@@ -40,24 +40,27 @@ def gate_bars(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, floa
 
 
 def skill_curves(history: Sequence[Mapping], path: str | Path) -> Figure:
-    """Accuracy on held-out scenes against training step, one line a skill."""
+    """Accuracy on held-out scenes against training step, one line a skill and one panel a stage that teaches it."""
     if not history:
         return nothing(NOTHING, path)
-    rows = [
-        {"step": h["step"], "skill": k, "accuracy": v}
-        for h in history
-        for k, v in h.items()
-        if k not in ("step", "stage", "loss")
-    ]
-    figure, axes = subplots(figsize=(9, 5))
-    sns.lineplot(pd.DataFrame(rows), x="step", y="accuracy", hue="skill", palette="husl", ax=axes)
-    starts = {h["stage"]: h["step"] for h in reversed(history)}
-    for stage, step in starts.items():
-        axes.axvline(step, color="0.8", linewidth=1, zorder=0)
-        axes.text(step, 1.02, stage, fontsize=7, rotation=20)
-    axes.set(xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1))
-    axes.set_title("The staged curriculum", pad=28)
-    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, fontsize="small", ncol=2)
+    rows, taught = [], {}
+    for check in history:
+        for skill, accuracy in check.items():
+            if skill not in ("step", "stage", "loss"):
+                rows.append({"step": check["step"], "skill": skill, "accuracy": accuracy, "stage": taught.setdefault(skill, check["stage"])})
+    table = pd.DataFrame(rows)
+    stages = list(table["stage"].unique())
+    figure, panels = subplots(-(-len(stages) // 2), 2, figsize=(11, 2.6 * -(-len(stages) // 2) + 0.4), sharex=True, sharey=True, squeeze=False)
+    for axes, stage in zip(panels.flat, stages, strict=False):
+        part = table[table["stage"] == stage]
+        sns.lineplot(part, x="step", y="accuracy", hue="skill", style="skill", palette="colorblind", ax=axes)
+        axes.axvline(part["step"].min(), color="0.6", linewidth=1, linestyle=":", zorder=0)
+        axes.set(title=stage, xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.02))
+        axes.tick_params(labelbottom=True)
+        sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, fontsize="x-small")
+    for axes in panels.flat[len(stages):]:
+        axes.axis("off")
+    figure.suptitle("The staged curriculum: exact match on held-out scenes, by the stage that teaches a skill")
     return save(figure, path)
 
 
