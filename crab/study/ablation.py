@@ -7,8 +7,6 @@ joint plain LoRA of the smallest rank that has at least as many parameters, with
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors import safe_open
 
-from crab import tasks
-from crab.data import records
-from crab.data.files import aside, file_digest, read_json, write_json
-from crab.study import sources
+from crab.data.files import aside, read_json, write_json
+from crab.study.deciding import deciding
 from crab.study.grid import run_grid
-from crab.study.keys import base_digest, code_digest, key_of
+from crab.study.keys import key_of
 from crab.study.prompt_order import reordered
 from crab.study.resample import interval
 from crab.study.runs import FORMS, SETTINGS
@@ -200,33 +195,6 @@ def judge(
         table, summaries[name] = compare(part[part["seed"] < least], pd.Series(chance), other, name, margin, resamples, 0, floor)
         tables.append(table)
     return summaries, tables
-
-
-def deciding(encoded: str | Path, dataset: str | Path, base: str | Path, slots: Sequence[str], code: Sequence[Any], *others: Any) -> list:
-    """What decides a result beside a method's own settings, to be hashed: samples and records of the slots, the base, and code.
-
-    Args:
-        code: imports of modules, and functions. others: anything else.
-    """
-    samples = [_samples_digest(encoded, dataset, slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
-    own = [code_digest(each) if isinstance(each, str) else sources.plain(inspect.getsource(each)) for each in code]
-    return [list(slots), samples, base_digest(base), own, *others]
-
-
-def _samples_digest(encoded: str | Path, dataset: str | Path, slot: str, split: str) -> str:
-    """Of a slot's records and media, and of what is encoded of them but for the features.
-
-    These follow from the rest, and round differently on another processor, where rows would then never be taken over.
-    """
-    path, listed = Path(encoded) / slot / f"{split}.safetensors", Path(dataset) / tasks.json_path(slot, split)
-    found = records.read(dataset, slot, split) if listed.is_file() else []
-    files = [path.with_suffix(".json"), listed, *(item.path for record in found for item in record["media"])]
-    files += [record["mask"] for record in found if record.get("mask")]
-    whole = []
-    if path.is_file():
-        with safe_open(path, "np") as tensors:
-            whole = [hashlib.sha256(tensors.get_tensor(name).tobytes()).hexdigest() for name in ("ids", "positions", "lengths")]
-    return key_of([file_digest(each) for each in files] + whole)
 
 
 def ablation(

@@ -22,8 +22,9 @@ import pandas as pd
 
 from crab import tasks
 from crab.data.files import aside, read_json, write_json
-from crab.study.ablation import Variant, clear, deciding, judge
+from crab.study.ablation import Variant, clear, judge
 from crab.study.conventions import Tree, check_slots, conventions
+from crab.study.deciding import deciding
 from crab.study.grid import Cell, run_grid
 from crab.study.keys import key_of
 from crab.study.tuned import Tuning, adapter_parameters, plain_rank, tuned

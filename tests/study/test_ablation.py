@@ -17,6 +17,7 @@ from crab.study import params
 from crab.study import regime as maps
 from crab.study.ablation import ablation, expand, finding, rivals_of, with_rivals
 from crab.study.dataset import write_slot
+from crab.study.deciding import deciding
 from crab.study.figures.ablation import slot_map, variant_bars
 from crab.study.figures.regime import heat_maps
 from crab.study.regime import LOSS, OWN, Map, groups, regime, versus_own, versus_rival
@@ -393,7 +394,7 @@ def test_rounding_of_the_encoders_does_not_part_a_row_from_its_key(tmp_path):
     keys = []
     for features, positions in ((0.5, 1), (0.75, 1), (0.5, 2)):
         encode(features, positions)
-        keys.append(tables.deciding(tmp_path / "encoded", tmp_path / "dataset", some_base(tmp_path), ["ks"], []))
+        keys.append(deciding(tmp_path / "encoded", tmp_path / "dataset", some_base(tmp_path), ["ks"], []))
     assert keys[0] == keys[1] != keys[2]
 
 
