@@ -92,6 +92,8 @@ def index(notebooks: dict[str, Any], profile: str) -> Any:
             cells.append(nbformat.v4.new_markdown_cell(f"## {name.capitalize()}\n\n[How it was made](pages/{name}.html)"))
             cells.append(nbformat.v4.new_code_cell("", outputs=outputs))
     cells.append(nbformat.v4.new_markdown_cell("## All notebooks\n\n" + _stages(notebooks)))
+    for number, cell in enumerate(cells):
+        cell.id = f"index-{number}"  # in place of a drawn one, so that equal results are equal pages
     return nbformat.v4.new_notebook(cells=cells)
 
 

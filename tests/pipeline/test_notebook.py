@@ -38,6 +38,7 @@ def test_run_injects_parameters_and_leaves_notebook_and_page(repository):
     sources.write(repository)
     index = report.write("smoke", repository).read_text()
     assert "data:image/png;base64" in index and "pages/stage-lora.html" in index and "of this folder" not in index
+    assert report.write("smoke", repository).read_text() == index
 
 
 @pytest.mark.parametrize("source", ["1 / 0", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
