@@ -50,7 +50,8 @@ def skill_curves(history: Sequence[Mapping], path: str | Path) -> Figure:
                 rows.append({"step": check["step"], "skill": skill, "accuracy": accuracy, "stage": taught.setdefault(skill, check["stage"])})
     table = pd.DataFrame(rows)
     stages = list(table["stage"].unique())
-    figure, panels = subplots(-(-len(stages) // 2), 2, figsize=(11, 2.6 * -(-len(stages) // 2) + 0.4), sharex=True, sharey=True, squeeze=False)
+    height = -(-len(stages) // 2)
+    figure, panels = subplots(height, 2, figsize=(11, 2.6 * height + 0.4), sharex=True, sharey=True, squeeze=False)
     for axes, stage in zip(panels.flat, stages, strict=False):
         part = table[table["stage"] == stage]
         sns.lineplot(part, x="step", y="accuracy", hue="skill", style="skill", palette="colorblind", ax=axes)
