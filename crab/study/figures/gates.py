@@ -43,12 +43,8 @@ def skill_curves(history: Sequence[Mapping], path: str | Path) -> Figure:
     """Accuracy on held-out scenes against training step, one line a skill and one panel a stage that teaches it."""
     if not history:
         return nothing(NOTHING, path)
-    rows, taught = [], {}
-    for check in history:
-        for skill, accuracy in check.items():
-            if skill not in ("step", "stage", "loss"):
-                rows.append({"step": check["step"], "skill": skill, "accuracy": accuracy, "stage": taught.setdefault(skill, check["stage"])})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(history).melt(["step", "stage", "loss"], var_name="skill", value_name="accuracy").dropna(subset="accuracy")
+    table["stage"] = table.groupby("skill")["stage"].transform("first")
     stages = list(table["stage"].unique())
     height = -(-len(stages) // 2)
     figure, panels = subplots(height, 2, figsize=(11, 2.6 * height + 0.4), sharex=True, sharey=True, squeeze=False)
