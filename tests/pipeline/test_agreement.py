@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import distributions
 
 import nbformat
 import pytest
+from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
 from toys import A_METHOD, REPOSITORY, STAGES
 
@@ -130,3 +132,11 @@ def test_every_package_is_locked_exactly_and_for_any_index():
     for wanted in project()["dependencies"] + project()["optional-dependencies"]["dev"]:
         name, _, version = wanted.partition("==")
         assert locked[name.replace(".", "-")] == (version or locked[name.replace(".", "-")])
+
+
+def test_every_locked_package_runs_on_the_oldest_python_the_project_takes():
+    """pip does not say that a pin needs a later one: it searches for minutes and gives up with a graph too deep."""
+    oldest = re.search(r">=([\d.]+)", project()["requires-python"])[1] + ".0"
+    needs = {d.name: d.metadata["Requires-Python"] for d in distributions() if d.metadata["Requires-Python"]}
+    assert len(needs) > 100
+    assert not {name: wanted for name, wanted in needs.items() if not SpecifierSet(wanted).contains(oldest)}
