@@ -16,7 +16,8 @@ from crab.models import omni, perception
 
 class Bank:
     """Scenes encoded once: ``video`` [N, V, width], ``audio`` [N, A, width], and for one second of
-    each (``seconds`` [N]) ``image`` [N, I, width] and ``second`` (its sound) [N, S, width], in half precision.
+    each (``seconds`` [N]; ``sources`` [N]: how many things are then seen and heard) ``image`` [N, I, width] and
+    ``second`` (its sound) [N, S, width], in half precision.
 
     Args:
         through_files: write each clip as mp4, jpg and sound and read it back, as the data's samples are.
@@ -26,7 +27,9 @@ class Bank:
         self, model, processor, scenes: list[Scene], seed: int, workers: int = 0, batch: int = 16, through_files: bool = False
     ):
         self.scenes = scenes
-        self.seconds = _moments(scenes, np.random.default_rng(seed))
+        sources = _sources(scenes)
+        self.seconds = _moments(sources, np.random.default_rng(seed))
+        self.sources = np.take_along_axis(sources, self.seconds[:, None], 1)[:, 0]
         views = _SceneMedia(processor, scenes, self.seconds, through_files)
         loader = torch.utils.data.DataLoader(views, batch, num_workers=workers, collate_fn=_join)
         parts: dict[str, list[torch.Tensor]] = {k: [] for k in ("video", "audio", "image", "second")}
@@ -41,11 +44,15 @@ class Bank:
         self.tokens = {k: torch.cat(v) for k, v in parts.items()}
 
 
-def _moments(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
+def _sources(scenes: list[Scene]) -> np.ndarray:
+    """How many things are both seen and heard in each second, [N, seconds]."""
+    return np.array([[sum(t.seen_at(s) and t.heard_at(s) for t in scene.things) for s in range(SECONDS)] for scene in scenes])
+
+
+def _moments(sources: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One second of each scene: any, or one time in two that of which stills have most to ask, [N]."""
-    any_second = rng.integers(SECONDS, size=len(scenes))
-    both = np.array([[sum(t.seen_at(s) and t.heard_at(s) for t in scene.things) for s in range(SECONDS)] for scene in scenes])
-    return np.where(rng.random(len(scenes)) < 0.5, any_second, both.argmax(1))
+    any_second = rng.integers(SECONDS, size=len(sources))
+    return np.where(rng.random(len(sources)) < 0.5, any_second, sources.argmax(1))
 
 
 class _SceneMedia(torch.utils.data.Dataset):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from crab.data.world import Scene
 from crab.models import probes
 from crab.models.bank import Bank
 from crab.models.optimize import MuonAdamW, warm_up_then_decay
@@ -17,12 +18,12 @@ from crab.models.probes import Probe
 
 #: Skills in the order they are taught. A stage keeps all earlier ones in the mix.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("text", ("copy",)),
+    ("text", ("copy", "read")),
     ("presence", ("visible", "heard")),
     ("selection", ("position", "colour", "motion", "at", "emotion", "voice", "seen at", "heard at", "still position", "still colour", "still heard")),
     ("space and time", ("still box", "box", "time seen", "time heard", "count seen", "count heard", "order", "video of", "sound of")),
     ("binding", ("which sounds", "where sounds", "still sounds", "still box sounds", "still box around", "match", "which video", "which sound")),
-    ("describing", ("caption",)),
+    ("describing", ("sights told", "sounds told", "sources told", "boxes told", "caption")),
 )
 
 
@@ -72,18 +73,31 @@ class Sampler:
     def _text(self) -> Row:
         return Row([], self._keep([probes.copy_probe(self.vocabulary, self.rng) for _ in range(self.per_row)]))
 
+    def _reading(self) -> Row:
+        scenes = self.bank.scenes
+        if self.rng.random() < 0.7:
+            text, asked = probes.reading(scenes[self._index()], self.rng)
+        else:
+            which, a, b = self._ordered_pair()
+            text, asked = probes.pair_reading(scenes[a], scenes[b], which, str(self.rng.choice(["video", "sound"])), self.rng)
+        if self.rng.random() < 0.5:
+            return Row([], self._keep(asked), text)
+        return Row([], [replace(p, question=f"{p.question} {text}") for p in self._keep(asked)[:3]])  # the text anew with each
+
     def _clip(self) -> Row:
         i = self._index()
         return Row([("video", i), ("audio", i)], self._keep(probes.clip_probes(self.bank.scenes[i], self.rng)))
 
     def _still(self) -> Row:
-        i = self._index()
-        drawn = probes.still_probes(self.bank.scenes[i], int(self.bank.seconds[i]), self.rng)
+        # of two, that in which more things sound: few stills have several, and what is asked of those is hard
+        i = max(self._index(), self._index(), key=self.bank.sources.__getitem__)
+        scene, second = self.bank.scenes[i], int(self.bank.seconds[i])
+        drawn = [*probes.still_probes(scene, second, self.rng), *probes.still_told(scene, second, self.rng)]
         return Row([("image", i), ("second", i)], self._keep(drawn))
 
     def _caption(self) -> Row:
         i = self._index()
-        return Row([("video", i), ("audio", i)], [Probe("caption", probes.wording("caption", self.rng), probes.caption(self.bank.scenes[i]))])
+        return Row([("video", i), ("audio", i)], self._keep(probes.clip_told(self.bank.scenes[i], self.rng)))
 
     def _matching(self) -> tuple[int, int]:
         """A scene in which something is seen and heard, and another that does not hold it."""
@@ -94,6 +108,11 @@ class Sampler:
             if clear(i, j) and clear(j, i):
                 return i, j
 
+    def _ordered_pair(self) -> tuple[str, int, int]:
+        """Which of two scenes is meant, first or second, and the two."""
+        i, j = self._matching()
+        return ("first", i, j) if self.rng.random() < 0.5 else ("second", j, i)
+
     def _match(self) -> Row:
         i, j = self._matching()
         same = self.rng.random() < 0.5
@@ -102,34 +121,38 @@ class Sampler:
 
     def _pair(self) -> Row:
         """Two videos and a sound, or two sounds and a video; what stands alone comes first, as in the tasks."""
-        i, j = self._matching()
-        first = self.rng.random() < 0.5
-        a, b = (i, j) if first else (j, i)
+        answer, a, b = self._ordered_pair()
+        i = a if answer == "first" else b
         scenes = self.bank.scenes[a], self.bank.scenes[b]
-        answer = "first" if first else "second"
         if self.rng.random() < 0.5:
-            asked = [Probe("which video", probes.wording("which video", self.rng), answer), *probes.pair_probes(*scenes, "video", self.rng)]
-            return Row([("audio", i), ("video", a), ("video", b)], self._keep(asked))
-        asked = [Probe("which sound", probes.wording("which sound", self.rng), answer), *probes.pair_probes(*scenes, "sound", self.rng)]
-        return Row([("video", i), ("audio", a), ("audio", b)], self._keep(asked))
+            return Row([("audio", i), ("video", a), ("video", b)], self._of_pair("video", scenes, answer))
+        return Row([("video", i), ("audio", a), ("audio", b)], self._of_pair("sound", scenes, answer))
+
+    def _of_pair(self, what: str, scenes: tuple[Scene, Scene], answer: str) -> list[Probe]:
+        which = Probe(f"which {what}", probes.wording(f"which {what}", self.rng), answer)
+        told = probes.pair_told(*scenes, what, self.rng) if self.rng.random() < 0.5 else []  # long, beside the others
+        return self._keep([which, *probes.pair_probes(*scenes, what, self.rng), *told])
 
 
-#: Context kind -> share of the steps, rows beside the batch size, and the skills asked in it.
+#: Context kind -> share of the steps, rows beside the batch size, and the skills for whose sake it is drawn.
 CONTEXTS: dict[str, tuple[float, float, tuple[str, ...]]] = {
     "text": (0.2, 1, ("copy",)),
+    "reading": (0.5, 1, ("read",)),
     "clip": (1.0, 1, (
         "visible", "heard", "colour", "motion", "position", "time seen", "time heard", "box", "at", "seen at", "heard at",
         "which sounds", "where sounds", "count seen", "count heard", "order", "emotion", "voice")),
-    "still": (0.6, 1, ("still position", "still colour", "still heard", "still box", "still sounds", "still box sounds", "still box around")),
+    "still": (0.6, 1, (
+        "still position", "still colour", "still heard", "still box", "still sounds", "still box sounds", "still box around",
+        "sights told", "sounds told", "sources told", "boxes told")),
     "match": (0.6, 3, ("match",)),
     "pair": (0.8, 2, ("which video", "which sound", "video of", "sound of")),
-    "caption": (0.3, 1, ("caption",)),
+    "caption": (0.6, 1, ("caption", "sights told", "sounds told", "sources told")),
 }  # fmt: skip
 
 #: Questions that few scenes answer, and how much oftener one is kept when a scene does.
 RARE = {
     "emotion": 4.0, "voice": 4.0, "box": 3.0, "still box": 2.0, "time heard": 3.0, "time seen": 3.0, "seen at": 2.0,
-    "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still sounds": 2.0, "still box sounds": 3.0,
+    "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still sounds": 2.0, "still box sounds": 3.0, "caption": 3.0,
     "still box around": 4.0, "which video": 3.0, "which sound": 3.0,
 }  # fmt: skip
 
@@ -186,7 +209,7 @@ class Curriculum:
     Attributes:
         gate: accuracy every skill of a stage must reach before the next begins.
         stage_steps: most steps a stage may take before the next begins regardless.
-        steps: all steps; the learning rate decays over the last third, all skills in the mix.
+        steps: all steps; the learning rate decays over the last three fifths, all skills in the mix.
         precision: ``bf16`` (autocast) or ``fp32``. With native bfloat16 a step on a CPU takes half the time, if
             attention is written out: the fused kernel's backward is slower in bfloat16 than in float32.
     """
@@ -214,7 +237,7 @@ def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Cu
     if model.device.type == "cpu" and plan.precision == "bf16":
         lm.set_attn_implementation("eager")
     rest = [*lm.embed_tokens.parameters(), *lm.norm.parameters(), *model.lm_head.parameters()]
-    optimizer = MuonAdamW(lm.layers, rest, plan.learning_rate, warm_up_then_decay(plan.steps))
+    optimizer = MuonAdamW(lm.layers, rest, plan.learning_rate, warm_up_then_decay(plan.steps, decay=0.6))
     stage, since = 0, 0
     accuracy: dict[str, float] = {}
     model.train()

@@ -1,4 +1,4 @@
-"""Many short questions in one row of training: media first, then the questions side by side.
+"""Many short questions in one row of training: media or text first, then the questions side by side.
 
 They share one context under a block mask, with positions restarting after the media. That costs little more
 than one question, and each sees exactly what it would see as a single prompt.
@@ -20,11 +20,12 @@ from crab.models.probes import Probe
 class Row:
     """One packed training row: media from the bank, then probes.
 
-    ``media`` lists (kind of token, scene index) in prompt order.
+    ``media`` lists (kind of token, scene index) in prompt order; ``text`` follows them.
     """
 
     media: list[tuple[str, int]]
     probes: list[Probe]
+    text: str = ""
 
 
 #: The prompt a context stands in, by its media: clip, still, two videos, two sounds, none.
@@ -77,11 +78,13 @@ class Packer:
     def pack(self, rows: list[Row], bank: Bank) -> dict[str, torch.Tensor]:
         """ids [B, L], position_ids [3, B, L], block [B, L] (0 context, -1 padding), target [B, L], probe [B, L]."""
         prefix, prefix_positions, order = self.template(rows[0].media, bank)
-        start = int(prefix_positions.max()) + 1
         turn = self.ids_of(f"{omni.END} {omni.START} assistant")
         built = []
         for row in rows:
-            ids, positions, block, target = list(prefix), [], [0] * len(prefix), [omni.IGNORE] * len(prefix)
+            ids = [*prefix, *self.ids_of(row.text)]
+            start = int(prefix_positions.max()) + 1 + len(ids) - len(prefix)
+            positions = list(range(start - len(ids) + len(prefix), start))
+            block, target = [0] * len(ids), [omni.IGNORE] * len(ids)
             for k, probe in enumerate(row.probes, 1):
                 question = self.ids_of(probe.question) + turn
                 answer = [*self.ids_of(probe.answer), self.tokenizer.eos_token_id]

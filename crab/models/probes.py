@@ -1,16 +1,19 @@
 """Short questions about a scene in plain words: what the base learns from and is gated on.
 
 A probe asks for one ability. None uses a task's instruction or answer tags: the base must bring
-perception, selection by name, time and copying, and the adapters bring the tasks.
+perception, selection by name, time and copying, and the adapters bring the tasks. It tells what it sees and hears in
+the sentences of reasoning chains, and answers from such sentences alone, as a model trained on plain text would: which
+of them a task wants it never learns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from crab.data import chains
 from crab.data.world import CLASSES, COLOURS, FACE, QUADRANTS, SECONDS, Scene, Thing
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
@@ -36,7 +39,7 @@ WORDINGS = {
     "order": ("which is heard first ?", "which thing sounds before the other ?"),
     "emotion": ("how does the face feel ?", "which emotion does the face show ?"),
     "voice": ("how does the voice feel ?", "which emotion does the voice show ?"),
-    "still box": ("box of the {n} ?", "give the box of the {n} .", "where is the {n} ? give its box ."),
+    "still box": ("box of the {n} ?", "give the box of the {n} .", "where is the {n} ? give its box .", "i see the {n} . give its box ."),
     "still position": ("where is the {n} ?", "name the place of the {n} ."),
     "still colour": ("what colour is the {n} ?", "name the colour of the {n} .", "which colour does the {n} have ?"),
     "still sounds": ("which visible thing is heard ?", "which visible thing makes the sound ?"),
@@ -48,6 +51,10 @@ WORDINGS = {
     "which sound": ("which sound matches the video ?", "find the sound of the video .", "which sound is of a thing that is visible ?"),
     "video of": ("which video shows the {n} ?", "find the {n} in the two videos ."),
     "sound of": ("which sound is the {n} ?", "find the {n} in the two sounds ."),
+    "sights told": ("describe what is seen .", "describe the things that are visible ."),
+    "sounds told": ("describe what is heard .", "describe the things that are heard ."),
+    "boxes told": ("describe where things are .", "give the box of all that is seen ."),
+    "sources told": ("describe which things sound .", "describe which things are heard and which are silent ."),
     "caption": ("describe the scene .", "describe all that is seen and heard ."),
 }  # fmt: skip
 
@@ -83,13 +90,11 @@ def _numbers(values) -> str:
     return " ".join(str(v) for v in values)
 
 
-def _select(skill: str, answer_of, things: Sequence[Thing], rng, **named) -> list[Probe]:
-    """One probe about a thing chosen from several by its name."""
-    if not things:
-        return []
-    thing = things[rng.integers(len(things))]
-    picked = tuple(answer_of(t) for t in things)
-    return [Probe(skill, wording(skill, rng, n=thing.name, **named), answer_of(thing), picked if len(things) > 1 else ())]
+def _select(skill: str, answer_of, things: Sequence[Thing], rng, count: int = 1, **named) -> list[Probe]:
+    """Probes about ``count`` of several things, each chosen by its name; fewer where there are no more."""
+    picked = tuple(answer_of(t) for t in things) if len(things) > 1 else ()
+    chosen = [things[i] for i in rng.permutation(len(things))[:count]]
+    return [Probe(skill, wording(skill, rng, n=thing.name, **named), answer_of(thing), picked) for thing in chosen]
 
 
 def clip_probes(scene: Scene, rng: np.random.Generator) -> list[Probe]:
@@ -109,12 +114,13 @@ def clip_probes(scene: Scene, rng: np.random.Generator) -> list[Probe]:
     out += _select("colour", lambda t: t.colour, seen, rng)
     out += _select("motion", lambda t: t.motion, seen, rng)
     out += _select("position", lambda t: t.quadrant, seen, rng)
+    # Two things side by side: asked about one, mostly about one that passes, a base learns to say when *something* comes and goes.
+    out += _select("time seen", lambda t: _interval(t.visible), seen, rng, count=2)
+    out += _select("time heard", lambda t: _interval(t.sounding), heard, rng, count=2)
+    second = int(rng.integers(SECONDS))
     # Half of all things are seen throughout; mostly the others are asked about, of whom there is more to say.
     passing = [t for t in seen if t.visible != (0, SECONDS)]
     timed = passing if passing and rng.random() < 0.8 else seen
-    out += _select("time seen", lambda t: _interval(t.visible), timed, rng)
-    out += _select("time heard", lambda t: _interval(t.sounding), heard, rng)
-    second = int(rng.integers(SECONDS))
     out += _select("seen at", lambda t: "yes" if t.seen_at(second) else "no", timed, rng, s=second)
     now = [t for t in seen if t.seen_at(second)]
     out += _select("box", lambda t: _numbers(t.box(second)), now, rng, s=second)
@@ -196,13 +202,64 @@ def shares_sound(a: Scene, b: Scene) -> bool:
     return bool({t.name for t in a.visible if t.sounding} & {t.name for t in b.things})
 
 
-def caption(scene: Scene) -> str:
-    """Everything seen, then everything heard, in reading order and order of onset."""
-    seen = sorted(scene.visible, key=lambda t: QUADRANTS.index(t.quadrant))
-    heard = sorted(scene.sounding, key=lambda t: t.sounding)
-    parts = [f"{t.colour} {t.name} {t.motion} at {t.quadrant} {_interval(t.visible)}" for t in seen]
-    parts += [f"{t.name} heard {_interval(t.sounding)}" for t in heard]
-    return " , ".join(parts)
+def _told(skill: str, sentences: str, rng) -> Probe:
+    return Probe(skill, wording(skill, rng), sentences)
+
+
+def clip_told(scene: Scene, rng: np.random.Generator) -> list[Probe]:
+    """A clip in sentences: the whole of it, and what is seen, what is heard and what is both alone."""
+    return [_told("caption", chains.caption(scene), rng), *_views_told(scene.visible, scene.sounding, rng)]
+
+
+def still_told(scene: Scene, second: int, rng: np.random.Generator) -> list[Probe]:
+    """One frame and its second of sound in sentences; what is seen also with its boxes."""
+    seen, heard = ([t for t in scene.things if at(t)] for at in (lambda t: t.seen_at(second), lambda t: t.heard_at(second)))
+    boxes = " ".join(f"the {chains.noun(t)} is at {_numbers(t.box(second))} ." for t in chains.by_place(seen))
+    return [*_views_told(seen, heard, rng), *([_told("boxes told", boxes, rng)] if seen else [])]
+
+
+def _views_told(seen: Sequence[Thing], heard: Sequence[Thing], rng) -> list[Probe]:
+    out = [_told("sights told", chains.see(seen), rng), _told("sounds told", chains.hear(heard, times=False), rng)]
+    if seen:
+        sources = " ".join(chains.sounds(t) if t in heard else chains.silent(t) for t in chains.by_place(seen))
+        out.append(_told("sources told", sources, rng))
+    return out
+
+
+def pair_told(first: Scene, second: Scene, what: str, rng: np.random.Generator) -> list[Probe]:
+    """Two videos, or two sounds, in sentences.
+
+    Args:
+        what: ``video`` or ``sound``.
+    """
+    both = (("one", first), ("two", second))
+    if what == "video":
+        return [_told("sights told", " ".join(chains.video_shows(n, t) for n, s in both for t in chains.by_place(s.visible)), rng)]
+    return [_told("sounds told", " ".join(chains.sound_is(n, t) for n, s in both for t in chains.by_time(s.sounding)), rng)]
+
+
+def reading(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Probe]]:
+    """Sentences that tell of a clip, in any order, and the clip's questions as far as they answer them."""
+    does, times, apart = rng.random(3) < 0.5
+    lists = [[t] for t in scene.visible] if apart else [scene.visible]
+    told = [chains.see(things, does, times) for things in lists] or [chains.see([])]
+    lists = [[t] for t in scene.sounding] if apart else [scene.sounding]
+    told += [chains.hear(things, times) for things in lists] or [chains.hear([])]
+    told += [chains.sounds(t) if t.sounding else chains.silent(t) for t in scene.visible if rng.random() < 0.5]
+    unsaid = {"box"} if rng.random() < 0.5 else {"box", "visible", "heard"}  # yes and no are read soonest
+    unsaid |= set() if does else {"motion"}
+    unsaid |= set() if times else {"time seen", "time heard", "seen at", "heard at", "order"}
+    asked = [p for p in clip_probes(scene, rng) if p.skill not in unsaid and not (p.skill == "motion" and FACE in p.question)]
+    return " ".join(rng.permutation(told)), [replace(p, skill="read") for p in asked]
+
+
+def pair_reading(first: Scene, second: Scene, which: str, what: str, rng: np.random.Generator) -> tuple[str, list[Probe]]:
+    """Sentences that tell of two videos, or two sounds, and of what matches the one called ``which``, and the pair's questions."""
+    one = first if which == "first" else second
+    other = chains.hear(one.sounding, times=False) if what == "video" else chains.see(one.visible)
+    (told,) = pair_told(first, second, what, rng)
+    asked = [Probe("read", wording(f"which {what}", rng), which), *pair_probes(first, second, what, rng)]
+    return f"{other} {told.answer}", [replace(p, skill="read") for p in asked]
 
 
 def copy_probe(vocabulary: Sequence[str], rng: np.random.Generator) -> Probe:
@@ -216,6 +273,7 @@ def words() -> set[str]:
     from crab.data.world import EMOTIONS, MOTIONS
 
     asked = " ".join(text for known in WORDINGS.values() for text in known).format(n="", s="", q="")
-    text = f"{asked} is yes no nothing of first second repeat from to never heard at ,"
+    text = f"{asked} is yes no nothing of first second repeat from to never heard at"
+    text += " i see hear a an and no the voice showing seen heard sounds silent video sound shows one two ."
     closed = [*CLASSES, *COLOURS, *MOTIONS, *EMOTIONS, *NUMBER_WORDS, FACE, *" ".join(QUADRANTS).split()]
     return {*text.split(), *closed, *map(str, range(SECONDS + 1)), *map(str, range(0, 225, 8))}

@@ -1,5 +1,6 @@
 """What the base is taught must be true of the scene, and packing must not change what a prompt sees."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crab.data import verify
 from crab.data.world import FACE, QUADRANTS, SECONDS, Scene, Thing, sample_scene
 from crab.models import base, curriculum, omni, packing, perception, probes
 from crab.models.bank import Bank
@@ -44,10 +46,107 @@ def test_all_probe_words_are_in_the_vocabulary(processor):
     rng = np.random.default_rng(0)
     for i in range(300):
         scene = sample_scene(i)
-        asked = [*probes.clip_probes(scene, rng), *probes.still_probes(scene, int(rng.integers(SECONDS)), rng)]
-        texts = [t for p in asked for t in (p.question, p.answer)] + [probes.caption(scene)]
-        for text in texts:
+        second = int(rng.integers(SECONDS))
+        asked = [*probes.clip_probes(scene, rng), *probes.still_probes(scene, second, rng)]
+        asked += [*probes.clip_told(scene, rng), *probes.still_told(scene, second, rng)]
+        asked += [p for what in ("video", "sound") for p in probes.pair_told(scene, SCENE, what, rng)]
+        read = [probes.reading(scene, rng), *(probes.pair_reading(scene, SCENE, "first", what, rng) for what in ("video", "sound"))]
+        asked += [p for _, of_text in read for p in of_text]
+        for text in (*(text for text, _ in read), *(t for p in asked for t in (p.question, p.answer))):
             assert omni.UNKNOWN not in processor.tokenizer.tokenize(text), text
+
+
+def test_a_scene_told_in_sentences_worked_by_hand():
+    rng = np.random.default_rng(0)
+    told = {p.skill: p.answer for p in probes.clip_told(SCENE, rng)}
+    assert told == {
+        "caption": "two seen and two heard . i see a red bell still at top left from 2 to 8 . i see a blue drum swaying at top right from 0 to 10 . "
+                   "i hear a bell from 3 to 5 . i hear a flute from 6 to 9 .",
+        "sights told": "i see a red bell at top left and a blue drum at top right .",
+        "sounds told": "i hear a bell and a flute .",
+        "sources told": "the red bell sounds . the blue drum is silent .",
+    }  # fmt: skip
+    assert {p.skill: p.answer for p in probes.still_told(SCENE, 1, rng)} == {
+        "sights told": "i see a blue drum at top right .", "sounds told": "i hear nothing .", "sources told": "the blue drum is silent .",
+        "boxes told": "the blue drum is at 144 32 208 80 .",
+    }  # fmt: skip
+    other = Scene(1, 0, (Thing("horn", "red", "still", (56, 168), (24, 24), (0, 10), (1, 4)),))
+    (sights,), (sounds,) = (probes.pair_told(SCENE, other, what, rng) for what in ("video", "sound"))
+    assert sights.answer == "video one shows a red bell at top left . video one shows a blue drum at top right . video two shows a red horn at bottom left ."
+    assert sounds.answer == "sound one is a bell . sound one is a flute . sound two is a horn ."
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_what_is_told_of_a_scene_is_true_of_it(number):
+    rng = np.random.default_rng(number)
+    scene, other = sample_scene(number), sample_scene(number + 1)
+    second = int(rng.integers(SECONDS))
+    now = verify.moment(scene, second)
+    shown = [(probes.clip_told(scene, rng), verify.Evidence((scene,), (scene,))), (probes.still_told(scene, second, rng), verify.Evidence((now,), (now,)))]
+    shown += [(probes.pair_told(scene, other, what, rng), verify.Evidence((scene, other), (scene, other))) for what in ("video", "sound")]
+    verdicts = [v for told, evidence in shown for p in told if p.skill != "boxes told" for v in verify.verify(p.answer, evidence)]
+    assert verdicts and {v.verdict for v in verdicts} == {verify.TRUE}, verdicts
+
+
+#: Question -> its answer, and what must stand in the sentences for it to be told.
+READ = {
+    "what colour is the bell ?": ("red", ["a red bell"]), "how does the drum move ?": ("swaying", ["a blue drum swaying at"]),
+    "where is the bell ?": ("top left", ["at top left"]), "when is the bell visible ?": ("from 2 to 8", ["at top left from 2 to 8"]),
+    "when is the flute heard ?": ("from 6 to 9", ["a flute from 6 to 9"]), "which is heard first ?": ("bell", ["a bell from 3 to 5", "a flute from 6 to 9"]),
+    "which visible thing is heard ?": ("bell", ["a red bell", "a bell"]), "how many things are visible ?": ("two", ["a red bell", "a blue drum"]),
+    "is the flute visible ?": ("no", []), "is the flute heard ?": ("yes", ["a flute"]), "what is at bottom left ?": ("nothing", []),
+}  # fmt: skip
+
+
+def test_what_is_read_of_a_scene_worked_by_hand():
+    said = {}
+    for seed in range(300):
+        text, asked = probes.reading(SCENE, np.random.default_rng(seed))
+        for p in asked:
+            assert p.skill == "read" and "box" not in p.question
+            said.setdefault(p.question, set()).add(p.answer)
+            assert all(words in text for words in READ.get(p.question, (None, []))[1]), (p.question, text)
+    assert {question: said.get(question) for question in READ} == {question: {answer} for question, (answer, _) in READ.items()}
+
+
+def test_what_is_read_of_a_pair_worked_by_hand():
+    other = Scene(1, 0, (Thing("horn", "red", "still", (56, 168), (24, 24), (0, 10), (1, 4)),))
+    seen = "video one shows a red bell at top left . video one shows a blue drum at top right . video two shows a red horn at bottom left ."
+    heard = "sound one is a bell . sound one is a flute . sound two is a horn ."
+    for which, what, expected in (
+        ("first", "video", f"i hear a bell and a flute . {seen}"), ("second", "video", f"i hear a horn . {seen}"),
+        ("first", "sound", f"i see a red bell at top left and a blue drum at top right . {heard}"),
+    ):  # fmt: skip
+        text, asked = probes.pair_reading(SCENE, other, which, what, np.random.default_rng(0))
+        assert text == expected
+        assert asked[0].answer == which
+        assert {p.answer for p in asked[1:] if "horn" in p.question} <= {"second"}
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_what_is_read_is_true_and_holds_its_answer(number):
+    rng = np.random.default_rng(number)
+    scene = sample_scene(number)
+    text, asked = probes.reading(scene, rng)
+    assert asked and {v.verdict for v in verify.verify(text, verify.Evidence((scene,), (scene,)))} == {verify.TRUE}
+    for p in asked:
+        assert p.answer in ("yes", "no", "nothing", "never", FACE, *probes.NUMBER_WORDS) or p.answer in text, p
+
+
+def test_times_are_asked_of_two_things_side_by_side():
+    """Of one alone, a base learns when something comes and goes, not whose time it is."""
+    for seed in range(20):
+        asked = probes.clip_probes(SCENE, np.random.default_rng(seed))
+        for skill, answers in (("time seen", {"from 2 to 8", "from 0 to 10"}), ("time heard", {"from 3 to 5", "from 6 to 9"})):
+            assert {p.answer for p in asked if p.skill == skill} == answers
+
+
+def test_of_two_stills_that_with_more_sources_is_asked_about(bank):
+    bank = copy.copy(bank)
+    bank.sources = np.array([0, 0, 0, 0, 0, 3])
+    sampler = curriculum.Sampler(bank, [], np.random.default_rng(0))
+    drawn = [sampler._still().media[0][1] for _ in range(600)]
+    assert 150 < drawn.count(5) < 220  # 11 / 36 of 600 are 183; one drawn of six would be 100
 
 
 def test_dense_targets_of_a_pair_of_seconds():
@@ -68,25 +167,27 @@ def bank(model, processor):
     return Bank(model, processor, [sample_scene(i) for i in range(6)], seed=0)
 
 
-def test_packed_questions_see_what_each_alone_sees(model, processor, bank):
+@pytest.mark.parametrize("text", ["", "i hear a drum ."])
+def test_packed_questions_see_what_each_alone_sees(model, processor, bank, text):
     packer = packing.Packer(model, processor)
     asked = [probes.Probe("a", "is the bell visible ?", "yes"), probes.Probe("b", "what is heard at 4 ?", "drum")]
     media = [("video", 2), ("audio", 2)]
     with torch.no_grad():
-        together, _, _ = packer.logits(packer.pack([packing.Row(media, asked)], bank))
-        apart = [packer.logits(packer.pack([packing.Row(media, [p])], bank))[0] for p in asked]
+        together, _, _ = packer.logits(packer.pack([packing.Row(media, asked, text)], bank))
+        apart = [packer.logits(packer.pack([packing.Row(media, [p], text)], bank))[0] for p in asked]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
 
 
-def test_a_packed_question_is_the_prompt_the_tasks_use(model, processor, bank):
+@pytest.mark.parametrize("text", ["", "i hear a drum ."])
+def test_a_packed_question_is_the_prompt_the_tasks_use(model, processor, bank, text):
     """The curriculum's template and the task prompts must be one and the same sequence and positions."""
     scene = bank.scenes[1]
     from crab.data import render
 
     media = [omni.Media("video", render.frames(scene)[1::2], fps=1.0), omni.Media("audio", render.waveform(scene))]
-    (sample,) = omni.encode(model, [omni.prepare(processor, media, "is the bell visible ?")])
+    (sample,) = omni.encode(model, [omni.prepare(processor, media, f"{text} is the bell visible ?".strip())])
     packer = packing.Packer(model, processor)
-    row = packing.Row([("video", 1), ("audio", 1)], [probes.Probe("a", "is the bell visible ?", "yes")])
+    row = packing.Row([("video", 1), ("audio", 1)], [probes.Probe("a", "is the bell visible ?", "yes")], text)
     packed = packer.pack([row], bank)
     length = len(sample["input_ids"])
     assert packed["ids"][0, :length].tolist() == sample["input_ids"].tolist()
