@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m crab.study.notebook", description=__doc__.splitlines()[0])
     parser.add_argument("stage", help="name of a notebook in notebooks/, e.g. train")
     parser.add_argument("--profile", help="of params.yaml; by default the one chosen there")
-    parser.add_argument("--method", help="lora, lora_matched or ilora, for stages run once a method")
+    parser.add_argument("--method", help="lora, lora_unrouted, lora_matched or ilora, for stages run once a method")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     # what the cells say, without papermill's own lines about each cell

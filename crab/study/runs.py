@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 SETTINGS = ("single", "joint")
 FORMS = ("bare", "explicit")
-METHODS = ("lora", "lora_matched", "ilora")
+METHODS = ("lora", "lora_unrouted", "lora_matched", "ilora")
 
 _NAME = re.compile(
     r"(?P<setting>single|joint)-(?P<method>[a-z0-9_]+)-(?P<form>bare|explicit)"

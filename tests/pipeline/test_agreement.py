@@ -18,7 +18,7 @@ from crab.study import params
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 LOADED = params.load(REPOSITORY)
 PROFILES = list(LOADED["profiles"])
-METHODS = ["lora", "lora_matched", "ilora"]
+METHODS = ["lora", "lora_unrouted", "lora_matched", "ilora"]
 
 
 def read_yaml(name: str):
@@ -51,6 +51,20 @@ def test_learning_rates_are_swept_as_the_runs_are_trained(profile):
     assert {name: swept[name] for name in same} == {name: trained[name] for name in same}
     assert set(swept["seeds"]) <= set(trained["seeds"])
     assert not any("learning_rate" in section for section in found["methods"].values())
+
+
+#: Of one layer's seven projections, the sums of their inputs and of their outputs: the small base's, and Qwen2.5-7B's.
+WIDTHS = {"tiny": (6 * 128 + 320, 3 * 128 + 2 * 64 + 2 * 320), "full": (6 * 3584 + 18944, 3 * 3584 + 2 * 512 + 2 * 18944)}
+
+
+@pytest.mark.parametrize("profile", WIDTHS)
+def test_plain_rivals_have_the_ranks_nearest_to_the_parameters_they_are_to_match(profile):
+    """I-LoRA has r (in + N out) + N in parameters a projection, the last of them the router's; LoRA of rank r has r (in + out)."""
+    methods, (ins, outs) = LOADED["profiles"][profile]["methods"], WIDTHS[profile]
+    r, heads = methods["ilora"]["r"], methods["ilora"]["num_heads"]
+    unrouted = r * (ins + heads * outs)
+    nearest = {"lora": r, "lora_unrouted": round(unrouted / (ins + outs)), "lora_matched": round((unrouted + heads * ins) / (ins + outs))}
+    assert {name: methods[name]["r"] for name in nearest} == nearest
 
 
 def test_tiny_takes_the_rates_that_were_swept_at_its_passes():

@@ -16,7 +16,7 @@ from crab.data.vocabulary import vocabulary
 
 pytestmark = pytest.mark.slow
 
-METHODS = ("lora", "lora_matched", "ilora")
+METHODS = ("lora", "lora_unrouted", "lora_matched", "ilora")
 
 
 def edit(path: Path, old: str, new: str) -> None:
