@@ -63,8 +63,9 @@ def see(things: Sequence[Thing], does: bool = False, times: bool = False) -> str
 
 
 def hear(things: Sequence[Thing], times: bool = True) -> str:
-    """All of these are heard, in order of their beginning."""
-    return f"i hear {' and '.join(sound(t, times) for t in by_time(things)) or 'nothing'} ."
+    """All of these are heard: in order of their beginning, or, without times, of their names, since a moment does not tell who began."""
+    ordered = by_time(things) if times else sorted(things, key=lambda t: t.name)
+    return f"i hear {' and '.join(sound(t, times) for t in ordered) or 'nothing'} ."
 
 
 def sounds(thing: Thing) -> str:

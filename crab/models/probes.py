@@ -19,7 +19,7 @@ from crab.data.world import CLASSES, COLOURS, FACE, QUADRANTS, SECONDS, Scene, T
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 
 #: Each skill's question in several wordings, so that the base does not hang on one: pretraining would not
-#: either. ``{n}`` is a thing's name, ``{s}`` a second, ``{q}`` a place. Gates count all of them.
+#: either. ``{n}`` and ``{m}`` are things' names, ``{s}`` a second, ``{q}`` a place. Gates count all of them.
 WORDINGS = {
     "visible": ("is the {n} visible ?", "can you see the {n} ?", "is a {n} seen in the video ?"),
     "heard": ("is the {n} heard ?", "can you hear the {n} ?", "does the {n} make a sound ?"),
@@ -44,6 +44,7 @@ WORDINGS = {
     "still colour": ("what colour is the {n} ?", "name the colour of the {n} .", "which colour does the {n} have ?"),
     "still sounds": ("which visible thing is heard ?", "which visible thing makes the sound ?"),
     "still box sounds": ("box of the thing that is heard ?", "give the box of the thing that sounds .", "which thing makes the sound ? give its box ."),
+    "still box both": ("box around the {n} and the {m} ?", "give the box around the {n} and the {m} ."),
     "still box around": ("box around the things that are heard ?", "give the box around all things that sound ."),
     "still heard": ("what is heard ?", "which thing sounds ?"),
     "match": ("do sight and sound match ?", "does the sound match the video ?"),
@@ -176,13 +177,20 @@ def still_probes(scene: Scene, second: int, rng: np.random.Generator) -> list[Pr
         out.append(Probe("still sounds", wording("still sounds", rng), one.name, tuple(t.name for t in seen)))
         boxes = tuple(_numbers(t.box(second)) for t in seen)
         out.append(Probe("still box sounds", wording("still box sounds", rng), _numbers(one.box(second)), boxes))
+    if len(seen) > 1:
+        one, other = (seen[i] for i in rng.permutation(len(seen))[:2])
+        asked = wording("still box both", rng, n=one.name, m=other.name)
+        out.append(Probe("still box both", asked, _around([one, other], second)))
     if len(both) > 1:
-        edges = np.array([t.box(second) for t in both])
-        around = (*edges[:, :2].min(0), *edges[:, 2:].max(0))
-        out.append(Probe("still box around", wording("still box around", rng), _numbers(around)))
+        out.append(Probe("still box around", wording("still box around", rng), _around(both, second)))
     if len(heard) == 1:
         out.append(Probe("still heard", wording("still heard", rng), heard[0].name))
     return out
+
+
+def _around(things: Sequence[Thing], second: int) -> str:
+    edges = np.array([t.box(second) for t in things])
+    return _numbers((*edges[:, :2].min(0), *edges[:, 2:].max(0)))
 
 
 def pair_probes(first: Scene, second: Scene, what: str, rng: np.random.Generator) -> list[Probe]:
@@ -272,7 +280,7 @@ def words() -> set[str]:
     """Every word a probe, a caption or a scene can use."""
     from crab.data.world import EMOTIONS, MOTIONS
 
-    asked = " ".join(text for known in WORDINGS.values() for text in known).format(n="", s="", q="")
+    asked = " ".join(text for known in WORDINGS.values() for text in known).format(n="", m="", s="", q="")
     text = f"{asked} is yes no nothing of first second repeat from to never heard at"
     text += " i see hear a an and no the voice showing seen heard sounds silent video sound shows one two ."
     closed = [*CLASSES, *COLOURS, *MOTIONS, *EMOTIONS, *NUMBER_WORDS, FACE, *" ".join(QUADRANTS).split()]

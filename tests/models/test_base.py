@@ -133,6 +133,12 @@ def test_what_is_read_is_true_and_holds_its_answer(number):
         assert p.answer in ("yes", "no", "nothing", "never", FACE, *probes.NUMBER_WORDS) or p.answer in text, p
 
 
+def test_a_box_around_two_things_worked_by_hand():
+    boxes = {p.answer for seed in range(20) for p in probes.still_probes(SCENE, 4, np.random.default_rng(seed)) if p.skill == "still box both"}
+    assert boxes == {"32 24 192 88"}  # of 32 24 80 88 and 128 32 192 80
+    assert not [p for p in probes.still_probes(SCENE, 1, np.random.default_rng(0)) if p.skill == "still box both"]  # one is seen
+
+
 def test_times_are_asked_of_two_things_side_by_side():
     """Of one alone, a base learns when something comes and goes, not whose time it is."""
     for seed in range(20):
@@ -141,12 +147,12 @@ def test_times_are_asked_of_two_things_side_by_side():
             assert {p.answer for p in asked if p.skill == skill} == answers
 
 
-def test_of_two_stills_that_with_more_sources_is_asked_about(bank):
+def test_of_three_stills_that_with_most_sources_is_asked_about(bank):
     bank = copy.copy(bank)
     bank.sources = np.array([0, 0, 0, 0, 0, 3])
     sampler = curriculum.Sampler(bank, [], np.random.default_rng(0))
     drawn = [sampler._still().media[0][1] for _ in range(600)]
-    assert 150 < drawn.count(5) < 220  # 11 / 36 of 600 are 183; one drawn of six would be 100
+    assert 215 < drawn.count(5) < 290  # 91 / 216 of 600 are 253; of two it would be 183
 
 
 def test_dense_targets_of_a_pair_of_seconds():
