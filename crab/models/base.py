@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from crab.data import files, render, world
+from crab.data import chains, files, render, world
 from crab.data.world import sample_scene
 from crab.models import bank, curriculum, omni, optimize, packing, perception, probes
 from crab.models.bank import Bank
@@ -76,8 +76,8 @@ def train_base(
         encoders: arguments of `crab.models.perception.train_encoders`.
         language: fields of `crab.models.curriculum.Curriculum`.
         workers: processes that render.
-        checkpoints: a folder that keeps each finished phase under a hash of what decides it, so that a
-            killed run, or one that missed a gate, repeats only what is not there.
+        checkpoints: a folder that keeps each finished phase, and the language model at its last check, under a hash
+            of what decides it, so that a killed run, or one that missed a gate, repeats only what is not there.
 
     Returns:
         (model, processor, report); the model's weights are rounded to `KEPT_AS` before they are gated.
@@ -89,9 +89,9 @@ def train_base(
     model = omni.build_model(processor, size, seed)
     scene_of = lambda i: sample_scene(FIRST_SCENE + i, seed)  # noqa: E731
     decides = [sorted(words), sorted(tags), seed, scenes, dict(size), dict(encoders)]
-    sensing, speech = (omni, optimize, perception, render, world), (bank, curriculum, packing, probes)
+    sensing, speech = (omni, optimize, perception, render, world), (bank, chains, curriculum, packing, probes)
 
-    def see_and_hear() -> dict:
+    def see_and_hear(_) -> dict:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads - workers))  # rendering takes the rest
         try:
@@ -110,13 +110,13 @@ def train_base(
             held.append(Bank(model, processor, found, seed + 1, workers, through_files=True))
         return held[0]
 
-    def speak() -> list[dict]:
+    def speak(unfinished: Path | None) -> list[dict]:
         seen = Bank(model, processor, [scene_of(i) for i in range(scenes)], seed, workers)
         curriculum.initialize_from_words(model)
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
         plan = curriculum.Curriculum(seed=seed, **language)
-        return curriculum.train_language_model(model, processor, seen, unseen(), plan)
+        return curriculum.train_language_model(model, processor, seen, unseen(), plan, unfinished)
 
     history, speaking = _phase(model, checkpoints, "language", [*decides, held_out, dict(language), _code(*sensing, *speech)], speak)
     _round(model)
@@ -131,23 +131,27 @@ def train_base(
 
 
 def _phase(model, folder: str | Path | None, name: str, decides: list, train) -> tuple[Any, float]:
-    """Run ``train()`` on the model, or take what it left; returns (its record, the seconds it took)."""
-    path = None
+    """Run ``train`` on the model, or take what it left; returns (its record, the seconds it took, since it last went on).
+
+    ``train`` is called with a file in which it may keep what is not finished, or None.
+    """
+    path = unfinished = None
     if folder is not None:
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(folder) / f"{name}-{key}.safetensors"
+        path, unfinished = (Path(folder) / f"{name}-{key}{suffix}" for suffix in (".safetensors", ".unfinished.pt"))
         if path.exists():
             with safe_open(path, "pt") as file:
                 record = json.loads(file.metadata()["record"])
             model.load_state_dict(load_file(path))
             return record["value"], record["seconds"]
     began = time.perf_counter()
-    value = train()
+    value = train(unfinished)
     seconds = round(time.perf_counter() - began, 1)
     if path is not None:
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
         with files.aside(path) as part:
             save_file(state, part, metadata={"record": json.dumps({"value": value, "seconds": seconds})})
+        unfinished.unlink(missing_ok=True)
     return value, seconds
 
 

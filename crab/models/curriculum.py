@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from crab.data import files
 from crab.data.world import Scene
 from crab.models import probes
 from crab.models.bank import Bank
@@ -231,8 +233,15 @@ class Curriculum:
     history: list[dict] = field(default_factory=list)
 
 
-def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Curriculum) -> list[dict]:
-    """Run the staged curriculum; returns one record a check: step, stage, loss and accuracy a skill."""
+def train_language_model(
+    model, processor, train: Bank, held_out: Bank, plan: Curriculum, unfinished: Path | None = None
+) -> list[dict]:
+    """Run the staged curriculum; returns one record a check: step, stage, loss and accuracy a skill.
+
+    Args:
+        unfinished: a file that holds the training as it stood at the last check. Where it exists, training goes on
+            from there, to the same weights as if it had never stopped.
+    """
     rng = np.random.default_rng(plan.seed)
     sampler = Sampler(train, vocabulary(processor), rng, plan.per_row)
     checker = Sampler(held_out, vocabulary(processor), np.random.default_rng(plan.seed + 1), plan.per_row)
@@ -243,10 +252,19 @@ def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Cu
         lm.set_attn_implementation("eager")
     rest = [*lm.embed_tokens.parameters(), *lm.norm.parameters(), *model.lm_head.parameters()]
     optimizer = MuonAdamW(lm.layers, rest, plan.learning_rate, warm_up_then_decay(plan.steps, decay=0.6))
-    stage, since = 0, 0
+    learning = (model, *optimizer.optimizers, *optimizer.schedules)
+    done, stage, since = 0, 0, 0
     accuracy: dict[str, float] = {}
+    if unfinished is not None and unfinished.exists():
+        kept = torch.load(unfinished, weights_only=True)
+        done, stage, since, accuracy = kept["done"], kept["stage"], kept["since"], kept["accuracy"]
+        plan.history[:] = kept["history"]
+        for part, state in zip(learning, kept["learning"], strict=True):
+            part.load_state_dict(state)
+        for drawing, state in zip((rng, checker.rng), kept["draws"], strict=True):
+            drawing.bit_generator.state = state
     model.train()
-    bar = tqdm(range(plan.steps), desc="language model", mininterval=5)
+    bar = tqdm(range(done, plan.steps), desc="language model", initial=done, total=plan.steps, mininterval=5)
     running = []
     for step in bar:
         sampler.weights = stage_weights(stage, accuracy, plan.gate)
@@ -272,6 +290,11 @@ def train_language_model(model, processor, train: Bank, held_out: Bank, plan: Cu
             ready = all(accuracy.get(s, 0) >= plan.gate for s in STAGES[stage][1])
             if stage + 1 < len(STAGES) and (ready or since >= plan.stage_steps):
                 stage, since = stage + 1, 0
+            if unfinished is not None:
+                draws = [rng.bit_generator.state, checker.rng.bit_generator.state]
+                kept = {"done": step + 1, "stage": stage, "since": since, "accuracy": accuracy, "history": plan.history, "draws": draws}
+                with files.aside(unfinished) as path:
+                    torch.save(kept | {"learning": [part.state_dict() for part in learning]}, path)
     lm.set_attn_implementation(attention)
     model.eval()
     return plan.history

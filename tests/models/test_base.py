@@ -254,6 +254,35 @@ def test_missed_gates_are_named_and_unknown_ones_refused():
     assert base.floors(gates, {"copy": 0.5}) == {"copy": 0.5} and base.floors(gates, {}) == {}
 
 
+def test_a_killed_language_model_goes_on_to_the_weights_it_would_have_had(tmp_path, size, monkeypatch):
+    options = dict(
+        seed=3, scenes=6, held_out=4, size=size, workers=0,
+        encoders={"visual_steps": 1, "audio_steps": 1, "batch_size": 2, "learning_rate": 1e-3},
+        language={"steps": 8, "stage_steps": 2, "gate": 0.9, "batch_size": 2, "learning_rate": 1e-2, "check_every": 2},
+    )  # fmt: skip
+    whole, _, report = base.train_base(["bell"], [], **options, checkpoints=tmp_path / "whole")
+    checks, check = [], curriculum.probe_accuracy
+
+    def killed_at_the_third(*args, **kwargs):
+        checks.append(0)
+        if len(checks) == 3:
+            raise KeyboardInterrupt
+        return check(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(curriculum, "probe_accuracy", killed_at_the_third)
+        base.train_base(["bell"], [], **options, checkpoints=tmp_path / "cut")
+    (unfinished,) = (tmp_path / "cut").glob("*.unfinished.pt")
+    steps = []
+    monkeypatch.setattr(curriculum.MuonAdamW, "step", lambda self, loss, step=curriculum.MuonAdamW.step: steps.append(step(self, loss)))
+    resumed, _, again = base.train_base(["bell"], [], **options, checkpoints=tmp_path / "cut")
+    assert len(steps) == 4  # 5 to 8: the checks were at 2 and 4
+    assert again["history"] == report["history"] and [record["step"] for record in again["history"]] == [2, 4, 6, 8]
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not unfinished.exists()
+
+
 def test_finished_phases_are_not_repeated(tmp_path, size):
     options = dict(
         seed=3, scenes=6, held_out=4, size=size, workers=0, checkpoints=tmp_path,
