@@ -1,7 +1,8 @@
 """Referring expressions of Ref-AVS's kind: each knows how to stage a scene in which what it describes is there, or is not.
 
 The two scenes of a description look alike (as many things, of the same classes where it names one), so that only what
-it says decides.  Where two things share a class neither of them sounds: a sound tells the class, not the thing.
+it says decides.  A chain tells what is perceived, and last what of it the description means.  Where two things share a
+class neither of them sounds: a sound tells the class, not the thing.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _looks(rng, name, colour, there, when) -> Reference:
     things = [target, makers[1](colour=colour, sounding=when if loud else None),
               makers[2](**({"colour": second_twin} if more else {}))]
     words = f"{colour} {name}"
-    chain = chains.see(things) + ("" if there else f" {chains.no_sight(words)}")
+    chain = f"{chains.see(things)} {chains.see([target]) if there else chains.no_sight(words)}"
     return Reference(f"the {words}", [*things, *([] if loud else [_noise(rng, off, when)])], target if there else None, chain)
 
 
@@ -61,8 +62,9 @@ def _place(rng, name, colour, there, when) -> Reference:
     makers = cast(rng, [name, other, name if more else third])
     target, beside = makers[0](colour=colour), makers[1]()
     things = [target, beside, makers[2](**({"colour": _colour(rng, colour)} if more else {}))]
-    words = f"the {name} at {(target if there else beside).quadrant}"
-    return Reference(words, [*things, _noise(rng, off, when)], target if there else None, chains.see(things))
+    found = target if there else beside
+    chain = f"{chains.see(things)} {chains.see([found])}"
+    return Reference(f"the {name} at {found.quadrant}", [*things, _noise(rng, off, when)], target if there else None, chain)
 
 
 def _sounding(rng, name, colour, there, when) -> Reference:
