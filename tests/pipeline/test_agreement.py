@@ -67,17 +67,20 @@ def test_plain_rivals_have_the_ranks_nearest_to_the_parameters_they_are_to_match
     assert {name: methods[name]["r"] for name in nearest} == nearest
 
 
-def test_tiny_takes_the_rates_that_were_swept_at_its_passes():
-    """They hold for tiny as long as it trains on the same samples as `study`, by the same base, in the same way."""
-    tiny, study = (LOADED["profiles"][name] for name in ("tiny", "study"))
-    for section, names in (("build", ("source", "seed", "train_samples", "caption_samples")), ("train", ("slots", "batch_size"))):
-        assert {name: tiny[section][name] for name in names} == {name: study[section][name] for name in names}
-    assert tiny["base"] == study["base"] and tiny["train"]["passes"] == 3
+def test_tiny_takes_the_rates_that_its_sweep_found():
+    tiny = LOADED["profiles"]["tiny"]
+    assert set(tiny["sweep"]["given"]) == set(tiny["methods"])
     for method, rates in tiny["sweep"]["given"].items():
-        swept = read_json(REPOSITORY / f"reports/short-budget/sweep-{method}.json")["rates"]
-        assert rates == {row: swept[row] for row in tiny["methods"][method]["runs"]}
-        options = [{k: v for k, v in profile["methods"][method].items() if k != "runs"} for profile in (tiny, study)]
-        assert options[0] == options[1]
+        swept = read_json(REPOSITORY / f"reports/tiny-rates/sweep-{method}.json")
+        assert rates == swept["rates"] and set(rates) == set(tiny["methods"][method]["runs"])
+        assert all(setting["inside"] for setting in swept["settings"].values())
+
+
+def test_tiny_and_study_differ_in_length_only():
+    tiny, study = (LOADED["profiles"][name] for name in ("tiny", "study"))
+    assert tiny["base"] == study["base"] and tiny["encode"] == study["encode"] and tiny["methods"] == study["methods"]
+    assert tiny["build"] == study["build"] | {"test_samples": tiny["build"]["test_samples"]}
+    assert tiny["train"] == study["train"] | {name: tiny["train"][name] for name in ("passes", "seeds")}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
