@@ -17,6 +17,8 @@ BELL = Thing("bell", "red", "still", (56, 56), (24, 32), (2, 8), (3, 5))
 DRUM = Thing("drum", "blue", "swaying", (168, 56), (32, 24), (0, 10), None)
 FLUTE = Thing("flute", "green", "still", (56, 168), (24, 24), None, (6, 9))
 SCENE = Scene(0, 0, (BELL, DRUM, FLUTE))
+HORN = Thing("horn", "red", "still", (56, 168), (24, 24), (0, 10), (1, 4))
+OTHER = Scene(1, 0, (HORN,))
 
 
 def test_probes_of_a_scene_worked_by_hand():
@@ -70,8 +72,7 @@ def test_a_scene_told_in_sentences_worked_by_hand():
         "sights told": "i see a blue drum at top right .", "sounds told": "i hear nothing .", "sources told": "the blue drum is silent .",
         "boxes told": "the blue drum is at 144 32 208 80 .",
     }  # fmt: skip
-    other = Scene(1, 0, (Thing("horn", "red", "still", (56, 168), (24, 24), (0, 10), (1, 4)),))
-    (sights,), (sounds,) = (probes.pair_told(SCENE, other, what, rng) for what in ("video", "sound"))
+    (sights,), (sounds,) = (probes.pair_told(SCENE, OTHER, what, rng) for what in ("video", "sound"))
     assert sights.answer == "video one shows a red bell at top left . video one shows a blue drum at top right . video two shows a red horn at bottom left ."
     assert sounds.answer == "sound one is a bell . sound one is a flute . sound two is a horn ."
 
@@ -110,14 +111,13 @@ def test_what_is_read_of_a_scene_worked_by_hand():
 
 
 def test_what_is_read_of_a_pair_worked_by_hand():
-    other = Scene(1, 0, (Thing("horn", "red", "still", (56, 168), (24, 24), (0, 10), (1, 4)),))
     seen = "video one shows a red bell at top left . video one shows a blue drum at top right . video two shows a red horn at bottom left ."
     heard = "sound one is a bell . sound one is a flute . sound two is a horn ."
     for which, what, expected in (
         ("first", "video", f"i hear a bell and a flute . {seen}"), ("second", "video", f"i hear a horn . {seen}"),
         ("first", "sound", f"i see a red bell at top left and a blue drum at top right . {heard}"),
     ):  # fmt: skip
-        text, asked = probes.pair_reading(SCENE, other, which, what, np.random.default_rng(0))
+        text, asked = probes.pair_reading(SCENE, OTHER, which, what, np.random.default_rng(0))
         assert text == expected
         assert asked[0].answer == which
         assert {p.answer for p in asked[1:] if "horn" in p.question} <= {"second"}
@@ -310,7 +310,7 @@ def test_a_face_is_asked_for_its_expression():
 
 
 def test_pair_probes_name_what_only_one_of_two_scenes_holds():
-    other = Scene(1, 0, (BELL, Thing("horn", "red", "still", (56, 168), (24, 24), (0, 10), (1, 4))))
+    other = Scene(1, 0, (BELL, HORN))
     said = {what: {} for what in ("video", "sound")}
     for what, answers in said.items():
         for seed in range(50):

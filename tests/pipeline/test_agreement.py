@@ -70,6 +70,7 @@ def test_plain_rivals_have_the_ranks_nearest_to_the_parameters_they_are_to_match
 def test_tiny_takes_the_rates_that_its_sweep_found():
     tiny = LOADED["profiles"]["tiny"]
     assert set(tiny["sweep"]["given"]) == set(tiny["methods"])
+    assert tiny["train"]["passes"] == tiny["sweep"]["passes"] == 3  # at which they were swept
     for method, rates in tiny["sweep"]["given"].items():
         swept = read_json(REPOSITORY / f"reports/tiny-rates/sweep-{method}.json")
         assert rates == swept["rates"] and set(rates) == set(tiny["methods"][method]["runs"])
