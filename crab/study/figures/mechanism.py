@@ -50,7 +50,7 @@ def mechanism_bars(summary: Mapping, conflict: pd.DataFrame, path: str | Path) -
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.set(title="Do slots pull the same way?", xlabel="mean cosine between slots' gradients (below 0: conflict)")
-    right.legend(title="of training", fontsize="small")
+    right.legend(title="of training", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))  # beside the points, which lie anywhere
     figure.suptitle("What I-LoRA's routing is worth, and how slots' gradients agree")
     return save(figure, path)
 
