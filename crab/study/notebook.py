@@ -83,7 +83,8 @@ class _Meter(threading.Thread):
 def _environment(folder: Path) -> Iterator[None]:
     """Kernels import `crab` of this repository, and run this interpreter, not another of the user's."""
     new = {"PYTHONPATH": str(folder), "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    new["PYTHONWARNINGS"] = "ignore:IProgress not found"  # bars are text in a page that outlives its kernel
+    # bars are text in a page that outlives its kernel; PEFT asks transformers by an old name, which nobody here can mend
+    new["PYTHONWARNINGS"] = "ignore:IProgress not found,ignore:`is_gradient_checkpointing`"
     old = {name: os.environ.get(name) for name in new}
     os.environ.update(new)
     try:

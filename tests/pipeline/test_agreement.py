@@ -109,6 +109,12 @@ def test_answers_are_shown_with_their_tags():
         assert shown and all('.format(escape="html")' in line for line in shown)
 
 
+def test_reports_name_no_path_of_the_machine_that_made_them():
+    """A warning shown in a notebook names the file it comes from."""
+    found = [p for p in REPOSITORY.glob("reports/*/*/notebook.ipynb") if "site-packages" in p.read_text()]
+    assert not found, f"silence its warnings, or mend what they warn of: {found}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_runs_its_notebook_with_its_section(stage):
     found = read_yaml("dvc.yaml")["stages"][stage]
