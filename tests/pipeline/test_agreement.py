@@ -67,12 +67,13 @@ def test_plain_rivals_have_the_ranks_nearest_to_the_parameters_they_are_to_match
     assert {name: methods[name]["r"] for name in nearest} == nearest
 
 
-def test_tiny_takes_the_rates_that_its_sweep_found():
-    tiny = LOADED["profiles"]["tiny"]
+def test_tiny_takes_the_rates_that_the_sweep_of_study_found():
+    tiny, study = (LOADED["profiles"][name] for name in ("tiny", "study"))
     assert set(tiny["sweep"]["given"]) == set(tiny["methods"])
-    assert tiny["train"]["passes"] == tiny["sweep"]["passes"] == 3  # at which they were swept
+    assert tiny["train"]["passes"] == tiny["sweep"]["passes"] == study["sweep"]["passes"] == 3  # at which they were swept
+    assert all(tiny["sweep"][name] == study["sweep"][name] for name in ("rates", "extend", "seeds", "slots", "held_out", "batch_size"))
     for method, rates in tiny["sweep"]["given"].items():
-        swept = read_json(REPOSITORY / f"reports/tiny-rates/sweep-{method}.json")
+        swept = read_json(REPOSITORY / f"reports/study/sweep-{method}/metrics.json")
         assert rates == swept["rates"] and set(rates) == set(tiny["methods"][method]["runs"])
         assert all(setting["inside"] for setting in swept["settings"].values())
 
@@ -81,7 +82,7 @@ def test_tiny_and_study_differ_in_length_only():
     tiny, study = (LOADED["profiles"][name] for name in ("tiny", "study"))
     assert tiny["base"] == study["base"] and tiny["encode"] == study["encode"] and tiny["methods"] == study["methods"]
     assert tiny["build"] == study["build"] | {"test_samples": tiny["build"]["test_samples"]}
-    assert tiny["train"] == study["train"] | {name: tiny["train"][name] for name in ("passes", "seeds")}
+    assert tiny["train"] == study["train"] | {"seeds": tiny["train"]["seeds"]}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
