@@ -302,6 +302,8 @@ def _left_in(out: str | Path, baseline: str, keys: Mapping[str, str], rivals: Ma
         {name: values for name, values in before[field].items() if name in names} for field in ("against_baseline", "against_rival")
     )
     pairs = {f"{name} vs {other}" for name in names for other in (baseline, rivals.get(name))}
+    for summaries in (result.against_baseline, result.against_rival):
+        correct(summaries)  # for the number of those that are left
     slots = pd.read_csv(paths["slots.csv"])
     result.slots = slots[slots["comparison"].isin(pairs)].reset_index(drop=True)
     _in_order(result, list(keys))
@@ -385,18 +387,20 @@ def finding(result: Ablation, slots_to_win: float = 0.75) -> str:
     if result.rows.empty:
         return "No variant is given in this profile, so nothing was tried."
     kind = result.rows.set_index("variant")["kind"]
-    routed = {name: values for name, values in result.against_rival.items() if kind[name] == "routed"}
+    tried = {name: values for name, values in result.against_rival.items() if kind[name] == "routed"}
+    routed = {name: values for name, values in tried.items() if values["mean_difference"] is not None}
     said = []
-    if not routed:
+    if not tried:
         said.append("No routed variant was tried.")
-    elif all(values["mean_difference"] is None for values in routed.values()):
+    elif not routed:
         said.append("No variant can be judged: own adapters lift no slot above chance.")
     else:
         above, below = ([n for n, v in routed.items() if clear(v) == sign] for sign in (1, -1))
         wins = [n for n in above if routed[n]["gain"] >= slots_to_win * routed[n]["slots_counted"]]
         best = max(routed, key=lambda n: routed[n]["mean_difference"])
         said.append(
-            f"Of {len(routed)} routed variants {len(above)} score clearly above plain LoRA of their size and {len(below)} clearly below; "
+            f"Of {len(routed)} routed variants{' that can be judged' if len(routed) < len(tried) else ''} {len(above)} score clearly "
+            f"above plain LoRA of their size and {len(below)} clearly below; "
             + (f"{len(wins)} also gain on {slots_to_win:.0%} of the slots or more: {_names(wins)}." if wins else
                f"none also gains on {slots_to_win:.0%} of the slots, which is what beating it was to mean.")
         )  # fmt: skip

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from crab.data.files import read_json
 from crab.models import omni
 from crab.study.dataset import batch, load_base, read_slot
+from crab.study.instruction import instruction_shown
 from crab.study.resample import interval
 from crab.study.spread import spread
 
@@ -38,19 +39,20 @@ WIDTH = 2**20
 _PARAMETER = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|ilora_A|ilora_B|ilora_router)\.(?P<adapter>[^.]+)\.weight")
 
 
-def answer_loss(model, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def summed_loss(model, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Summed negative log-likelihood of a batch's answers, their end token included, in nats."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    states = core.model(
-        inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
-        position_ids=made["position_ids"], use_cache=False,
-    ).last_hidden_state  # fmt: skip
+    with instruction_shown(model, made):
+        states = core.model(
+            inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
+            position_ids=made["position_ids"], use_cache=False,
+        ).last_hidden_state  # fmt: skip
     labels = made["labels"][:, 1:]
     here = labels != omni.IGNORE
     return torch.nn.functional.cross_entropy(core.lm_head(states[:, :-1][here]).float(), labels[here], reduction="sum")
 
 
-def adapter_parameters(model) -> dict[str, torch.nn.Parameter]:
+def unfrozen_parameters(model) -> dict[str, torch.nn.Parameter]:
     """LoRA's or I-LoRA's own parameters by name, made trainable.
 
     Raises:
@@ -102,14 +104,14 @@ def gradient_products(model, tokenizer, data: Mapping[str, Sequence[tuple]], chu
     Returns:
         By part (see `pieces`, and ``all``), float64 [slots, chunks, slots, chunks].
     """
-    parameters = adapter_parameters(model)
+    parameters = unfrozen_parameters(model)
     rows: dict[str, list[torch.Tensor]] = {}
     count = 0
     for pairs in data.values():
         count = len(range(0, len(pairs), chunk))
         for start in range(0, len(pairs), chunk):
             made = batch(model, tokenizer, *map(list, zip(*pairs[start : start + chunk], strict=True)))
-            found = torch.autograd.grad(answer_loss(model, made), list(parameters.values()))
+            found = torch.autograd.grad(summed_loss(model, made), list(parameters.values()))
             parts: dict[str, dict[str, torch.Tensor]] = {}
             for name, gradient in zip(parameters, found, strict=True):
                 for part, piece in pieces(model, name, gradient).items():
@@ -181,7 +183,7 @@ def part_way(base: str | Path, adapter: str | Path, way: float):
     model = get_peft_model(model, config).eval()
     last = load_peft_weights(str(adapter), device="cpu")
     with torch.no_grad():
-        for name, parameter in adapter_parameters(model).items():
+        for name, parameter in unfrozen_parameters(model).items():
             match = _PARAMETER.fullmatch(name)
             parameter.lerp_(last[f"{match['layer']}.{match['kind']}.weight"].to(parameter), way)
     if not torch.cuda.is_available():

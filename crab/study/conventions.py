@@ -10,9 +10,7 @@ Only bare answers are made: a chain gives reasons, and there is none for a conve
 
 from __future__ import annotations
 
-import inspect
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +23,9 @@ from crab import tasks
 from crab.data import records
 from crab.data.files import aside_folder, file_digest
 from crab.models import checkpoint
-from crab.study import sources
 from crab.study.dataset import Sample, read_slot, write_slot
 from crab.study.grid import truths
-from crab.study.keys import key_of
+from crab.study.keys import code_digest, key_of
 from crab.study.prompt_order import instruction_span, marks
 
 #: Forms of answer that are one label of a fixed set, and metrics that are the mean of right answers.
@@ -120,7 +117,7 @@ def conventions(
     kept = list(range(len(words))) if only is None else [only]
     data = {(slot, split): read_slot(encoded, slot, split) for slot in slots for split in tasks.SPLITS}
     files = [file_digest(Path(dataset) / tasks.json_path(*which)) for which in data]
-    code = sources.plain(inspect.getsource(sys.modules[__name__]))
+    code = code_digest("import crab.study.conventions")
     what = [code, list(slots), list(words), only, seed, [d.digest for d in data.values()], files]
     folder = Path(out) / f"conventions-{key_of(what)}"
     tree = Tree(folder / "encoded", folder / "dataset", len(kept))

@@ -1,6 +1,7 @@
 """What decides a row of a report, so that a later run can tell whether the row still holds and take it over.
 
-Unlike the key of a run (:mod:`crab.study.keys`) it is the same on every processor.
+Unlike the key of a run (:mod:`crab.study.keys`) it is the same on every processor, and with every version of the libraries: rows say what
+came out with those of the time.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from crab.study.score import read_predictions
 RIGHT, LUCKY, WRONG = SHARES = ("right by right reasons", "right by wrong reasons", "wrong")
 TRUE, UNREADABLE, COUNT = "statements true", "statements unreadable", "statements"
 MEASURES = (*SHARES, TRUE, UNREADABLE, COUNT)
-COLUMNS = ["run", "family", "seed", "slot", "measure", "value", "low", "high", "chance", "n"]
+COLUMNS = ["family", "slot", "measure", "value", "low", "high", "chance", "n", "seeds"]
 
 #: Primary metrics that grade an answer between 0 and 1.
 GRADED = ("segment_accuracy", "segment_type_av", "J")
@@ -48,15 +48,15 @@ def counts(slot: str, texts: Sequence[str], shown: Sequence[verify.Evidence]) ->
 
 
 def measures(right: np.ndarray, found: np.ndarray, by_chance: np.ndarray, resamples: int, seed: int) -> list[dict]:
-    """One row a measure: value, its 95 % bootstrap interval over samples, and chance where that is known.
+    """One row a measure: value, its 95 % interval over samples and seeds (`bootstrap_means`), and chance where that is known.
 
     Args:
-        right: bool [samples]. found: of `counts`.
+        right: bool [seeds, samples]. found: of `counts`, [seeds, samples, 3].
         by_chance: the same of the same chains, each checked against another sample's scene.
     """
-    true, unreadable, stated = found.T
+    true, unreadable, stated = np.moveaxis(found, -1, 0)
     reasons = (stated > 0) & (true == stated)
-    one = np.ones(len(right))
+    one = np.ones(right.shape)
     ratios = {
         RIGHT: (right & reasons, one), LUCKY: (right & ~reasons, one), WRONG: (~right, one),
         TRUE: (true, stated), UNREADABLE: (unreadable, stated), COUNT: (stated, one),
@@ -67,9 +67,8 @@ def measures(right: np.ndarray, found: np.ndarray, by_chance: np.ndarray, resamp
         drawn = [bootstrap_means(part, resamples, seed) for part in (above, below)]
         kept = drawn[1] > 0
         low, high = interval(drawn[0][kept] / drawn[1][kept]) if kept.any() else (np.nan, np.nan)
-        rows.append({"measure": name, "value": _ratio(above, below), "low": low, "high": high, "n": len(right)})
-        if name == TRUE:
-            rows[-1]["chance"] = _ratio(by_chance[:, 0], by_chance[:, 2])
+        row = {"measure": name, "value": _ratio(above, below), "low": low, "high": high, "n": right.shape[1], "seeds": len(right)}
+        rows.append({**row, "chance": _ratio(by_chance[..., 0], by_chance[..., 2])} if name == TRUE else row)
     return rows
 
 
@@ -96,8 +95,8 @@ def faithfulness(
         out: csv to write.
 
     Returns:
-        One row a run, slot and measure (`COLUMNS`, `MEASURES`): three shares of the samples that sum to 1, the shares
-        of statements that are true and that cannot be read (a statement weighs the same in every answer; no number
+        One row a family of runs, slot and measure (`COLUMNS`, `MEASURES`): three shares of the samples that sum to 1, the
+        shares of statements that are true and that cannot be read (a statement weighs the same in every answer; no number
         where nothing is stated), and the mean number of statements. Chance, for the share of true statements, is
         that share when each chain is checked against another sample's scene. Empty where the data were not
         generated, since no scene graph is known then.
@@ -106,22 +105,26 @@ def faithfulness(
         ValueError: when a prediction or score is missing, or the records are not what the views make today.
     """
     explicit = [run for run in runs if run.form == "explicit"] if verify.known(data) else []
-    rows, known = [], {}
+    rows = []
     for slot in slots:
-        for run in (run for run in explicit if slot in run.slots(slots)):
-            if slot not in known:
-                test = records.read(data, slot, "test")
-                known[slot] = [r["id"] for r in test], verify.read_evidence(data, slot, "test", test)
-            ids, shown = known[slot]
-            texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
-            texts = _in_order(texts, ids, f"{run.name}, {slot}: prediction")
-            part = samples[(samples["run"] == run.name) & (samples["slot"] == slot)]
-            scores = _in_order(dict(zip(part["id"], part["score"])), ids, f"{run.name}, {slot}: score")
-            # half a turn away, where no record shares its clip
-            half = len(ids) // 2
-            found, by_chance = (counts(slot, texts, e) for e in (shown, [*shown[half:], *shown[:half]]))
-            head = {"run": run.name, "family": run.family, "seed": run.seed, "slot": slot}
-            rows += [{**head, **row} for row in measures(is_right(slot, scores), found, by_chance, resamples, seed)]
+        of_slot = [run for run in explicit if slot in run.slots(slots)]
+        if not of_slot:
+            continue
+        test = records.read(data, slot, "test")
+        ids, shown = [r["id"] for r in test], verify.read_evidence(data, slot, "test", test)
+        # half a turn away, where no record shares its clip
+        half = len(ids) // 2
+        for family in dict.fromkeys(run.family for run in of_slot):
+            right, found, by_chance = [], [], []
+            for run in (run for run in of_slot if run.family == family):
+                texts = read_predictions(Path(predictions) / run.name / f"{slot}.jsonl", slot)
+                texts = _in_order(texts, ids, f"{run.name}, {slot}: prediction")
+                part = samples[(samples["run"] == run.name) & (samples["slot"] == slot)]
+                right.append(is_right(slot, _in_order(dict(zip(part["id"], part["score"])), ids, f"{run.name}, {slot}: score")))
+                found.append(counts(slot, texts, shown))
+                by_chance.append(counts(slot, texts, [*shown[half:], *shown[:half]]))
+            made = measures(np.array(right), np.array(found), np.array(by_chance), resamples, seed)
+            rows += [{"family": family, "slot": slot, **row} for row in made]
     table = pd.DataFrame(rows, columns=COLUMNS)
     if out is not None:
         with aside(out) as path:
@@ -137,7 +140,7 @@ def _in_order(values: dict, ids: Sequence[str], what: str) -> list:
 
 
 def faithfulness_grid(table: pd.DataFrame) -> pd.DataFrame:
-    """Values, a row a slot and a column a family of runs and measure (mean over seeds), and the mean over slots."""
+    """Values, a row a slot and a column a family of runs and measure, and the mean over slots."""
     slots, families = list(dict.fromkeys(table["slot"])), list(dict.fromkeys(table["family"]))
     grid = table.pivot_table(index="slot", columns=["family", "measure"], values="value", dropna=False)
     grid = grid.reindex(index=slots, columns=pd.MultiIndex.from_product([families, MEASURES]))

@@ -12,6 +12,7 @@ import torch
 
 from crab.data.files import aside, write_json
 from crab.study.dataset import batch, load_base, read_slot
+from crab.study.instruction import instruction_shown
 from crab.study.predict import load_adapter
 from crab.study.spread import spread
 
@@ -26,10 +27,11 @@ def hidden(model, tokenizer, samples: Sequence, batch_size: int) -> np.ndarray:
     rows = []
     for start in range(0, len(samples), batch_size):
         made = batch(model, tokenizer, samples[start : start + batch_size])
-        states = core.model(
-            inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
-            position_ids=made["position_ids"], use_cache=False,
-        ).last_hidden_state  # fmt: skip
+        with instruction_shown(model, made):
+            states = core.model(
+                inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
+                position_ids=made["position_ids"], use_cache=False,
+            ).last_hidden_state  # fmt: skip
         rows.append(states[:, -1].float().cpu().numpy())  # prompts are padded on the left
     return np.concatenate(rows)
 

@@ -23,8 +23,10 @@ from crab.ilora import ILoraLayer, fixed_routing, record_routing_means
 from crab.models import omni
 from crab.study.conflict import ALL, last_reliable
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
+from crab.study.instruction import instruction_shown
 from crab.study.predict import load_adapter
 from crab.study.resample import bootstrap_means, interval
+from crab.study.runs import Run
 from crab.study.score import true_answer
 from crab.study.spread import spread
 
@@ -33,7 +35,7 @@ WRAPPER = "base_model.model."  # what PEFT puts before the names of the base's m
 OFF, HEAD, RESCALED, UNIFORM, OWN, OTHER = (
     "adapter off", "head off", "head off, others rescaled", "uniform routing", "own mean routing", "routing of",
 )  # fmt: skip
-ANOTHER = "routing of another slot"  # the mean over all others
+ANOTHER = "another slot's mean routing, on top"  # of what a slot's own costs; the mean over all others
 POINT_NAMES = {"start": "Where training starts", "half-way": "Half-way to the trained adapter", "end": "Where training ends"}
 COLUMNS = ["slot", "change", "of", "cost", "low", "high", "exact", "exact_low", "exact_high", "samples"]
 GROUP_COLUMNS = ["routing against", "correlation", "low", "high", "p"]
@@ -42,6 +44,15 @@ Edit = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 # ---- the measure
+
+def form_of(runs: Sequence[Run]) -> str:
+    """The form of answers that all these runs were trained on. Raises ValueError where they differ."""
+    forms = {run.name: run.form for run in runs}
+    if len(set(forms.values())) != 1:
+        raise ValueError(f"mechanism: {', '.join(forms)} were trained on different forms of answer, and cannot be compared; give each "
+                         "method a joint run of one form (methods.*.runs)")  # fmt: skip
+    return runs[0].form
+
 
 def true_answers(dataset: str | Path, encoded: str | Path, slot: str, form: str, samples: int) -> list[tuple]:
     """Pairs of encoded test sample and true answer, spread evenly; samples without an answer are passed over.
@@ -80,10 +91,11 @@ def likelihood(model, batches: Sequence[Mapping[str, torch.Tensor]], seen: Calla
     for made in batches:
         if seen is not None:
             seen(made)
-        states = core.model(
-            inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
-            position_ids=made["position_ids"], use_cache=False,
-        ).last_hidden_state  # fmt: skip
+        with instruction_shown(model, made):
+            states = core.model(
+                inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
+                position_ids=made["position_ids"], use_cache=False,
+            ).last_hidden_state  # fmt: skip
         labels = made["labels"][:, 1:]
         here = labels != omni.IGNORE
         logits, wanted, row = core.lm_head(states[:, :-1][here]).float(), labels[here], here.nonzero()[:, 0]
@@ -95,6 +107,11 @@ def likelihood(model, batches: Sequence[Mapping[str, torch.Tensor]], seen: Calla
 
 
 # ---- what is changed
+
+def named(change: str, of: str) -> str:
+    """A change in words: ``head 0 off, others rescaled``."""
+    return f"head {of}{change.removeprefix('head')}" if change in (HEAD, RESCALED) else f"{change} {of}".strip()
+
 
 @contextmanager
 def edited_routing(model, edit: Edit) -> Iterator[None]:
@@ -253,7 +270,7 @@ def summarise(lost: Mapping[str, Mapping[tuple, np.ndarray]], heads: int, resamp
     changes = [(OFF, ""), *((name, str(head)) for name in (HEAD, RESCALED) for head in range(heads)), (UNIFORM, ""), (OWN, "")]
     cost = {}
     for change, of in changes:
-        cost[f"{change} {of}".strip()] = _mean({slot: found[change, of][:, 0] for slot, found in lost.items()}, resamples, seed)
+        cost[named(change, of)] = _mean({slot: found[change, of][:, 0] for slot, found in lost.items()}, resamples, seed)
     swapped = {
         slot: np.mean([values[:, 0] for (change, _), values in found.items() if change == OTHER], axis=0)
         for slot, found in lost.items()

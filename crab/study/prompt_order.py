@@ -8,8 +8,6 @@ samples are re-ordered, and nothing is encoded anew.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +18,8 @@ from crab import tasks
 from crab.data.files import aside_folder
 from crab.models import checkpoint
 from crab.models.omni import END, SPECIAL
-from crab.study import sources
 from crab.study.dataset import Sample, read_slot, write_slot
-from crab.study.keys import key_of
+from crab.study.keys import code_digest, key_of
 
 OPENING, CLOSING = ("vision_bos_token", "audio_bos_token"), ("vision_eos_token", "audio_eos_token")
 
@@ -70,7 +67,7 @@ def instruction_first(sample: Sample, opening: Sequence[int], closing: Sequence[
 def reordered(encoded: str | Path, base: str | Path, out: str | Path, slots: Sequence[str]) -> Path:
     """A copy of the encoded ``slots``, instruction first, under ``out``; made once for the same samples and code."""
     data = {(slot, split): read_slot(encoded, slot, split) for slot in slots for split in tasks.get_slot(slot).splits}
-    code = sources.plain(inspect.getsource(sys.modules[__name__]))
+    code = code_digest("import crab.study.prompt_order")
     key = key_of([code, [d.digest for d in data.values()]])
     folder = Path(out) / f"instruction_first-{key}"
     if not folder.is_dir():

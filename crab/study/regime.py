@@ -45,7 +45,7 @@ class Point:
 
     Args:
         rank: of plain LoRA, and of the routed methods' heads. tasks: slots that share an adapter.
-        passes: over the samples. samples: of each slot that are trained on, for each convention; None for all.
+        passes: over the samples. samples: of each slot that are trained on, for each convention; None for all, where it is no axis.
         conventions: incompatible ways to answer about the same clips.
     """
 
@@ -89,7 +89,7 @@ class Map:
         for axis, tried in (("seeds", [given["seeds"]]), *zip(AXES, values, strict=True)):
             for value in tried:
                 fine = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-                if not fine and not (axis == "samples" and value is None):
+                if not fine and not (axis == "samples" and value is None and axis not in axes):
                     raise ValueError(f"regime.maps: {name}: {axis} is {value!r}; give whole numbers of at least 1")
                 if axis == "tasks" and value > len(slots):
                     raise ValueError(f"regime.maps: {name}: tasks is {value}, of {len(slots)} slots; give no more than these")
@@ -141,6 +141,16 @@ def run_parts(
         frames.append(found.assign(cell=found["cell"].map(origin)))
         summaries.append(summary.assign(cell=summary["cell"].map(origin)))
     return pd.concat(frames, ignore_index=True), pd.concat(summaries, ignore_index=True)
+
+
+def by_clip(samples: pd.DataFrame) -> pd.DataFrame:
+    """Scores a clip, the mean of its versions: drawn one by one these would pass for more clips than there are.
+
+    Args:
+        samples: columns family, seed, slot, id (`crab.study.conventions.renamed` puts a version's word behind the clip's) and score.
+    """
+    clip = samples.assign(id=samples["id"].str.rpartition("/")[0])
+    return clip.groupby(["family", "seed", "slot", "id"], as_index=False, sort=False)["score"].mean()
 
 
 @dataclass
@@ -218,7 +228,7 @@ def regime(
     }
     same = {
         each.name: deciding(
-            encoded, dataset, base, each.slots, [DECIDING, groups, run_parts, judge], tuning, margin, resamples,
+            encoded, dataset, base, each.slots, [DECIDING, groups, run_parts, by_clip, judge], tuning, margin, resamples,
             [chance[slot] for slot in each.slots], where,
         )
         for each in known
@@ -232,7 +242,8 @@ def regime(
     }  # fmt: skip
     before = _points_in(out)
     for (name, _), key in keys.items():
-        for row in before[before["key"] == key].assign(map=name).itertuples(index=False):
+        # another map may have the same point, and so rows of the same key
+        for row in before[before["key"] == key].drop_duplicates("measure").assign(map=name).itertuples(index=False):
             result.points.loc[len(result.points)] = list(row)
     _write(result, out)
     done = set(zip(result.points["map"], result.points["key"], strict=True))
@@ -254,7 +265,8 @@ def regime(
                     v.method, v.row, v.options, each.slots, range(v.seeds), v.passes, tuning, run_them,
                     f"{each.name} {number} of {len(each.points)}: {name}", base=base, work=work, **where,
                 )  # fmt: skip
-                frames.append(found[name].samples.assign(family=name))
+                samples = found[name].samples.assign(family=name)
+                frames.append(by_clip(samples) if len(used) > 1 else samples)
                 result.seconds += found[name].seconds
             samples = pd.concat(frames, ignore_index=True)
             for measure, (first, second) in pairs.items():

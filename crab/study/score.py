@@ -168,7 +168,7 @@ def score_all(
         with aside(Path(out) / f"{name}.csv") as path:
             frame.to_csv(path, index=False, float_format="%.6g")
     if metrics is not None:
-        write_json(metrics, summary(table))
+        write_json(metrics, summary(table, tidy, resamples, seed))
     return table, tidy
 
 
@@ -266,17 +266,26 @@ def load(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return frames[0], frames[1]
 
 
-def summary(table: pd.DataFrame) -> dict:
-    """Nested metrics, ``{family: {slot: {score, low, high, chance, unparsable}, mean}}``, means over seeds."""
+def summary(table: pd.DataFrame, samples: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> dict:
+    """Nested metrics, ``{family: {slot: {score, low, high, chance, unparsable}, mean}}``, over the seeds of a family.
+
+    The 95 % interval is over samples and, of several seeds, over these too (`crab.study.resample.bootstrap_means`): the mean
+    of the intervals of single runs would not know how far apart these lie.
+
+    Args:
+        table: scores (`COLUMNS`). samples: the same a sample (`SAMPLE_COLUMNS`).
+    """
     first = table[table["primary"].astype(bool)]
+    of_samples = dict(list(samples.groupby(["family", "slot"], sort=False)))
     nested: dict[str, dict] = {}
     for (family, slot), part in first.groupby(["family", "slot"], sort=False):
-        mean = part[["value", "low", "high", "chance"]].mean()
+        grid = of_samples[family, slot].pivot(index="seed", columns="id", values="score").to_numpy()
+        low, high = interval(bootstrap_means(grid, resamples, seed, slot))
         nested.setdefault(family, {})[slot] = {
-            "score": round(float(mean["value"]), 4),
-            "low": round(float(mean["low"]), 4),
-            "high": round(float(mean["high"]), 4),
-            "chance": round(float(mean["chance"]), 4),
+            "score": round(float(part["value"].mean()), 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "chance": round(float(part["chance"].mean()), 4),
             "unparsable": int(part["n_unparsable"].sum()),
         }
     for values in nested.values():

@@ -6,7 +6,6 @@ edge of the grid, one more beyond it is tried, a limited number of times, and th
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +46,8 @@ class Sweep:
 
     def inside(self, setting: str) -> bool:
         """Whether lower and higher rates than the chosen one were tried, and did no better."""
-        tried = self.points[self.points["setting"] == setting]["rate"]
-        return bool(tried.min() < self.rates[setting] < tried.max())
+        part = self.points[self.points["setting"] == setting]
+        return bool(part["rate"].min() < part.loc[part["chosen"], "rate"].item() < part["rate"].max())
 
 
 def swept_settings(rows: Sequence[str], forms: Sequence[str]) -> dict[str, str]:
@@ -126,7 +125,7 @@ def cells_of(
 def slot_draws(samples: pd.DataFrame, resamples: int) -> tuple[float, np.ndarray]:
     """Mean over slots of the mean score, and its bootstrap draws [resamples] over each slot's samples, and over seeds.
 
-    A slot draws the same samples whatever was trained, so that draws of two rates are paired.
+    A slot draws the same samples whatever was trained, so that draws of two rates are paired; seeds are drawn together for all slots.
 
     Args:
         samples: columns slot, seed, id and score.
@@ -135,7 +134,7 @@ def slot_draws(samples: pd.DataFrame, resamples: int) -> tuple[float, np.ndarray
     for slot, part in samples.groupby("slot", sort=False):
         grid = part.pivot(index="seed", columns="id", values="score").to_numpy()
         means.append(grid.mean())
-        draws.append(bootstrap_means(grid, resamples, zlib.crc32(slot.encode())))
+        draws.append(bootstrap_means(grid, resamples, 0, slot))
     return float(np.mean(means)), np.mean(draws, 0)
 
 

@@ -117,7 +117,7 @@ def compare(
     """Compare one joint row with a baseline on every slot the baseline was scored on.
 
     Args:
-        samples: columns family, seed, slot, id, score (see `crab.study.score.load_samples`).
+        samples: columns family, seed, slot, id, score (see `crab.study.score.load`).
         chance: chance score by slot.
         baseline, joint: families of runs, e.g. ``single-lora-bare`` and ``joint-ilora-explicit``.
         margin: differences up to this size, in score, are ties.

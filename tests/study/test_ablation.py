@@ -227,6 +227,22 @@ def test_what_is_trained_once_more_to_be_compared_with_keeps_the_rate_of_its_row
     assert rates == {"own": {1e-3}, "plain LoRA r=9": {1e-3}, "soft": {4e-3}}
 
 
+def test_what_is_taken_over_is_corrected_for_the_number_that_is_left(tmp_path):
+    go(World(planted), VARIANTS, tmp_path)
+    fewer = {name: VARIANTS[name] for name in ("own", "lora", "sharp")}
+    idle = World(planted)
+    taken = go(idle, fewer, tmp_path)
+    (tmp_path / "other").mkdir()
+    assert not idle.calls and taken.against_rival == go(World(planted), fewer, tmp_path / "other").against_rival
+
+
+def test_a_variant_that_cannot_be_judged_does_not_hide_the_others(tmp_path):
+    result = go(World(planted), VARIANTS, tmp_path)
+    result.against_rival["ilora"] |= {"mean_difference": None, "slots_counted": 0}  # as on fewer seeds, which show less
+    said = finding(result)
+    assert "Of 1 routed variants that can be judged 1 score clearly above" in said and "is `sharp`" in said
+
+
 @pytest.mark.parametrize("change", [{"passes": 2}, {"margin": 0.1}, {"baseline": "lora"}, {"tuning": FIXED | {"rates": [1e-3]}}, {"slots": SLOTS[:3]}])
 def test_variants_whose_settings_changed_are_made_anew(tmp_path, change):
     go(World(planted), VARIANTS, tmp_path)
@@ -398,6 +414,23 @@ def test_rounding_of_the_encoders_does_not_part_a_row_from_its_key(tmp_path):
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_maps_that_share_points_keep_their_own_rows(tmp_path):
+    both = {"room": ROOM, "row": ROOM | {"rank": [1]}}
+    first = explore(World(hurts), both, tmp_path)
+    for _ in range(2):
+        idle = World(hurts)
+        again = explore(idle, both, tmp_path)
+        assert not idle.calls and without_key(again.points) == without_key(first.points)
+    assert again.points["map"].value_counts().to_dict() == {"room": 4 * 3, "row": 2 * 3}
+
+
+def test_versions_of_a_clip_are_one_sample():
+    rows = [("a", 0, "ks", f"ks/{clip}/{word}", score) for clip, scores in (("0", (1, 0)), ("1", (1, 1))) for word, score in zip(("one", "two"), scores)]
+    samples = pd.DataFrame(rows, columns=["family", "seed", "slot", "id", "score"])
+    found = maps.by_clip(samples)
+    assert found.to_numpy().tolist() == [["a", 0, "ks", "ks/0", 0.5], ["a", 0, "ks", "ks/1", 1.0]]
+
+
 def test_maps_come_out_the_other_way_and_can_be_empty(tmp_path):
     said = maps.finding(explore(World(lambda *_: 0.6), {"room": ROOM}, tmp_path))
     assert said.count("clearly worse at 0 of 4 points, clearly better at 0.") == 2
@@ -475,6 +508,7 @@ def test_each_convention_is_a_task_with_an_adapter_of_its_own(tmp_path, monkeypa
         ({"slots": []}, "give benchmarks only"),
         ({"rank": [0, 1]}, "room: rank is 0; give whole numbers"),
         ({"passes": None}, "room: passes is None"),
+        ({"rank": 1, "samples": [20, None]}, "room: samples is None; give whole numbers"),
         ({"tasks": [2, 5]}, "tasks is 5, of 4 slots"),
         ({"samples": 31}, "31 samples of ks wanted, 30 are left when 0 are held out"),
         ({"conventions": 3}, "regime.words: 2 for up to 3 conventions"),

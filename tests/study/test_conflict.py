@@ -113,8 +113,8 @@ def test_part_way_ends_at_the_trained_adapter_and_starts_at_the_base(adapters, e
         assert torch.allclose(end(**inputs).logits[:, -1], trained, atol=1e-4) and not torch.allclose(plain, trained, atol=1e-2)
         start, _ = conflict.part_way(base, adapters["ilora"], 0.0)
         assert torch.allclose(start(**inputs).logits[:, -1], plain, atol=1e-4)
-    half = conflict.adapter_parameters(conflict.part_way(base, adapters["ilora"], 0.5)[0])
-    ends = [conflict.adapter_parameters(m) for m in (start, end)]
+    half = conflict.unfrozen_parameters(conflict.part_way(base, adapters["ilora"], 0.5)[0])
+    ends = [conflict.unfrozen_parameters(m) for m in (start, end)]
     assert all(torch.allclose(p, (ends[0][n] + ends[1][n]) / 2, atol=1e-6) for n, p in half.items())
 
 
@@ -131,7 +131,7 @@ def test_conflicts(adapters, encoded, base):
 
 def test_refusals(adapters, encoded, base, tmp_path):
     with pytest.raises(ValueError, match="no LoRA or I-LoRA parameters; give a folder of the train stage"):
-        conflict.adapter_parameters(load_base(base)[0])
+        conflict.unfrozen_parameters(load_base(base)[0])
     with pytest.raises(ValueError, match="3 samples a slot are fewer than two chunks of 2; raise gradient_samples"):
         conflict.read_pairs(encoded, SLOTS, "bare", 3, 2)
     for name, slots in (("a", ["ks"]), ("b", ["cremad"])):

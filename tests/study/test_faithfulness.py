@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 matplotlib.use("Agg")
 
@@ -149,7 +150,7 @@ def test_every_graded_metric_is_known():
 def test_shares_add_up(rows):
     right = np.array([r for r, *_ in rows])
     found = np.array([(t, u, t + u + f) for _, t, u, f in rows])
-    got = {row["measure"]: row for row in faith.measures(right, found, found, 50, 0)}
+    got = {row["measure"]: row for row in faith.measures(right[None], found[None], found[None], 50, 0)}
     assert sum(got[s]["value"] for s in faith.SHARES) == pytest.approx(1)
     assert got[faith.RIGHT]["value"] == pytest.approx(np.mean([r and u == f == 0 < t for r, t, u, f in rows]))
     assert got[faith.WRONG]["value"] == pytest.approx(np.mean(~right))
@@ -161,9 +162,19 @@ def test_interval_of_a_ratio():
     """Against the delta method: one statement an answer, so the ratio is a plain share."""
     true = np.repeat([1, 0], [700, 300])
     found = np.stack([true, 0 * true, np.ones_like(true)], 1)
-    row = {r["measure"]: r for r in faith.measures(true > 0, found, found, 4000, 0)}[faith.TRUE]
+    row = {r["measure"]: r for r in faith.measures(true[None] > 0, found[None], found[None], 4000, 0)}[faith.TRUE]
     error = 1.96 * (0.7 * 0.3 / 1000) ** 0.5
     assert row["low"] == pytest.approx(0.7 - error, abs=0.004) and row["high"] == pytest.approx(0.7 + error, abs=0.004)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    """Two seeds, right on .9 and .5 of the same 400 samples: Student's t with one degree of freedom, by scipy."""
+    right = np.stack([np.arange(400) < 360, np.arange(400) < 200])
+    found = np.ones((2, 400, 3), int)
+    row = {r["measure"]: r for r in faith.measures(right, found, found, 20000, 0)}[faith.WRONG]
+    assert row["value"] == pytest.approx(0.3) and row["seeds"] == 2 and row["n"] == 400
+    half = stats.t.ppf(0.975, 1) * np.std([0.1, 0.5], ddof=1) / 2**0.5
+    assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.1)
 
 
 def test_figure(root, tmp_path):

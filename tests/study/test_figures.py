@@ -15,11 +15,10 @@ from crab.study.figures.scores import score_bars  # noqa: E402
 from crab.study.figures.sweep import sweep_lines  # noqa: E402
 from crab.study.figures.transfer import rate_bars, transfer_bars  # noqa: E402
 
-SCORES = pd.DataFrame(
-    [("single-lora-bare", s, True, v, v - 0.1, v + 0.1, 0.3) for s, v in (("ave", 0.5), ("ks", 0.8))]
-    + [("joint-lora-bare", "ave", True, 0.6, 0.5, 0.7, 0.3), ("joint-lora-bare", "ave", False, 0.1, None, None, None)],
-    columns=["family", "slot", "primary", "value", "low", "high", "chance"],
-)
+SCORES = {
+    f"{setting}-lora-bare": {"ave": {"score": v, "low": v - 0.1, "high": v + 0.1, "chance": 0.3, "unparsable": 0}, "mean": v}
+    for setting, v in (("single", 0.5), ("joint", 0.6))
+}
 TRANSFER = pd.DataFrame(
     [("j vs s", "ave", 0.1, 0.0, 0.2, False, "gain"), ("j vs s", "ks", -0.1, -0.3, 0.0, True, "loss")],
     columns=["comparison", "slot", "difference", "low", "high", "at_chance", "verdict"],
@@ -55,7 +54,7 @@ EFFECTS = pd.DataFrame(
     [(s, c, of, 0.4, 0.1) for s in ("ave", "ks") for c, of in (("head off", "0"), ("uniform routing", ""), ("routing of", "ks"))],
     columns=["slot", "change", "of", "cost", "exact"],
 )
-COST = {"cost": {name: {"mean": 0.4, "low": 0.3, "high": 0.5} for name in ("adapter off", "head off 0", "uniform routing")}}
+COST = {"cost": {name: {"mean": 0.4, "low": 0.3, "high": 0.5} for name in ("adapter off", "head 0 off", "uniform routing")}}
 HEADS = pd.DataFrame(
     [(f"layers.{k}.mlp.up_proj", 0, 1, 0.2, 0.3, 0.1) for k in (0, 1)],
     columns=["module", "one", "other", "cosine", "overlap", "overlap_by_chance"],

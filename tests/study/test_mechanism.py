@@ -11,7 +11,7 @@ from scipy.linalg import subspace_angles
 from scipy.stats import spearmanr
 
 from crab.ilora import ILoraLayer, fixed_routing, record_routing, record_routing_means
-from crab.study import mechanism, train
+from crab.study import conflict, features, mechanism, routing, train
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments, write_slot
 from crab.study.mechanism import HEAD, OFF, OTHER, OWN, RESCALED, UNIFORM
 from crab.study.predict import load_adapter
@@ -192,6 +192,24 @@ def test_causes(adapter, dataset, encoded, base):
     assert summary["cost"][OFF]["mean"] == pytest.approx(effects.loc[effects["change"] == OFF, "cost"].mean())
 
 
+def test_runs_of_one_form_are_demanded():
+    bare, explicit = (Run("joint", "ilora", form) for form in ("bare", "explicit"))
+    assert mechanism.form_of([explicit, explicit]) == "explicit"
+    with pytest.raises(ValueError, match=r"different forms of answer.*methods\.\*\.runs"):
+        mechanism.form_of([bare, explicit])
+
+
+def test_a_router_that_reads_the_instruction_is_shown_it(dataset, encoded, base, tmp_path):
+    section = {"r": 2, "lora_alpha": 4, "num_heads": 2, "router_input": "instruction", "learning_rate": 1e-2}
+    adapter = train.train_run(Run("joint", "ilora", "bare"), section, encoded, base, tmp_path, SLOTS, 1, 8)
+    run(adapter, dataset, encoded, base)
+    routing.routing(adapter, encoded, base, SLOTS, tmp_path / "out", samples=4, batch_size=2, max_new_tokens=2)
+    conflict.conflicts({"ilora": adapter}, encoded, base, samples=4, chunk=2, resamples=20)
+    model, processor = load_base(base)
+    states = features.hidden(load_adapter(model, adapter), processor.tokenizer, read_slot(encoded, "ks", "test").samples[:3], 2)
+    assert states.shape == (3, model.config.text_config.hidden_size)
+
+
 def change_weights(adapter, out, change):
     """A copy of an adapter with its tensors changed."""
     out.mkdir()
@@ -238,9 +256,9 @@ def test_leaning_on_a_head():
         found |= {(OTHER, other): np.full((30, 2), k) for k, other in enumerate(o for o in lost if o != name)}
     summary = mechanism.summarise(lost, 3, 500, 0)
     assert summary["leans"] == {"ave": 0, "ks": 2}
-    assert summary["cost"]["head off 0"]["mean"] == pytest.approx(np.mean([1, 0.1, 0.5]), abs=0.05)
-    assert summary["cost"]["head off 0"]["worst"] == "ave"
-    assert summary["cost"]["routing of another slot"]["mean"] == pytest.approx(0.5)
+    assert summary["cost"]["head 0 off"]["mean"] == pytest.approx(np.mean([1, 0.1, 0.5]), abs=0.05)
+    assert summary["cost"]["head 0 off"]["worst"] == "ave"
+    assert summary["cost"][mechanism.ANOTHER]["mean"] == pytest.approx(0.5)
 
 
 def test_head_similarity_agrees_with_the_matrices_themselves(adapter, base):

@@ -60,6 +60,20 @@ def test_hand_worked(world):
     assert again["run"].tolist() == table["run"].tolist() and of_samples.to_numpy().tolist() == samples.to_numpy().tolist()
 
 
+def test_interval_of_a_family_knows_how_far_apart_its_seeds_lie(world):
+    other = Run(RUN.setting, RUN.method, RUN.form, RUN.slot, seed=1)
+    file = world / "predictions" / other.name / "ks.jsonl"
+    file.parent.mkdir(parents=True)
+    right = [json.loads(line) for line in (world / "predictions" / RUN.name / "ks.jsonl").read_text().splitlines()]
+    for row, action in zip(right, ACTIONS):
+        row["text"] = f"<answer>{action}</answer>"
+    file.write_text("".join(json.dumps(row) + "\n" for row in right))
+    go(world, [RUN, other])
+    found = json.loads((world / "metrics.json").read_text())["single-lora-bare"]["ks"]
+    # seeds score .5 and 1: Student's t with one degree of freedom alone makes it wider than all scores there are
+    assert found["score"] == 0.75 and found["low"] < 0 and found["high"] > 1
+
+
 def test_scoring_twice_writes_the_same_bytes(world):
     go(world)
     first = {p.name: p.read_bytes() for p in (world / "out").iterdir()}

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from crab import tasks
 from crab.study import sweep as module
@@ -124,6 +125,9 @@ def test_what_train_reads_is_what_was_found(tmp_path):
     assert learning_rates(tmp_path / "metrics.json") == found.rates
     said = json.loads((tmp_path / "metrics.json").read_text())["settings"]["joint-bare"]
     assert said["tries"] == 5 and said["extended"] == 2 and said["inside"] and said["scores"]["0.008"]["score"] == 1.0
+    write(go(World({"joint-bare": 2e-3}), LORA | {"runs": ["joint-explicit"]}), tmp_path / "metrics.json")  # a bare setting, no row
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["settings"]["joint-bare"]["inside"] and found["rates"] == {"joint-explicit": 2e-3}
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match="metrics.json: no learning rates in it; run the sweep stage"):
         learning_rates(tmp_path / "metrics.json")
@@ -140,6 +144,15 @@ def test_score_is_the_mean_over_slots_of_the_mean_over_samples():
     assert mean == (0.75 + 0) / 2
     # of four samples with one zero, mean of draws is binomial(4, 3/4) / 4; ks adds nothing
     assert draws.mean() == pytest.approx(0.375, abs=0.01) and draws.std() == pytest.approx(math.sqrt(0.75 * 0.25 / 4) / 2, rel=0.05)
+
+
+def test_what_a_seed_does_to_all_slots_is_in_the_interval():
+    """Two seeds that score all of three slots .6 and .4: seeds are drawn once for all slots, so that slots do not average it out."""
+    rows = [(slot, seed, f"{slot}{i}", value) for slot in ("ave", "ks", "ucf") for seed, value in enumerate((0.6, 0.4)) for i in range(4)]
+    _, draws = module.slot_draws(pd.DataFrame(rows, columns=["slot", "seed", "id", "score"]), 20000)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    half = stats.t.ppf(0.975, 1) * np.std([0.6, 0.4], ddof=1) / math.sqrt(2)
+    assert high - low == pytest.approx(2 * half, rel=0.1)
 
 
 def test_rates_that_differ_by_nothing_on_every_sample_are_said_to_be_close():

@@ -29,9 +29,9 @@ def faithfulness_bars(table: pd.DataFrame, path: str | Path) -> Figure:
     )
     if not families:
         grid[0, 0].text(0.5, 0.5, "no explicit run on data with a known scene graph", ha="center", va="center")
-    mean = table.groupby(["family", "slot", "measure"], sort=False)[["value", "low", "high", "chance"]].mean()
+    known = table.set_index(["family", "slot", "measure"])[["value", "low", "high", "chance"]]
     for axes, family in zip(grid[:, 0], families):
-        wide = mean.loc[family].unstack("measure").reindex(slots)
+        wide = known.loc[family].unstack("measure").reindex(slots)
         x, bottom = np.arange(len(slots)), np.zeros(len(slots))
         for share in SHARES:
             value = wide["value"][share].fillna(0).to_numpy()

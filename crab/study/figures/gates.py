@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from crab.study.figures.style import nothing, save, subplots
 
@@ -54,6 +55,7 @@ def skill_curves(history: Sequence[Mapping], path: str | Path) -> Figure:
         axes.axvline(part["step"].min(), color="0.6", linewidth=1, linestyle=":", zorder=0)
         axes.set(title=stage, xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.02))
         axes.tick_params(labelbottom=True)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, fontsize="x-small")
     for axes in panels.flat[len(stages):]:
         axes.axis("off")

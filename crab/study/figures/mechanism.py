@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from crab.study.conflict import ALL, POINTS, RELIABLE
 from crab.study.figures.style import save, subplots
-from crab.study.mechanism import ANOTHER, HEAD, OFF, OTHER, OWN, RESCALED, UNIFORM
+from crab.study.mechanism import HEAD, OFF, OTHER, OWN, RESCALED, UNIFORM, named
 
 COST = "log-likelihood lost (nats a token)"
 
@@ -29,7 +29,7 @@ def mechanism_bars(summary: Mapping, conflict: pd.DataFrame, path: str | Path) -
     cost = {name: values for name, values in summary["cost"].items() if name != OFF}
     means = [values["mean"] for values in cost.values()]
     reach = np.clip([[v["mean"] - v["low"] for v in cost.values()], [v["high"] - v["mean"] for v in cost.values()]], 0, None)
-    colours = ["#4c72b0" if name.startswith(HEAD) else "#dd8452" for name in cost]
+    colours = ["#4c72b0" if name.startswith("head ") else "#dd8452" for name in cost]
     left.barh(list(cost), means, color=colours, xerr=reach, ecolor="0.25")
     left.axvline(0, color="black", linewidth=1)
     left.invert_yaxis()
@@ -83,7 +83,7 @@ def head_costs(effects: pd.DataFrame, path: str | Path) -> Figure:
     part = effects[effects["change"].isin([HEAD, RESCALED, UNIFORM, OWN])]
     panels = {"cost": COST, "exact": "exact answers lost (share)"}
     figure, grid = subplots(1, 2, figsize=(15, 1.9 + 0.34 * part["slot"].nunique()), sharey=True)
-    names = (part["change"] + " " + part["of"]).str.strip()
+    names = pd.Series(map(named, part["change"], part["of"]), index=part.index)
     for axes, (column, label) in zip(grid, panels.items(), strict=True):
         found = part.assign(name=names).pivot(index="slot", columns="name", values=column)
         found = found.reindex(index=list(dict.fromkeys(part["slot"])), columns=list(dict.fromkeys(names)))
@@ -107,7 +107,7 @@ def swap_map(effects: pd.DataFrame, path: str | Path) -> Figure:
     figure, axes = subplots(figsize=(3 + 0.52 * len(slots), 1.8 + 0.38 * len(slots)))
     sns.heatmap(found, ax=axes, cmap="vlag", center=0, annot=True, fmt=".1f", annot_kws={"size": 8},
                 cbar_kws={"label": COST})  # fmt: skip
-    axes.set(title=f"{ANOTHER[0].upper()}{ANOTHER[1:]} in place of its own", xlabel="routed as", ylabel="slot")
+    axes.set(title="Mean routing of another slot in place of its own", xlabel="routed as", ylabel="slot")
     return save(figure, path)
 
 

@@ -48,17 +48,21 @@ def rate_bars(summary: Mapping[str, Mapping], path: str | Path) -> Figure:
 
 
 def transfer_bars(table: pd.DataFrame, path: str | Path) -> Figure:
-    """Difference joint - baseline of each slot, a panel a comparison, with 95 % paired intervals.
+    """Difference joint - baseline of each slot, a panel a comparison and three in a row, with 95 % paired intervals.
 
     Args:
         table: of `crab.study.transfer`.
     """
     names = list(dict.fromkeys(table["comparison"]))
     slots = list(dict.fromkeys(table["slot"]))
+    across = min(3, len(names))
+    down = -(-len(names) // across)
     figure, grid = subplots(
-        1, len(names), figsize=(1.5 + 3.1 * len(names), 1.6 + 0.42 * len(slots)), sharex=True, sharey=True, squeeze=False
+        down, across, figsize=(1.5 + 3.3 * across, 1.2 + (0.8 + 0.3 * len(slots)) * down), sharex=True, sharey=True, squeeze=False
     )
-    for axes, name in zip(grid[0], names, strict=True):
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, names, strict=False):
         part = table[table["comparison"] == name].set_index("slot").reindex(slots)
         verdicts = np.where(part["at_chance"].astype(bool), "at chance", part["verdict"])
         spread = np.clip([part["difference"] - part["low"], part["high"] - part["difference"]], 0, None)
