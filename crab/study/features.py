@@ -112,3 +112,18 @@ def features(
         table.to_csv(path, index=False, float_format="%.5g")
     write_json(Path(out) / "metrics.json", summary)
     return table, summary
+
+
+def finding(summary: Mapping[str, Mapping[str, float | None]]) -> str:
+    """What the silhouettes say, in a sentence.
+
+    Args:
+        summary: of `features`.
+    """
+    known = {name: values["silhouette_slot"] for name, values in summary.items() if values["silhouette_slot"] is not None}
+    if not known:
+        return "There are too few samples to say how far apart slots lie."
+    each = ", ".join(f"{value:.2f} in `{name}`" for name, value in known.items())
+    first, last = min(known, key=known.get), max(known, key=known.get)
+    return (f"Before an answer begins slots lie farthest apart in `{last}`, least in `{first}`: their mean silhouette is {each} (1: each a tight "
+            "group far from all others; 0: they overlap).")  # fmt: skip

@@ -154,7 +154,8 @@ def label_counts(root: str | Path, path: str | Path) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=f"{name}: {tasks.get_slot(name).family}", xlabel="events" if len(kinds) > 1 else "records", ylabel="")
         if len(kinds) > 1:
-            sns.move_legend(axes, "lower right", title=None, fontsize="small", framealpha=1)
+            axes.set_xlim(0, 1.5 * axes.get_xlim()[1])  # room beside the bars
+            sns.move_legend(axes, "center right", title=None, fontsize="small")
     figure.suptitle("Labels of the train records")
     return save(figure, path)
 

@@ -74,6 +74,8 @@ def _stages(notebooks: dict[str, Any]) -> str:
         total += seconds
         rows.append(f"| [{name}](pages/{name}.html) | {seconds:.0f} s | {cost.get('peak_gib', 0):.2f} GiB |")
     rows.append(f"| all | {total / 60:.1f} min | |")
+    rows += ["", "Times are of the last execution. A notebook that found its results still standing (base, sweep, ablation, regime and the",
+             "answers of evaluate are taken over while what decides them is the same) took only as long as that."]  # fmt: skip
     return "\n".join(rows)
 
 

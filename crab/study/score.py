@@ -293,6 +293,25 @@ def summary(table: pd.DataFrame, samples: pd.DataFrame, resamples: int = 2000, s
     return nested
 
 
+def finding(metrics: Mapping[str, Mapping]) -> str:
+    """Of each family of runs the mean score and on how many slots its interval lies above chance: a Markdown list.
+
+    Args:
+        metrics: of `summary`.
+    """
+    lines = []
+    for family, values in metrics.items():
+        slots = {slot: v for slot, v in values.items() if slot != "mean"}
+        above = [slot for slot, v in slots.items() if v["low"] > v["chance"]]
+        rest = ", ".join(slot for slot in slots if slot not in above)
+        unread = sum(v["unparsable"] for v in slots.values())
+        lines.append(
+            f"- `{family}`: {values['mean']:.3f} on average, clearly above chance on {len(above)} of {len(slots)} slots"
+            + (f" (not on {rest})" if rest else "") + f"; {unread} answers could not be read."
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
 def score_grid(table: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> pd.DataFrame:
     """Primary scores, a row a slot and a column a family of runs (mean over seeds), chance beside them.
 

@@ -42,6 +42,17 @@ def test_entropy_and_information_by_hand():
     assert mutual_information([[0.75, 0.25], [0.25, 0.75]]) == pytest.approx(1 - 0.811278, abs=1e-6)
 
 
+def test_findings_by_hand():
+    summary = {"mean_entropy": 0.5, "head_weight": [0.2, 0.8], "slot_head_information_bits": {"text": 0.25, "video": 0.0}}
+    said = routing.finding(summary)
+    assert "50% of the most entropy" in said and "20% to 80% of all weight (even: 50%)" in said
+    assert "at most 0.250 bits about its slot (text; of 1.00 that 2 heads" in said
+    assert routing.information_table(summary).to_numpy().tolist() == [["text", 0.25], ["video", 0.0]]
+    near, far, none = ({"silhouette_slot": v, "silhouette_family": None} for v in (0.1, 0.4, None))
+    assert "farthest apart in `far`, least in `near`" in features.finding({"near": near, "far": far})
+    assert "too few samples" in features.finding({"base": none})
+
+
 def test_layer_names():
     assert routing.layer_of("model.language_model.layers.11.mlp.up_proj") == 11
     with pytest.raises(ValueError, match="lm_head"):

@@ -74,6 +74,13 @@ def test_interval_of_a_family_knows_how_far_apart_its_seeds_lie(world):
     assert found["score"] == 0.75 and found["low"] < 0 and found["high"] > 1
 
 
+def test_finding_counts_the_slots_that_are_clear_of_chance():
+    slots = {name: {"score": 0.5, "low": low, "high": 0.7, "chance": 0.3, "unparsable": 1} for name, low in (("ks", 0.31), ("ave", 0.3))}
+    assert score.finding({"joint-lora-bare": slots | {"mean": 0.5}}) == (
+        "- `joint-lora-bare`: 0.500 on average, clearly above chance on 1 of 2 slots (not on ave); 2 answers could not be read."
+    )
+
+
 def test_scoring_twice_writes_the_same_bytes(world):
     go(world)
     first = {p.name: p.read_bytes() for p in (world / "out").iterdir()}
