@@ -20,7 +20,7 @@ import av
 import numpy as np
 import soundfile
 from av.video.reformatter import VideoReformatter
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.signal import resample_poly
 
 from crab.data.files import aside
@@ -59,6 +59,7 @@ def read_video(path: str | os.PathLike, frames: int, threads: int = 1) -> tuple[
 
     Returns (uint8 [frames, 224, 224, 3] RGB, float64 [frames] seconds from the clip's start).  The seconds are the
     presentation times of the frames taken, not the middles asked for.  A clip with fewer frames repeats some.
+    What the file says not to show (an edit list) is left out, and pictures that it says to turn are turned.
     Raises MediaError for a missing, truncated or undecodable file, and for one without a video stream.
 
     Of an H.264 clip what is neither taken nor needed to decode what is taken is skipped: about half of its frames.
@@ -117,8 +118,9 @@ def _stamps(path: Path, container, stream) -> tuple[list[int], int]:
     Headers are not to be trusted with this: mp4 muxers sum up durations in decoding order, avi has no length for a
     stream.  Walking the packets decodes nothing and costs a few percent of decoding.
     """
-    packets = [(p.dts if p.pts is None else p.pts, p.duration or 0) for p in container.demux(stream) if p.size]
-    stamps = sorted((stamp, duration) for stamp, duration in packets if stamp is not None)
+    packets = [(p.dts if p.pts is None else p.pts, p.duration or 0, p.is_discard) for p in container.demux(stream) if p.size]
+    # What an edit list discards (clips cut without encoding them anew begin at a key frame before the cut) is decoded and not shown.
+    stamps = sorted((stamp, duration) for stamp, duration, hidden in packets if stamp is not None and not hidden)
     if not stamps:
         raise MediaError(path, "has a video stream without frames", "copy or build it again")
     # An index at the front of the file survives a cut: what it promises must also be there. Avi counts ticks, skipped ones too.
@@ -153,6 +155,8 @@ def _on_display(path, timed, middles) -> tuple[np.ndarray, np.ndarray, bool]:
         while len(times) < len(middles) and middles[len(times)] < before:
             if picture is None:
                 picture = scaler.reformat(current, SIZE, SIZE, "rgb24", threads=1).to_ndarray()
+                if quarters := round(current.rotation / 90) % 4:  # as phones mark how they were held
+                    picture = np.rot90(picture, quarters)
             pictures.append(picture)
             times.append(began)
 
@@ -216,8 +220,9 @@ def _audio_of_container(path: Path, fault: Exception) -> tuple[np.ndarray, int]:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """The picture as uint8 [224, 224, 3] RGB (bilinear when it has to be resized)."""
+    """The picture as uint8 [224, 224, 3] RGB (bilinear when it has to be resized), upright where it is marked how it was taken."""
     with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         image = image.convert("RGB")
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)

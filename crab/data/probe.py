@@ -108,15 +108,17 @@ def _video(path: str) -> tuple[float, str]:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         index = list(stream.index_entries)
-        if stream.frames and len(index) >= stream.frames:
+        whole = stream.frames and len(index) >= stream.frames
+        if whole:
             size = os.path.getsize(path)
             there = sum(e.pos + e.size <= size for e in index)
             if there < len(index):
                 raise _Bad("truncated", f"is truncated: {there} of {len(index)} frames are there; {_AGAIN}")
+        if whole and not any(e.is_discard for e in index):
             stamps = sorted(e.timestamp for e in index)
             step = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else stream.duration or 0
             seconds = float((stamps[-1] - stamps[0] + step) * stream.time_base)
-        else:  # no index of all frames: walk through the packets, as the reader does
+        else:  # no index of all frames, or one with frames that are not shown: walk through the packets, as the reader does
             try:
                 _, seconds = media.span(Path(path), container, stream)
             except media.MediaError as error:
@@ -324,7 +326,7 @@ class Cache:
     or was made by another version of the decoders begins anew.
     """
 
-    _VERSION = f"1 {av.__version__} {soundfile.__libsndfile_version__} {Image.__version__}"
+    _VERSION = f"2 {av.__version__} {soundfile.__libsndfile_version__} {Image.__version__}"
 
     def __init__(self, path: str | os.PathLike | None) -> None:
         self._path = Path(path) if path else None

@@ -4,7 +4,7 @@ What differs from `crab.study.encode`, which shows a clip as it is:
 
 - frames: spread evenly from the first of the clip to the last, both taken. A clip that has fewer than are asked for is shown by
   its first and last alone, one of a single frame by ten black ones;
-- pictures are scaled bicubically;
+- pictures are scaled bicubically; clips are turned as they are marked to be (decord does that), pictures are not;
 - time: the model is told one frame a second, thus 2 s for each pair of frames, however long the clip is;
 - sound shorter than 1 s is filled up with silence. Then emotion slots hear its first 4 s, filled up likewise. Elsewhere it is cut
   into equal shares, as if it lasted 60 s (avqa), 5 s (arig, s4, ms3) or 10 s (all others): s4, ms3 and ref_avs hear the share
@@ -13,7 +13,8 @@ What differs from `crab.study.encode`, which shows a clip as it is:
 - order: the sound of a clip stands after its frames, not between them; the two clips of a2v are joined to one of twenty
   frames, and the two sounds of v2a to one.
 
-Not followed: a clip that does not decode is an error here, not black frames, and resampling is that of `crab.data.media`.
+Not followed: a clip that does not decode is an error here, not black frames; frames that an edit list says not to show are not
+counted, which decord does count; and resampling is that of `crab.data.media`.
 Nor are the published prompts' words, or how answers are read for scoring: these do not belong to the media.
 """
 
@@ -85,7 +86,7 @@ def read_video(path: str | Path, frames: int) -> np.ndarray:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            total = sum(packet.size > 0 for packet in container.demux(stream))
+            total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))  # edit lists discard some
             if total == 1:
                 return np.zeros((_BLACK, media.SIZE, media.SIZE, 3), np.uint8)
             wanted = torch.linspace(0, total - 1, frames if frames <= total else 2).round().long().tolist()
@@ -93,15 +94,19 @@ def read_video(path: str | Path, frames: int) -> np.ndarray:
             pictures, last = [], None
             for place, last in enumerate(container.decode(stream)):
                 if place == wanted[len(pictures)]:
-                    pictures.append(_scaled(last.to_image()))
+                    pictures.append(_upright(last))
                     if len(pictures) == len(wanted):
                         break
             if last is None:
                 raise media.MediaError(path, "has a video stream without frames that decode", "copy or build it again")
-            pictures += [_scaled(last.to_image())] * (len(wanted) - len(pictures))  # not every packet need give a frame
+            pictures += [_upright(last)] * (len(wanted) - len(pictures))  # not every packet need give a frame
             return np.stack(pictures)
     except (av.error.FFmpegError, EOFError, IndexError) as error:
         raise media.MediaError(path, f"cannot be decoded as video ({error})", "copy or build it again") from error
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    return _scaled(frame.to_image().rotate(round(frame.rotation / 90) * 90, expand=True))
 
 
 def _image(path: str | Path) -> Image.Image:

@@ -1,5 +1,6 @@
 import pickle
 import re
+import struct
 
 import av
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from crab.data import media
+from crab.data import media, probe, records
 from crab.data.media import MediaError
 
 
@@ -83,6 +84,64 @@ def test_an_avi_without_presentation_times(tmp_path):
     read, times = media.read_video(path, 5)
     np.testing.assert_allclose(times, np.arange(5) + 0.5)
     assert psnr(read, frames[2::4]) > 25
+
+
+def cut(source, target, start, end):
+    """A copy of the packets from the key frame before `start` s to `end` s; an edit list says to show them from `start` on."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream, into = old.streams.video[0], new.add_stream_from_template(old.streams.video[0])
+        old.seek(int(start * 1e6))
+        for packet in old.demux(stream):
+            if packet.pts is not None and packet.pts * stream.time_base < end:
+                packet.pts, packet.dts = (stamp - int(start / stream.time_base) for stamp in (packet.pts, packet.dts))
+                packet.stream = into
+                new.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_a_clip_cut_without_encoding_it_anew_is_its_own_part_alone(tmp_path, bframes):
+    """20 s at 4 frames/s with a key frame every 10 s, cut to 6 to 16 s: the 24 frames from 0 to 6 s are decoded and not shown."""
+    with av.open(str(tmp_path / "whole.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=4, options={"g": "40", "sc_threshold": "0", "bf": str(bframes), "crf": "5"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(80):
+            picture = np.full((64, 64, 3), 20 + 10 * (i // 4), np.uint8)  # the second, in grey
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    path = cut(tmp_path / "whole.mp4", tmp_path / "v.mp4", 6, 16)
+    read, times = media.read_video(path, 10)
+    np.testing.assert_allclose(times, np.arange(10) + 0.5, atol=1e-6)
+    np.testing.assert_allclose(read.mean((1, 2, 3)), 20 + 10 * np.arange(6, 16), atol=3)
+    assert records.clip_seconds(path) == pytest.approx(10)
+    assert probe.probe(str(path), "video") == probe.probe(str(path), "whole video") == probe.Probe(seconds=pytest.approx(10))
+
+
+def turned(path, matrix):
+    """Mark an mp4 as to be shown turned: the matrix (a, b, c, d) of its track header."""
+    content = bytearray(path.read_bytes())
+    at = content.find(b"tkhd") + 4 + 4 + 20 + 16  # version and flags; times, number and length; layer, group and loudness
+    a, b, c, d = (v << 16 for v in matrix)
+    content[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("matrix, exif, sides", [  # where the white left half and the black right half come to lie
+    ((1, 0, 0, 1), 1, "left right"), ((0, 1, -1, 0), 6, "top bottom"), ((-1, 0, 0, -1), 3, "right left"), ((0, -1, 1, 0), 8, "bottom top"),
+])  # fmt: skip
+def test_what_is_marked_as_turned_is_shown_upright(tmp_path, matrix, exif, sides):
+    picture = np.zeros((64, 128, 3), np.uint8)
+    picture[:, :64] = 255
+    media.write_video(tmp_path / "v.mp4", [picture] * 4, 2)
+    turned(tmp_path / "v.mp4", matrix)
+    mark = Image.Exif()
+    mark[0x0112] = exif
+    Image.fromarray(picture).save(tmp_path / "i.png", exif=mark)
+    part = {"left": np.s_[:, :100], "right": np.s_[:, 124:], "top": np.s_[:100], "bottom": np.s_[124:]}
+    white, black = map(part.get, sides.split())
+    for shown in (media.read_video(tmp_path / "v.mp4", 2)[0][1], media.read_image(tmp_path / "i.png")):
+        assert shown.shape == (224, 224, 3) and shown[white].min() > 200 and shown[black].max() < 50
 
 
 def filmed(path, count, codec="libx264", **options):

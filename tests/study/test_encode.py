@@ -1,5 +1,8 @@
 """Encoding real files of a small world, and reading the result back."""
 
+import struct
+
+import av
 import numpy as np
 import pytest
 import torch
@@ -126,6 +129,31 @@ def test_published_frames_go_from_the_first_to_the_last(tmp_path, count, frames,
     pictures = published.read_video(numbered(tmp_path / "v.mp4", count), frames)
     assert pictures.shape == (len(shown), 224, 224, 3)
     np.testing.assert_allclose(pictures.mean((1, 2, 3)), [20 + 4 * i for i in shown], atol=1.5)
+
+
+def test_published_frames_are_those_that_a_cut_clip_shows_turned_as_it_is_marked(tmp_path):
+    """24 frames, 4 a second, cut at 2 s: the first eight are in the file and not shown."""
+    with av.open(str(tmp_path / "whole.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=4, options={"g": "24", "sc_threshold": "0", "bf": "0", "crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for i in range(24):
+            picture = np.full((32, 64, 3), 20 + 4 * i, np.uint8)
+            picture[:, 32:] += 100
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "whole.mp4")) as old, av.open(str(tmp_path / "v.mp4"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.pts is not None:
+                packet.stream, packet.pts, packet.dts = stream, *(n - int(2 / packet.time_base) for n in (packet.pts, packet.dts))
+                new.mux(packet)
+    content = bytearray((tmp_path / "v.mp4").read_bytes())
+    at = content.find(b"tkhd") + 44  # the matrix of the track's header: what is left comes to the top
+    content[at:at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "v.mp4").write_bytes(content)
+    pictures = published.read_video(tmp_path / "v.mp4", 4)
+    np.testing.assert_allclose(pictures[:, :100].mean((1, 2, 3)), [20 + 4 * i for i in (8, 13, 18, 23)], atol=2)
+    np.testing.assert_allclose(pictures[:, 124:].mean((1, 2, 3)), [120 + 4 * i for i in (8, 13, 18, 23)], atol=2)
 
 
 def test_a_published_clip_of_one_frame_is_black_and_a_broken_one_an_error(tmp_path):
