@@ -125,7 +125,8 @@ def _stamps(path: Path, container, stream) -> tuple[list[int], int]:
         raise MediaError(path, "has a video stream without frames", "copy or build it again")
     # An index at the front of the file survives a cut: what it promises must also be there. Avi counts ticks, skipped ones too.
     found = stamps[-1][0] + 1 if container.format.name == "avi" else len(packets)
-    if stream.frames and found < stream.frames:
+    # Where an edit list ends before the file does, the last packets are hidden ones and the rest is not even read.
+    if stream.frames and found < stream.frames and not packets[-1][2]:
         raise MediaError(path, f"is truncated: {found} of {stream.frames} frames are there",
                          "copy or build it again")
     container.seek(0)

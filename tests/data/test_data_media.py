@@ -116,6 +116,12 @@ def test_a_clip_cut_without_encoding_it_anew_is_its_own_part_alone(tmp_path, bfr
     np.testing.assert_allclose(read.mean((1, 2, 3)), 20 + 10 * np.arange(6, 16), atol=3)
     assert records.clip_seconds(path) == pytest.approx(10)
     assert probe.probe(str(path), "video") == probe.probe(str(path), "whole video") == probe.Probe(seconds=pytest.approx(10))
+    content = bytearray(path.read_bytes())
+    at = content.find(b"elst") + 12  # the length of the one edit, in ms: now it also ends before the next key frame, 4 s on
+    content[at:at + 4] = struct.pack(">I", 2000)
+    path.write_bytes(content)
+    np.testing.assert_allclose(media.read_video(path, 2)[0].mean((1, 2, 3)), [80, 90], atol=3)
+    assert probe.probe(str(path), "video") == probe.Probe(seconds=pytest.approx(2))
 
 
 def turned(path, matrix):
