@@ -29,6 +29,8 @@ from .text import clean, spans
 TAGS = ("audio", "visual")
 SEGMENTS = 10
 KINDS = ("a", "v", "av", "type_av", "event_av")
+# Inside a label it is one interval too many of a malformed piece; "frying_(food)" and "horn, small" are labels.
+_ANOTHER = re.compile(r"\(\s*\d+[\s,]+\d+\s*\)")
 # A separator between the two is a must: "26" must not read as "2 6".
 _INTERVAL = re.compile(r"\s*([0-9]{1,4})(?:\s*,\s*|\s+)([0-9]{1,4})\s*\)\s*")
 NAMES = tuple(f"{level}_{kind}" for level in ("segment", "event") for kind in KINDS)
@@ -67,7 +69,7 @@ def _event(modality: str, inside: str) -> ModalEvent | None:
     event = clean(head[:-1])
     match = _INTERVAL.fullmatch(tail)
     start, end = map(int, match.groups()) if match else (0, 0)
-    if not event or not 0 <= start < end <= SEGMENTS:
+    if not event or _ANOTHER.search(event) or not 0 <= start < end <= SEGMENTS:
         return None
     return ModalEvent(modality, event, start, end)
 
