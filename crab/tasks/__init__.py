@@ -6,6 +6,7 @@ the functions that work for all of them; one module for each form of answer does
 
 from .interface import (
     FORMS,
+    agree,
     answer,
     chance,
     corpus,
@@ -25,6 +26,6 @@ from .spatial import SIZE
 
 __all__ = [
     "BENCHMARKS", "FOLDER", "FORMS", "Masks", "MediaItem", "NULL", "SIZE", "SLOTS", "SPLITS", "Slot",
-    "answer", "chance", "corpus", "get_slot", "instruction", "json_path", "mask_path", "media_paths",
+    "agree", "answer", "chance", "corpus", "get_slot", "instruction", "json_path", "mask_path", "media_paths",
     "parse", "sample_id", "sample_scores", "score", "tags", "target", "truth",
 ]

@@ -6,6 +6,7 @@ missing is an error, never left out of an average.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from types import ModuleType
 from typing import Any, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ from .text import literals, spans
 FORMS = ("bare", "explicit")
 
 # One module for each form of answer. Each has TAGS, answer(truth), parse(text) and truth(slot, record); unless it is
-# for training only, measure(slot, records, answers) -> (metrics, per-sample scores) and chance(slot, records); and
-# bare(text), an answer without the words around it, if that is more or less than its tagged pieces.
+# for training only, measure(slot, records, answers) -> (metrics, per-sample scores) and chance(slot, records);
+# bare(text), an answer without the words around it, if that is more or less than its tagged pieces; and same(one, other),
+# whether two answers are scored as one, if they are so when they are not equal.
 MODULES: dict[str, ModuleType] = {
     "temporal": temporal,
     "dense": dense,
@@ -116,6 +118,11 @@ def truth(slot: str | Slot, record: Record) -> Any:
     """The truth of a record, of the type that :func:`parse` returns."""
     slot = get_slot(slot)
     return _module(slot).truth(slot, record)
+
+
+def agree(slot: str | Slot, one: Any, other: Any) -> bool:
+    """Whether two answers, or an answer and a truth, of the type that :func:`parse` returns, say the same to the scorer."""
+    return getattr(_module(get_slot(slot)), "same", operator.eq)(one, other)
 
 
 def target(slot: str | Slot, record: Record, form: str) -> str:
