@@ -11,6 +11,7 @@ data set) also needs a module, named in :data:`crab.tasks.interface.MODULES`.
 from __future__ import annotations
 
 import difflib
+import numbers
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Mapping, NamedTuple
@@ -55,6 +56,19 @@ def wrong_type(field: str, value: Any) -> str | None:
     wanted = " or ".join(dict.fromkeys(_SAID[t] for t in types))
     given = "null" if value is None else _SAID.get(type(value), type(value).__name__)
     return f"is {given}; give {wanted}"
+
+
+def whole(value: Any) -> int:
+    """The whole number that a field gives: as such, as 2.0, or as plain digits.
+
+    Raises:
+        ValueError: it gives none; 2.7 is not taken for 2.
+    """
+    text = isinstance(value, str) and value.isascii() and value.strip().isdigit()
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0
+    if not (text or number):
+        raise ValueError(f"{value!r:.80} is no whole number")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -287,6 +301,8 @@ def mask_path(slot: str | Slot, record: Mapping[str, Any]) -> str:
     frame = PurePosixPath(media_paths(slot, record)[0].path)
     clip = frame.parent.parent
     if slot.module != "referring":
+        if frame.parent.name != "frames":
+            raise ValueError(f"{describe(slot, record)}: '{str(frame)[-200:]}' must be <clip>/frames/<number>.jpg, for its mask to be found")
         return str(clip / "labels_rgb" / f"{frame.stem}.png")
     number = str(required(slot, record, "fid"))
     if not (number.isascii() and number.isdigit()):
@@ -309,14 +325,21 @@ def _inside(slot: Slot, record: Mapping[str, Any], field: str) -> PurePosixPath:
 
 def _second(slot: Slot, record: Mapping[str, Any], image: str) -> int:
     """Train records of s4 carry no index; their frames are named by it."""
-    value = record.get("frame_idx", record.get("idx", PurePosixPath(image).stem))
+    field = numbered(record)
+    value = record[field] if field else PurePosixPath(image).stem
     try:
-        second = int(value)
-    except (TypeError, ValueError):
+        second = whole(value)
+    except ValueError:
         second = -1
     if second < 0:
-        raise ValueError(f"{describe(slot, record)}: no second for its sound; give 'frame_idx' or name the frame by it")
+        given = f"field '{field}' is {value!r:.80}" if field else "no second for its sound"
+        raise ValueError(f"{describe(slot, record)}: {given}; give the frame's number, from 0, as 'frame_idx', or name the frame by it")
     return second
+
+
+def numbered(record: Mapping[str, Any]) -> str | None:
+    """The field that gives the number of an image slot's frame, which is the second of its sound; None if it has none."""
+    return next((name for name in ("frame_idx", "idx") if name in record), None)
 
 
 def describe(slot: Slot, record: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from .registry import Slot, describe
+from .registry import Slot, describe, whole
 from .text import integers, only
 
 TAGS = ("obj",)
@@ -47,16 +47,16 @@ def truth(slot: Slot, record: Mapping[str, Any]) -> Box:
     box = None
     if slot.truth_fields and all(f in record for f in slot.truth_fields):
         try:
-            corners = [record[f] for f in slot.truth_fields]
-            box = valid([int(v) for corner in corners for v in corner])
-        except (TypeError, ValueError, OverflowError):
+            (x1, y1), (x2, y2) = (map(whole, record[f]) for f in slot.truth_fields)
+            box = valid((x1, y1, x2, y2))
+        except (TypeError, ValueError):
             box = None
     else:
         box = parse(record.get(slot.answer_field, ""))
     if box is None:
         raise ValueError(
             f"{describe(slot, record)}: {' and '.join(slot.truth_fields)} (or '{slot.answer_field}') must "
-            f"give a box with 0 <= x1 < x2 <= {SIZE} and 0 <= y1 < y2 <= {SIZE}"
+            f"give a box in whole pixels, [x1, y1] and [x2, y2], with 0 <= x1 < x2 <= {SIZE} and 0 <= y1 < y2 <= {SIZE}"
         )
     return box
 

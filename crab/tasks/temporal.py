@@ -11,7 +11,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from .registry import Slot, describe, required
+from .registry import Slot, describe, required, whole
 from .text import clean, integers, spans
 
 TAGS = ("event", "range")
@@ -49,13 +49,13 @@ def truth(slot: Slot, record: Mapping[str, Any]) -> EventRange:
     """The true event and range of a record."""
     event, start, end = (required(slot, record, f) for f in slot.truth_fields)
     try:
-        start, end = int(start), int(end)
-    except (TypeError, ValueError, OverflowError):
+        start, end = whole(start), whole(end)
+    except ValueError:
         start = end = -1
     if not clean(event) or not 0 <= start < end <= SEGMENTS:
         raise ValueError(
-            f"{describe(slot, record)}: fields {', '.join(slot.truth_fields)} must be a label and "
-            f"whole seconds 0 <= start < end <= {SEGMENTS}"
+            f"{describe(slot, record)}: fields {', '.join(slot.truth_fields)} must be a label and whole seconds "
+            f"0 <= start < end <= {SEGMENTS}, not {', '.join(f'{record[f]!r:.40}' for f in slot.truth_fields)}"
         )
     return EventRange(clean(event), start, end)
 
