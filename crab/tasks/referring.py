@@ -4,12 +4,14 @@ J and F are those of :mod:`crab.tasks.segmentation`. Test records belong to one 
 ``test_s`` (classes seen in training), ``test_u`` (unseen ones) and ``test_n`` (null: the described thing
 is not there, and the true mask is empty). On the null split S is the square root of predicted
 foreground over true background, which there is the whole image, as in the data set's own code; 0 is best,
-1 worst (Wang et al., "Ref-AVS: Refer and Segment Objects in Audio-Visual Scenes", ECCV 2024).
+1 worst (Wang et al., "Ref-AVS: Refer and Segment Objects in Audio-Visual Scenes", ECCV 2024). The published
+script of Crab+ divides by the background of the prediction instead, so its S is higher and has no bound.
 
 The primary J is over all samples. A null sample counts 1 if the answer is that nothing is there, else
-0: the IoU with an empty mask. What does not parse, or gives no mask, has J = F = 0 and S = 1; the
-numbers that end in ``_answered`` leave it out, as the published script does, and are no more than a
-second reading. A split without records has no numbers.
+0: the IoU with an empty mask. What does not parse, or gives no mask, has J = F = 0 and S = 1. The
+numbers that end in ``_answered`` are the means over the rest, and no more than a second reading: the
+published script leaves such answers out too, but reads answers by a rule of its own
+(:mod:`crab.tasks.segmentation`). A split without records has no numbers.
 """
 
 from __future__ import annotations

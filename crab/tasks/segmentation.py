@@ -2,8 +2,16 @@
 
 J is the mean IoU of predicted and true mask; F is (1 + b2) P R / (b2 P + R) with b2 = 0.3 on pixels
 (Zhou et al., "Audio-Visual Segmentation", ECCV 2022), of the mask as it is: no search over
-thresholds. An answer that does not parse and a mask that could not be made score 0; ``J_answered`` and
-``F_answered`` leave them out, as the published script does, and are no more than a second reading.
+thresholds. An answer that does not parse and a mask that could not be made score 0 and are counted in
+``no_mask``; ``J_answered`` and ``F_answered`` are the means over the others, and no more than a second
+reading. The published script leaves such answers out too, but reads answers by a rule of its own: the first
+box and the last three points of a text (fewer will do, and three without a box), white space nowhere, and
+no coordinate of 224, which is here the far edge. So its numbers are near to these, not the same.
+
+Where a true mask is black, as in some frames of MS3 (nothing in view sounds), an empty mask has J = F = 1 and
+any other J = F = 0, as in the published script. AVSBench's own code differs: there J of such a frame is the
+share of the image that is left unmarked, which is never less, and F is the mean over the other frames alone.
+``empty_truth`` counts such frames, where there are any.
 
 This module reads no files: who scores hands in a :class:`Masks`.
 """
@@ -104,7 +112,7 @@ def measure(
     answers: Sequence[Prompt | None],
     masks: Masks | None = None,
 ) -> tuple[dict[str, float], list[float]]:
-    """J and F over all samples; per sample J."""
+    """J and F over all samples, and counts of what has no mask and, if there are any, of black true masks; per sample J."""
     masks = needed(slot, masks)
     pairs = [
         None if given is None else scored(slot, masks, record, given)
@@ -114,6 +122,8 @@ def measure(
     made = np.array([p for p in pairs if p is not None] or [(0.0, 0.0)])
     metrics = dict(zip(("J", "F", "J_answered", "F_answered"), map(float, (*table.mean(0), *made.mean(0)))))
     metrics["no_mask"] = sum(p is None for p in pairs)
+    if empty := sum(not np.any(masks.truth(record)) for record in records):
+        metrics["empty_truth"] = empty
     return metrics, table[:, 0].tolist()
 
 
