@@ -183,7 +183,9 @@ def test_train_only_slots_are_not_scored(slot, records_of):
 @pytest.mark.parametrize(("slot", "change", "named"), [
     ("ave", {"start_time": 10}, "start_time"), ("ave", {"end_time": "x"}, "end_time"),
     ("avvp", {"label_content": "none"}, "label_content"), ("arig", {"top_left": [300, 2]}, "top_left"),
-    ("arig", {"top_left": 5}, "top_left"), ("s4", {"label_content": None}, "label_content"),
+    ("arig", {"top_left": 5}, "top_left"), ("arig", {"top_left": [1.9, 2]}, "whole pixels"),
+    ("arig", {"top_left": [1], "bottom_right": [2, 3, 4]}, r"\[x1, y1\] and \[x2, y2\]"), ("arig", {"top_left": [True, 2]}, "top_left"),
+    ("s4", {"label_content": None}, "label_content"),
     ("avqa", {"type": "audio"}, "type"), ("avqa", {"type": "[" * 100_000}, "type"), ("avqa", {"answer": " "}, "answer"),
     ("a2v", {"correct_video": 3}, "correct_video"), ("ms3", {"label_content": ""}, "label_content"),
     ("meld", {"Emotion": " "}, "Emotion"), ("ucf", {"label": ""}, "label"), ("dfew", {"emotion": ""}, "emotion"),

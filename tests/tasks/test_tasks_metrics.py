@@ -61,6 +61,15 @@ def test_ave_against_scikit_learn(cases):
     assert tasks.chance("ave", records) == pytest.approx(best)
 
 
+@pytest.mark.parametrize(("times", "range_"), [((2, 6), (2, 6)), (("2", "10"), (2, 10)), ((2.0, "06"), (2, 6)), ((0, 1), (0, 1))])
+def test_ave_times_are_whole_seconds(times, range_):
+    record = make_record("ave", 0, "", ("bell", *times))
+    assert tasks.truth("ave", record) == ("bell", *range_)
+    for bad in (2.7, "2.7", "2.0", "\u0663", "1_0", True, None, float("nan"), float("inf"), [2]):
+        with pytest.raises(ValueError, match="start_time, end_time must be a label and whole seconds 0 <= start < end <= 10, not 'bell', "):
+            tasks.truth("ave", record | {"start_time": bad, "end_time": 10})
+
+
 # --- AVVP
 
 def test_avvp_by_hand():
@@ -166,6 +175,21 @@ def test_avvp_chance_by_hand():
     assert tasks.chance("avvp", records) == pytest.approx(2 / 3)
     texts = ["<audio>bell,(0 10)</audio><visual>bell,(0 10)</visual>"] * 3
     assert tasks.score("avvp", records, texts)["primary"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("text", [
+    "<audio>dog,(0 3),(5 8)</audio>", "<audio>dog,(0 3) dog,(5 8)</audio>", "<audio>dog, ( 0 , 3 ) ,(5 8)</audio>",
+    "<visual>cat,(0 3)</visual> <audio>dog (0,3),(5 8)</audio>",
+])
+def test_avvp_a_piece_of_two_intervals_makes_the_whole_answer_unreadable(text):
+    assert tasks.parse("avvp", text) is None
+    truth = (("audio", "dog", 5, 8), ("visual", "cat", 0, 3))
+    assert run("avvp", [truth], [text])["metrics"] == dict.fromkeys(run("avvp", [truth], [""])["metrics"], 0)
+
+
+def test_avvp_labels_may_hold_brackets_commas_and_numbers():
+    for label in ("frying_(food)", "horn, small", "drum (2)", "band (no 3, live)", "take 5 8"):
+        assert tasks.parse("avvp", f"<audio>{label},(5 8)</audio>") == (("audio", label, 5, 8),)
 
 
 # --- UnAV
@@ -283,6 +307,18 @@ def test_s4_counts_what_fails_as_wrong(records_of):
         tasks.score("s4", records, texts, masks=masks._replace(segment=lambda *a: np.ones((8, 8), bool)))
 
 
+def test_black_true_masks_are_counted_and_agree_with_nothing_but_a_black_mask(records_of):
+    records, said = records_of("ms3"), tasks.answer("ms3", ((0, 0, 8, 8), ((1, 1), (2, 2), (3, 3))))
+    black = np.zeros((8, 8), bool)
+    masks = tasks.Masks(lambda r: black if r["frame_idx"] else ~black, lambda r, box, points: ~black if r["vid"] == "seen" else black)
+    for record, frame, vid in zip(records, (1, 1, 0), ("seen", "unseen", "seen"), strict=True):
+        record |= {"frame_idx": frame, "vid": vid}
+    got = tasks.score("ms3", records, [said] * 3, masks=masks)
+    assert got["per_sample"] == [0, 1, 1] and got["metrics"]["F"] == pytest.approx(2 / 3) and got["metrics"]["empty_truth"] == 2
+    assert tasks.score("ms3", records, ["", said, said], masks=masks)["metrics"]["empty_truth"] == 2  # whatever is answered
+    assert "empty_truth" not in tasks.score("ms3", records[2:], [said], masks=masks)["metrics"]
+
+
 @pytest.mark.parametrize("text", [
     "[16,24,80,88] [40,48] [48,56]", "[16,24,80,88] [40,48] [48,56] [56,64] [1,1]", "[40,48] [16,24,80,88] [48,56] [56,64]",
     "[80,24,16,88] [40,48] [48,56] [56,64]", "[16,24,80,88] [40,48] [48,56] [56,225]", "[[16,24,80,88] [40,48] [48,56] [56,64]]",
@@ -300,6 +336,20 @@ def test_s4_chance_uses_the_same_segmenter(records_of):
     assert got >= np.mean(areas) - 1e-9
     half = tasks.chance("s4", records, masks=MASKS._replace(segment=lambda r, b, p: np.zeros((224, 224), bool)))
     assert half == 0
+
+
+# --- UCF
+
+def test_ucf_labels_are_compared_without_what_parts_their_words():
+    """A class as the set names it, and the words in which the answer to be learned says it."""
+    said = ["apply eye makeup", "ApplyEyeMakeup", "apply_eye_makeup", "applyeyemakeup", "apply makeup", "apply lipstick", ""]
+    records = [{"label": "ApplyEyeMakeup"}] * len(said)
+    got = tasks.score("ucf", records, [f"<answer>{text}</answer>" for text in said])
+    assert got["per_sample"] == [1, 1, 1, 1, 0, 0, 0] and got["metrics"]["accuracy"] == pytest.approx(4 / 7) and got["n_unparsable"] == 1
+    mixed = [{"label": "YoYo"}, {"label": "yo yo"}, {"label": "TaiChi"}]
+    assert tasks.chance("ucf", mixed) == pytest.approx(2 / 3)
+    assert tasks.truth("ucf", mixed[0]) == "yoyo" and tasks.truth("ucf", mixed[1]) == "yo yo"  # shown as they are written
+    assert tasks.agree("ucf", "yo yo", "yoyo") and not tasks.agree("meld", "yo yo", "yoyo") and tasks.agree("meld", "joy", "joy")
 
 
 # --- MS3

@@ -42,6 +42,22 @@ def test_a_missing_path_or_second_is_named():
         tasks.media_paths("s4", {"image_path": "frames/first.jpg", "audio_path": "a.wav"})
 
 
+@pytest.mark.parametrize("bad", [0.9, -1, "1.0", "\u0663", "1_0", True, "", float("nan")])
+def test_the_number_of_a_frame_is_whole(bad):
+    record = {"visual_path": "c/frames/0.jpg", "audio_path": "a.wav"}
+    for field in ("frame_idx", "idx"):
+        with pytest.raises(ValueError, match=f"field '{field}' is .*; give the frame's number"):
+            tasks.media_paths("s4", record | {field: bad})
+    assert [tasks.media_paths("s4", record | {"frame_idx": good})[1].second for good in (2, 2.0, "02")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("slot", ["s4", "ms3"])
+@pytest.mark.parametrize("frame", ["0.jpg", "c/0.jpg", "c/Frames/0.jpg"])
+def test_a_frame_without_a_folder_of_frames_has_no_mask_to_be_found(slot, frame):
+    with pytest.raises(ValueError, match="must be <clip>/frames/<number>.jpg"):
+        tasks.mask_path(slot, {"visual_path": frame, "audio_path": "a.wav", "frame_idx": 0})
+
+
 def test_an_unknown_slot_is_an_error_with_the_nearest_name():
     with pytest.raises(ValueError, match="did you mean 'cremad'.*ave.*avcap"):
         tasks.get_slot("crema")
