@@ -20,8 +20,12 @@ PROBLEMS = {
     "field": "a field is missing, null or of another type",
     "path": "a path is no relative path, or climbs out of its folder",
     "id twice": "two records of a list have one id",
-    "answer": "an answer, or a truth, cannot be read",
+    "record twice": "two records of a list have all fields alike",
+    "answer": "an answer, or a truth, cannot be read, or the answer to be learned is not the truth of its record",
     "unread answer": "the answer of a test record cannot be read; it is not needed, since the truth is in other fields",
+    "other answer": "the answer of a test record is not its truth, which is in other fields and is what counts",
+    "unsaid truth": "the truth of a test record is a text that no answer can say: whatever is predicted is wrong",
+    "other frame": "the number of a frame is not that of its file's name",
     "missing": "a media file is not there",
     "not a file": "a media path leads to a folder or a device",
     "link": "a link leads out of the root",
@@ -31,7 +35,7 @@ PROBLEMS = {
     "truncated": "a media file ends before what it promises",
     "no video": "a clip has no video stream",
     "no frames": "a clip has no frames",
-    "no sound": "a sound file has no sound",
+    "no sound": "a sound file has no sound, or too little to be heard",
     "no such second": "the sound ends before the second that a record asks for",
     "hangs": "the decoder did not come to an end in time",
     "crashes": "the decoder crashed",
@@ -40,8 +44,8 @@ PROBLEMS = {
     "not converted": "a row of an original data set of which its converter made no record",
 }
 #: Those that never leave a record out, and those that need not: such a record can be used.
-NOTES = ("unread answer", "stranger")
-TOLERABLE = ("name", "link", "overlap")
+NOTES = ("unread answer", "other answer", "unsaid truth", "other frame", "stranger")
+TOLERABLE = ("name", "link", "overlap", "record twice")
 #: Beside a slot's lists, where a converter made them: what it left out, and why.
 CONVERSION = "conversion.json"
 _NAMED = 5  # problems named in the error

@@ -27,6 +27,7 @@ from crab.data.files import aside
 
 SIZE = 224  # side of every frame, image and mask, pixels
 RATE = 16_000  # sample rate of every sound handed to a model, Hz
+LEAST = 0.1  # seconds that a sound must last to be heard at all, whatever encoder hears it
 _SAME_TIME = 1e-9  # seconds that rounding may part two equal time stamps by
 
 # Measured on 10 s clips of the generated world at 2 frames/s: 9 kB in 20 ms, at the PSNR (37 dB and more) that 4:2:0

@@ -79,11 +79,12 @@ def parse(path: str | os.PathLike) -> list[Any]:
     """The list that a file of records holds, its members unchecked; NaN and infinite numbers read as null.
 
     Raises:
-        RecordError: no file, one that is not UTF-8 or not JSON, or not a list.
+        RecordError: no file, one that is not UTF-8 or not JSON, or not a list; a field that an object gives twice.
     """
     path = Path(path)
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None, parse_float=_finite)
+        loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None, parse_float=_finite,
+                            object_pairs_hook=_once)
     except FileNotFoundError:
         raise RecordError(str(path), "no such file; run the build stage, or set the data root to the folder that "
                           f"holds {tasks.FOLDER}", "no list") from None
@@ -97,11 +98,28 @@ def parse(path: str | os.PathLike) -> list[Any]:
                           "mend it there, or build or copy it again", "unreadable list") from error
     except RecursionError as error:
         raise RecordError(str(path), "nested too deep; it must be a flat list of records", "unreadable list") from error
+    except _Twice as error:
+        raise RecordError(str(path), str(error), "unreadable list") from None
     except ValueError as error:  # a whole number of thousands of digits
         raise RecordError(str(path), f"holds a number that cannot be read ({error}); mend it", "unreadable list") from error
     if not isinstance(loaded, list):
         raise RecordError(str(path), f"holds a {type(loaded).__name__}; it must be a list of records", "unreadable list")
     return loaded
+
+
+class _Twice(ValueError):
+    """A field that an object gives twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which Python would keep the last of two fields of one name, silently."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        name = next(name for place, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:place]))
+        values = " and ".join(repr(value)[:80] for other, value in pairs if other == name)
+        about = ", ".join(f"{other!r} {value!r}"[:80] for other, value in pairs[:2])
+        raise _Twice(f"field {name[:80]!r} stands twice in one record ({about}, ...), as {values}; keep one of them")
+    return made
 
 
 def _finite(text: str) -> float | None:

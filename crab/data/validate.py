@@ -20,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from crab import tasks
-from crab.data import probe, records
+from crab.data import media, probe, records
 from crab.data.findings import CONVERSION, NOTES, TOLERABLE, Count, Finding, Report, ValidationError
 from crab.data.records import RecordError
+from crab.tasks.registry import numbered
 
 ON_PROBLEM = ("error", "skip")
 
@@ -156,6 +157,7 @@ class _Walk:
         if not raws:
             self.find(key, "no records", "is an empty list; copy or build it again, or take the slot out of `slots`", file)
         seen: dict[str, int] = {}
+        whole: dict[bytes, int] = {}  # a record, all its fields alike -> its place
         uses = []
         for index, raw in enumerate(raws):
             try:
@@ -168,6 +170,10 @@ class _Walk:
                 count.left_out[error.kind] += 1
                 continue
             seen[use.id] = index
+            first = whole.setdefault(hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).digest(), index)
+            if first != index and self.find(key, "record twice", f"has all fields alike with record {first}; take one of the two out", file, use):
+                count.left_out["record twice"] += 1
+                continue
             uses.append(use)
         return uses
 
@@ -175,7 +181,7 @@ class _Walk:
         split = key[1]
         record = records.check("", slot, split, index, raw)
         try:
-            unread = _answered(slot, split, record)
+            notes = [*_answered(slot, split, record), *_framed(record)]
         except (ValueError, RecursionError) as error:
             raise RecordError("", records.said(error, slot, record), "answer") from None
         media = [(item.path, item.kind) for item in record["media"]]
@@ -183,8 +189,8 @@ class _Walk:
         if slot.masks and self.mask_wanted(split, record):
             media.append((record["mask"], "mask"))
         use = _Use(index, record["id"], raw, tuple(media), window)
-        if unread:
-            self.find(key, "unread answer", unread, tasks.json_path(slot, split), use)
+        for problem, words in notes:
+            self.find(key, problem, words, tasks.json_path(slot, split), use)
         return use
 
     def mask_wanted(self, split: str, record: dict[str, Any]) -> bool:
@@ -312,9 +318,13 @@ class _Walk:
                 continue
             if found.named:
                 yield "name", found.named, path
-            if use.window and use.window[0] == place and not found.seconds > use.window[1]:
-                yield ("no such second", f"lasts {found.seconds:.2f} s, and the record is about second {use.window[1]}; give the whole "
-                       "sound, or the right index", path)
+            if use.window and use.window[0] == place:
+                if found.seconds < use.window[1] + media.LEAST:
+                    yield ("no such second", f"lasts {found.seconds:.2f} s, and the record is about second {use.window[1]}; give the whole "
+                           "sound, or the right index", path)
+            elif kind == "audio" and 0 < found.seconds < media.LEAST:  # 0 where a container does not say
+                yield ("no sound", f"lasts {found.seconds * 1000:.3g} ms, too short to be heard; give a sound of {media.LEAST} s or more",
+                       path)
             if key[1] == "train" and at.same in self.tested:
                 yield "overlap", f"is also shown by {self.tested[at.same]}; take one of the two out", path
         if key[1] == "train" and "id" in use.raw and (key[0], use.id) in self.tested:
@@ -340,24 +350,45 @@ def _name(slot: tasks.Slot, split: str, index: int, raw: Any) -> str:
     return tasks.sample_id(slot, {"id": own} if isinstance(own, (str, int)) and own != "" else {}, index, split)[:200]
 
 
-def _answered(slot: tasks.Slot, split: str, record: dict[str, Any]) -> str:
+def _answered(slot: tasks.Slot, split: str, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Raise ValueError unless a record can be learned from (train) or scored on (test).
 
-    Returns:
-        what is wrong with an answer that is not needed; else empty.
+    Yields:
+        (problem, words) of what is wrong with an answer that is not needed, and of a truth that none can say.
     """
     tasks.instruction(slot, record)
-    labelled = slot.answer_field in record
+    labelled, others = slot.answer_field in record, ", ".join(slot.truth_fields) or "its other fields"
     if split == "train":
-        tasks.target(slot, record, "explicit")
-        tasks.truth(slot, record)
-        return ""
+        said, true = tasks.parse(slot, tasks.target(slot, record, "explicit")), tasks.truth(slot, record)
+        if not tasks.agree(slot, said, true):
+            raise ValueError(f"field '{slot.answer_field}' says {_shown(said)}, and {others} {_shown(true)}; correct what is wrong")
+        return
     blank = np.zeros((1, 1), bool)
     masks = tasks.Masks(lambda _: blank, lambda *_: blank) if slot.masks else None
     tasks.score(slot, [record], [""], ids=["one"], masks=masks)  # all that the scorer asks of a record
-    if slot.masks and labelled or not slot.masks:
-        tasks.truth(slot, record)
-    if labelled and tasks.parse(slot, record[slot.answer_field]) is None:
-        others = ", ".join(slot.truth_fields) or "its other fields"
-        return f"field '{slot.answer_field}' holds no answer that can be read; the truth is taken from {others}"
-    return ""
+    if slot.masks and not labelled:
+        return
+    true = tasks.truth(slot, record)
+    said = tasks.parse(slot, record[slot.answer_field]) if labelled else true
+    if said is None:
+        yield "unread answer", f"field '{slot.answer_field}' holds no answer that can be read; the truth is taken from {others}"
+    elif not tasks.agree(slot, said, true):
+        yield "other answer", (f"field '{slot.answer_field}' says {_shown(said)}, and {others} {_shown(true)}; the latter is taken for the "
+                               "truth, correct it if it is wrong")
+    try:
+        tasks.answer(slot, true)
+    except ValueError:
+        yield "unsaid truth", f"no answer can say {_shown(true)}, which {others} gives for the truth; every prediction will be wrong, correct it"
+
+
+def _shown(answer: Any) -> str:
+    return repr(tuple(answer) if isinstance(answer, tuple) else answer)[:120]
+
+
+def _framed(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(problem, words) where an image slot's record numbers its frame otherwise than the file's name does, if that is a number."""
+    image, sound, *_ = record["media"]
+    name, field = Path(image.path).stem, numbered(record)
+    if image.kind == "image" and field and name.isascii() and name.isdigit() and int(name) != sound.second:
+        yield "other frame", (f"field '{field}' is {record[field]!r:.40}, and the frame's file is named {name}; the second of the sound is taken "
+                              "from the field, correct it if it is wrong")

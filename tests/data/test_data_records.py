@@ -78,6 +78,8 @@ def test_a_bad_record_is_named(copy, change, words):
     (b'{"vid": "a"}', ["dict", "list"]),
     (b'["\xff"]', ["UTF-8", "byte 2"]),
     (b"[" * 200_000, ["nested"]),
+    (b'[{"vid": "a", "event": "cat", "event": "dog"}]', ["'event' stands twice", "'vid' 'a'", "'cat' and 'dog'", "keep one"]),
+    (b'[{"vid": "a", "more": {"x": 1, "y": 2, "x": 1}}]', ["'x' stands twice"]),
 ])
 def test_a_bad_file_is_named(copy, content, words):
     root, path = copy
