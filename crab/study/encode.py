@@ -15,6 +15,7 @@ from crab.study.pool import run_pool
 
 #: Samples that go through the encoders together; their decoded media are in memory at once.
 BATCH = 16
+_LEAST_FRAMES = 3  # of a spectrogram, for a token: the encoder halves their number twice
 #: How media are shown: as they are, or as the published loader does (`crab.study.published`).
 COMPATIBILITY = ("none", "published")
 
@@ -42,8 +43,16 @@ def load_media(record: Mapping, frames: int) -> list[omni.Media]:
 
 
 def prepared(processor, record: Mapping, frames: int, instruction: str):
-    """A record's prompt, as `omni.prepare` makes it, in which each video keeps its own seconds a frame."""
+    """A record's prompt, as `omni.prepare` makes it, in which each video keeps its own seconds a frame.
+
+    Raises:
+        ValueError: a sound is longer than what the model hears, which would cut it off while the frames span all of the clip.
+        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    """
     media = load_media(record, frames)
+    for item, source in zip(media, record["media"], strict=True):
+        if item.kind == "audio" and (words := published.cut_off(processor, item.data)):
+            raise ValueError(f"encode: {source.path}, a sound of {_named(record)}, {words}")
     prompt = omni.prepare(processor, media, instruction)
     rates = [item.fps for item in media if item.kind == "video"]
     if len(set(rates)) > 1:  # the processor takes one rate for all of a prompt's videos
@@ -64,6 +73,11 @@ def encode_slot(
 
     Args:
         root: holds ``AVUIE_2``. limit: take only the first so many samples. compatibility: one of :data:`COMPATIBILITY`.
+
+    Raises:
+        ValueError: no records, or a sound too short or too long for the base; naming the record.
+        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+        RuntimeError: the encoders fail; naming the records they were given.
     """
     _check(compatibility)
     prepare = partial(published.prepared, slot) if compatibility == "published" else prepared
@@ -75,7 +89,12 @@ def encode_slot(
     for first in range(0, len(found), BATCH):
         batch = found[first : first + BATCH]
         prompts = [prepare(processor, r, frames, tasks.instruction(slot, r)) for r in batch]
-        samples += omni.encode(model, prompts)
+        for record, prompt in zip(batch, prompts, strict=True):
+            _check_heard(processor, record, prompt)
+        try:
+            samples += omni.encode(model, prompts)
+        except RuntimeError as error:
+            raise RuntimeError(f"encode: {slot}/{split}, records {batch[0]['id']} to {batch[-1]['id']}: {error}") from error
     write_slot(
         out,
         slot,
@@ -107,6 +126,19 @@ def encode_all(
         if split in tasks.get_slot(slot).splits
     ]
     return run_pool(jobs, workers, "encode")
+
+
+def _named(record: Mapping) -> str:
+    return f"record {record['id']}" if "id" in record else "a record"
+
+
+def _check_heard(processor, record: Mapping, prompt: Mapping) -> None:
+    """Raise ValueError, naming the record, if one of a prompt's sounds is so short that no token is made of it."""
+    if "feature_attention_mask" in prompt and int(prompt["feature_attention_mask"].sum(-1).min()) < _LEAST_FRAMES:
+        least = (_LEAST_FRAMES - 1) * processor.feature_extractor.hop_length / omni.SAMPLE_RATE
+        files = " or ".join(item.path for item in record["media"] if item.kind == "audio")
+        raise ValueError(f"encode: {files}, a sound of {_named(record)}, gives no more than {least:.3g} s to hear, of which this base makes no "
+                         "token; leave the record out of its list, or take a base whose spectrogram is finer (hop_length)")
 
 
 def _check(compatibility: str) -> None:

@@ -33,6 +33,7 @@ from crab.data import media
 from crab.models import omni
 
 _SHARES = {"avqa": 60, "arig": 5, "s4": 5, "ms3": 5}  # of all others 10
+_SLACK = 0.5  # seconds by which a clip may be longer than it is said to be
 _FELT = 4  # seconds that emotion slots hear
 _BLACK = 10  # frames in place of a clip that has but one, whatever is asked for
 
@@ -41,7 +42,7 @@ def prepared(slot: str, processor, record: Mapping, frames: int, instruction: st
     """A record's prompt, for `omni.encode`, with the media as :func:`load_media` gives them.
 
     Raises:
-        ValueError: the joined sounds of v2a are longer than what the model hears, which would cut the second off.
+        ValueError: a sound is longer than what the model hears; of the joined ones of v2a the second would be cut off.
         crab.data.media.MediaError: naming the file that is missing or cannot be read.
     """
     items = load_media(slot, record, frames)
@@ -51,6 +52,9 @@ def prepared(slot: str, processor, record: Mapping, frames: int, instruction: st
         raise ValueError(f"encode: compatibility is 'published', which joins the sounds of {record['id']} to "
                          f"{len(of['audio'][0]) / media.RATE:.0f} s, and this base hears {heard / media.RATE:.0f} s; "
                          f"take {slot} out of slots, or set compatibility to none")
+    for wave in of["audio"]:
+        if words := cut_off(processor, wave):
+            raise ValueError(f"encode: compatibility is 'published', and what is heard of {record['id']} {words}")
     shown = "".join(omni.PLACEHOLDER[item.kind] for item in items)
     return processor(
         text=[f"{omni.START} user {shown} {instruction} {omni.END} {omni.START} assistant"],
@@ -61,6 +65,15 @@ def prepared(slot: str, processor, record: Mapping, frames: int, instruction: st
         **({"sampling_rate": media.RATE} if of["audio"] else {}),
         return_tensors="pt",
     )
+
+
+def cut_off(processor, wave: np.ndarray) -> str:
+    """What is wrong with a sound that the processor would cut, silently, and the mend; empty where at most `_SLACK` s are lost."""
+    heard = processor.feature_extractor.n_samples
+    if len(wave) <= heard + _SLACK * media.RATE:
+        return ""
+    return (f"lasts {len(wave) / media.RATE:.1f} s, of which this base hears {heard / media.RATE:.0f} s; cut clip and sound to that, leave "
+            "the record out of its list, or take a base that hears more")
 
 
 def load_media(slot: str, record: Mapping, frames: int) -> list[omni.Media]:

@@ -103,6 +103,51 @@ def test_two_videos_of_a_prompt_keep_a_clock_each(base, tmp_path):
         assert ((video - video[0, 0]) == torch.arange(5)[:, None] * seconds * per_second).all()
 
 
+@pytest.mark.parametrize("slot, second", [("ks", None), ("s4", 0)])
+@pytest.mark.parametrize("compatibility", ["none", "published"])
+def test_a_sound_of_which_no_token_is_made_is_named(base, tmp_path, monkeypatch, slot, second, compatibility):
+    """Two frames of the spectrogram, of 400 samples each, make none; the published loader fills a sound up to 1 s first."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    seen = clip(tmp_path / "v.mp4", 2, 4) if slot == "ks" else tasks.MediaItem("image", str(tmp_path / "0.png"), "image_path")
+    record = {"id": "x/7", "image_path": "0.png", "media": [seen, tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path", second)],
+              "action": "a", "label": "<answer>a</answer>", "label_content": "[0,0,8,8] [1,1] [2,2] [3,3]"}  # fmt: skip
+    monkeypatch.setattr(records, "read", lambda *args: [record])
+    for samples in (10, 800, 801):
+        write_audio(tmp_path / "a.wav", np.full(samples, 0.1))
+        if samples > 800 or compatibility == "published":
+            assert encode_slot(tmp_path, slot, "train", base, tmp_path / "out", compatibility=compatibility) == 1
+        else:
+            with pytest.raises(ValueError, match="a.wav, a sound of record x/7, gives no more than 0.05 s to hear.*; leave the record out"):
+                encode_slot(tmp_path, slot, "train", base, tmp_path / "out", compatibility=compatibility)
+
+
+def test_a_sound_that_the_base_would_cut_is_refused(base, tmp_path):
+    """The frames span the whole clip; half a second too much is let pass."""
+    _, processor = load_base(base)
+    seen, sound = clip(tmp_path / "v.mp4", 12, 2), tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path")
+    record = {"id": "x/7", "media": [seen, sound]}
+    shown = {"none": lambda: prepared(processor, record, 4, "which ?"), "published": lambda: published.prepared("ks", processor, record, 4, "?")}
+    for seconds, fits in ((10, True), (10.4, True), (12, False)):
+        write_audio(tmp_path / "a.wav", np.full(round(seconds * 16_000), 0.1))
+        for show in shown.values():
+            if fits:
+                assert show()["feature_attention_mask"].sum() == 400
+            else:
+                with pytest.raises(ValueError, match="x/7,? lasts 12.0 s, of which this base hears 10 s; cut clip and sound to that"):
+                    show()
+    processor.feature_extractor.n_samples = 300 * 16_000  # as Qwen2.5-Omni's
+    assert not published.cut_off(processor, np.zeros(300 * 16_000)) and published.cut_off(processor, np.zeros(301 * 16_000))
+
+
+def test_records_on_which_the_encoders_fail_are_named(world, base, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(omni, "encode", fail)
+    with pytest.raises(RuntimeError, match="cremad/train, records cremad/train/00000 to cremad/train/00001: out of memory"):
+        encode_slot(world, "cremad", "train", base, tmp_path)
+
+
 def test_missing_file_is_named_and_nothing_is_left(world, base, tmp_path, monkeypatch):
     good = records.read(world, "cremad", "train")
     gone = good[1]["media"][0]._replace(path=str(world / "gone.mp4"))
