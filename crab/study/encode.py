@@ -66,13 +66,12 @@ def encode_slot(
     split: str,
     base: str | Path,
     out: str | Path,
-    limit: int | None = None,
     compatibility: str = "none",
 ) -> int:
     """Encode one slot and split into ``out``; returns the number of samples.
 
     Args:
-        root: holds ``AVUIE_2``. limit: take only the first so many samples. compatibility: one of :data:`COMPATIBILITY`.
+        root: holds ``AVUIE_2``. compatibility: one of :data:`COMPATIBILITY`.
 
     Raises:
         ValueError: no records, or a sound too short or too long for the base; naming the record.
@@ -81,7 +80,7 @@ def encode_slot(
     """
     _check(compatibility)
     prepare = partial(published.prepared, slot) if compatibility == "published" else prepared
-    found = records.read(root, slot, split)[:limit]
+    found = records.read(root, slot, split)
     if not found:
         raise ValueError(f"{Path(root) / tasks.json_path(slot, split)}: no records to encode")
     model, processor = load_base(base)
@@ -114,13 +113,12 @@ def encode_all(
     base: str | Path,
     out: str | Path,
     workers: int = 2,
-    limit: int | None = None,
     compatibility: str = "none",
 ) -> dict[str, int]:
     """Encode all splits of every slot in worker processes; returns samples by ``slot/split``."""
     _check(compatibility)
     jobs = [
-        (f"{slot}/{split}", partial(encode_slot, root, slot, split, base, out, limit, compatibility))
+        (f"{slot}/{split}", partial(encode_slot, root, slot, split, base, out, compatibility))
         for split in tasks.SPLITS
         for slot in slots
         if split in tasks.get_slot(slot).splits

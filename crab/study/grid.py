@@ -19,7 +19,7 @@ import pandas as pd
 
 from crab import tasks
 from crab.data import records
-from crab.data.files import aside_folder, read_json, write_json
+from crab.data.files import read_json, write_json
 from crab.study import sources
 from crab.study.dataset import read_slot
 from crab.study.keys import code_digest, key_of
@@ -30,6 +30,7 @@ from crab.study.score import SAMPLE_COLUMNS, SCORING, masks_of, read_predictions
 from crab.study.train import adapter_config, run_key, run_options, train_run, warn_of_emulation
 
 EVALUATE = {"batch_size": 32, "max_new_tokens": 96, "segmenter": "grabcut"}
+ANSWERED = "run.json"  # the run's record in a cell's folder, written when its answers are whole
 COLUMNS = ["cell", *SAMPLE_COLUMNS]
 CELL_COLUMNS = [
     "cell", "run", "key", "learning_rate", "passes", "held_out", "trainable_parameters", "samples", "steps", "seconds", "last_loss",
@@ -101,7 +102,6 @@ class _Place:
     batch_size: int
     precision: str
     evaluate: Mapping[str, Any]
-    keep_adapters: bool
 
 
 def run_grid(
@@ -115,18 +115,15 @@ def run_grid(
     precision: str = "fp32",
     evaluate: Mapping[str, Any] = EVALUATE,
     workers: int = 2,
-    keep_adapters: bool = False,
     label: str = "grid",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train, answer and score every cell that is not yet finished, the longest first.
 
     Args:
         encoded, dataset, base: of the encode, build and base stages; ``dataset`` holds ``AVUIE_2`` and gives the truths.
-        work: where cells are kept. Safe to delete; two grids may share it.
+        work: where cells are kept, without their adapters. Safe to delete; grids may share it, but not at the same time.
         batch_size: samples a training step. precision: see `crab.study.train.train_run`.
         evaluate: ``batch_size``, ``max_new_tokens`` and ``segmenter``, as the evaluate stage takes them.
-        keep_adapters: keep each cell's adapter in ``<work>/<key>/adapter``; else it is deleted once it has answered,
-            and training it anew is the only way back to it.
 
     Returns:
         A row a cell and sample (`COLUMNS`): its primary score; the mean over a slot's samples is the slot's metric.
@@ -142,7 +139,7 @@ def run_grid(
     if set(evaluate) != set(EVALUATE):
         raise ValueError(f"{label}: evaluate holds {sorted(evaluate)}; it must hold {', '.join(EVALUATE)}")
     warn_of_emulation(precision)
-    place = _Place(Path(encoded), Path(dataset), Path(base), Path(work), batch_size, precision, dict(evaluate), keep_adapters)
+    place = _Place(Path(encoded), Path(dataset), Path(base), Path(work), batch_size, precision, dict(evaluate))
 
     digest = cache(lambda slot, split: read_slot(encoded, slot, split).digest)
     keys = {cell.name: _cell_key(cell, place, digest) for cell in cells}
@@ -160,7 +157,7 @@ def run_grid(
     rows, summaries = [], []
     for cell in cells:
         folder = Path(work) / keys[cell.name]
-        run, scores = read_json(folder / "run.json"), read_json(folder / "scores.json")["slots"]
+        run, scores = read_json(folder / ANSWERED), read_json(folder / "scores.json")["slots"]
         head = [cell.name, cell.run.name, cell.run.family, cell.run.seed]
         rows += [[*head, slot, *pair] for slot, found in scores.items() for pair in zip(found["ids"], found["scores"], strict=True)]
         unparsable = sum(found["unparsable"] for found in scores.values())
@@ -172,8 +169,8 @@ def run_grid(
 def run_cell(cell: Cell, key: str, score_key: str, place: _Place) -> None:
     """Do what is missing of one cell: train, answer, score. Run in a worker."""
     folder = place.work / key
-    scored_slots, adapter = cell.scored_slots, folder / "adapter"
-    if not _answered(folder, place):
+    scored_slots = cell.scored_slots
+    if not (folder / ANSWERED).exists():
         final = train_run(
             cell.run, cell.settings, place.encoded, place.base, folder / "train", cell.slots, cell.passes, place.batch_size,
             precision=place.precision, held_out=cell.held_out, samples=cell.samples,
@@ -182,23 +179,16 @@ def run_cell(cell: Cell, key: str, score_key: str, place: _Place) -> None:
             cell.run, final, place.encoded, place.base, folder / "answers", scored_slots, place.evaluate["batch_size"],
             place.evaluate["max_new_tokens"], cell.held_out,
         )  # fmt: skip
-        if place.keep_adapters:
-            with aside_folder(adapter) as temporary:
-                shutil.copytree(final, temporary, dirs_exist_ok=True)
-        write_json(folder / "run.json", read_json(final / "run.json"))  # marks the answers as whole
+        write_json(folder / ANSWERED, read_json(final / "run.json"))
         shutil.rmtree(folder / "train")
     slots = {slot: scored(cell, slot, folder / "answers", place) for slot in scored_slots}
     write_json(folder / "scores.json", {"key": score_key, "slots": slots})
 
 
-def _answered(folder: Path, place: _Place) -> bool:
-    return (folder / "run.json").exists() and (not place.keep_adapters or (folder / "adapter").is_dir())
-
-
 def _finished(cell: Cell, keys: Mapping[str, str], score_keys: Mapping[str, str], place: _Place) -> bool:
     folder = place.work / keys[cell.name]
     path = folder / "scores.json"
-    return _answered(folder, place) and path.exists() and read_json(path)["key"] == score_keys[cell.name]
+    return (folder / ANSWERED).exists() and path.exists() and read_json(path)["key"] == score_keys[cell.name]
 
 
 def split_of(cell: Cell) -> str:

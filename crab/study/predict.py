@@ -120,7 +120,7 @@ def find_runs(folders: Mapping[str, str | Path]) -> dict[Run, Path]:
     """
     found = {}
     for method, folder in folders.items():
-        runs = {Run.parse(path.parent.name): path.parent for path in Path(folder).glob("*/run.json")}
+        runs = {Run.parse(path.parent.name): path.parent for path in Path(folder).glob("[!.]*/run.json")}
         if not runs:
             raise ValueError(f"{folder}: no trained run of {method}; run the train stage")
         found |= {run: runs[run] for run in sorted(runs, key=lambda run: (run.setting == "joint", run.name))}
@@ -139,8 +139,8 @@ def predict_all(
 ) -> None:
     """Predict all runs (run -> adapter folder) in worker processes, the longest first.
 
-    Answers in ``out`` that this adapter, base, data and code gave before stay, so that one killed goes on in the runs it
-    was in, and where only scoring has changed nothing is predicted; answers of runs that are no more are deleted.
+    Answers in ``out`` that this adapter, base, data and code gave before stay, so that one killed goes on with the runs that
+    are not finished, and where only scoring has changed nothing is predicted; answers of runs that are no more are deleted.
     """
     out = Path(out)
     digest = cache(lambda slot: read_slot(encoded, slot, "test").digest)

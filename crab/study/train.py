@@ -34,6 +34,7 @@ from crab.study.pool import run_pool
 from crab.study.runs import Run
 
 WHOLE = "whole"  # empty file in a checkpoint, written last
+WARMUP = 0.03  # share of the steps the learning rate rises over, as published
 NOT_FOR_CONFIG = ("runs", "learning_rate", "router_rate")
 PRECISIONS = ("bf16", "fp32")
 #: What a CPU calls its bf16 arithmetic: AVX-512 and AMX of x86, NEON and SVE of ARM.
@@ -111,8 +112,8 @@ def adapter_config(method: str, section: Mapping[str, Any]):
 
 
 def run_options(
-    run: Run, section: Mapping[str, Any], passes: int, batch_size: int, warmup: float = 0.03,
-    precision: str = "fp32", held_out: int = 0, samples: int | None = None,
+    run: Run, section: Mapping[str, Any], passes: int, batch_size: int, precision: str = "fp32", held_out: int = 0,
+    samples: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The parameters that decide a run's result, as `run_key` takes them; arguments as for `train_run`.
 
@@ -123,7 +124,7 @@ def run_options(
         raise ValueError(f"train.precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     kept = {name: value for name, value in section.items() if name != "runs"}
     return {
-        "method": run.method, **kept, "passes": passes, "batch_size": batch_size, "warmup": warmup, "seed": run.seed,
+        "method": run.method, **kept, "passes": passes, "batch_size": batch_size, "warmup": WARMUP, "seed": run.seed,
         "precision": precision, "held_out": held_out, "samples_a_slot": samples,
     }  # fmt: skip
 
@@ -176,7 +177,6 @@ def train_run(
     slots: Sequence[str],
     passes: int,
     batch_size: int,
-    warmup: float = 0.03,
     stop_at: int | None = None,
     *,
     precision: str = "fp32",
@@ -191,7 +191,7 @@ def train_run(
             routers learn at so many times the learning rate.
         encoded: output of the encode stage. slots: those a joint run trains on.
         passes: over every slot's samples, the same for single and joint runs.
-        batch_size: samples a step. warmup: share of the steps the learning rate rises over.
+        batch_size: samples a step.
         stop_at: raise KeyboardInterrupt after the first checkpoint at or past this step (for tests).
         precision: ``bf16`` (autocast; weights, optimiser and loss stay in float32) or ``fp32``.
         held_out: leave out the last so many samples of each slot. samples: of the rest, take the first so many.
@@ -200,7 +200,7 @@ def train_run(
         ValueError: a parameter the method does not have, an unknown precision, or nothing left to train on.
     """
     data = [read_slot(encoded, slot, "train") for slot in run.slots(slots)]
-    options = run_options(run, section, passes, batch_size, warmup, precision, held_out, samples)
+    options = run_options(run, section, passes, batch_size, precision, held_out, samples)
     key = run_key(run, options, [d.digest for d in data], base)
     folder = Path(checkpoints) / run.name / key
     final = folder / "final"
@@ -217,7 +217,7 @@ def train_run(
     steps = -(-len(pairs) // batch_size) * passes
     trainer = AnswerTrainer(
         model=peft_model,
-        args=_arguments(folder, run, section, passes, batch_size, warmup, steps, precision),
+        args=_arguments(folder, run, section, passes, batch_size, steps, precision),
         train_dataset=pairs,
         data_collator=partial(_collate, model, processor.tokenizer),
         optimizers=(_optimizer(peft_model, section), None),
@@ -281,7 +281,7 @@ def _trained_on(slot: SlotData, form: str, held_out: int, samples: int | None) -
 
 
 def _arguments(
-    folder: Path, run: Run, section: Mapping, passes: int, batch_size: int, warmup: float, steps: int, precision: str
+    folder: Path, run: Run, section: Mapping, passes: int, batch_size: int, steps: int, precision: str
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -289,7 +289,7 @@ def _arguments(
         per_device_train_batch_size=batch_size,
         learning_rate=float(section["learning_rate"]),
         lr_scheduler_type="cosine",
-        warmup_steps=round(warmup * steps),
+        warmup_steps=round(WARMUP * steps),
         bf16=precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch",
@@ -339,7 +339,6 @@ def train_all(
     slots: Sequence[str],
     passes: int,
     batch_size: int,
-    warmup: float = 0.03,
     workers: int = 2,
     precision: str = "fp32",
 ) -> list[dict]:
@@ -348,7 +347,8 @@ def train_all(
     Args:
         settings: the method's section, without a learning rate.
         rates: the learning rate of each ``<setting>-<form>``, see `learning_rates`; the rest as for `train_run`.
-        out: each adapter ends in ``<out>/<run>``, with its ``run.json``.
+        out: each adapter ends in ``<out>/<run>``, with its ``run.json``. Runs of other plans there, which the next stage would take for
+            part of this one, are deleted.
 
     Returns:
         Each run's record (its ``run.json``), in the order of ``runs``.
@@ -367,11 +367,10 @@ def train_all(
             raise ValueError(f"{run.name}: the sweep chose no learning rate for {row}, only for {', '.join(rates)}; run the sweep stage")
         sections[run] = {**settings, "learning_rate": rates[row]}
         adapter_config(run.method, settings)
-        run_options(run, sections[run], passes, batch_size, warmup, precision)
+        run_options(run, sections[run], passes, batch_size, precision)
     size = {slot: len(read_json(Path(encoded) / slot / "train.json")["ids"]) for slot in slots}
     jobs = [
-        (run.name, partial(train_run, run, sections[run], encoded, base, checkpoints, list(slots), passes, batch_size, warmup,
-                           precision=precision))
+        (run.name, partial(train_run, run, sections[run], encoded, base, checkpoints, list(slots), passes, batch_size, precision=precision))
         for run in sorted(runs, key=lambda run: -sum(size[s] for s in run.slots(slots)))
     ]  # fmt: skip
     finals = run_pool(jobs, workers, "train")
@@ -380,6 +379,9 @@ def train_all(
         with aside_folder(Path(out) / run.name) as temporary:
             shutil.copytree(finals[run.name], temporary, dirs_exist_ok=True)
         records.append(read_json(Path(out) / run.name / "run.json"))
+    for folder in Path(out).iterdir():
+        if folder.name not in finals:
+            shutil.rmtree(folder)
     for run in runs:  # only now that every run of the stage is in place
         shutil.rmtree(Path(checkpoints) / run.name, ignore_errors=True)
     return records

@@ -13,7 +13,6 @@ from .interface import (
     instruction,
     parse,
     sample_id,
-    sample_scores,
     score,
     tags,
     target,
@@ -27,5 +26,5 @@ from .spatial import SIZE
 __all__ = [
     "BENCHMARKS", "FOLDER", "FORMS", "Masks", "MediaItem", "NULL", "SIZE", "SLOTS", "SPLITS", "Slot",
     "agree", "answer", "chance", "corpus", "get_slot", "instruction", "json_path", "mask_path", "media_paths",
-    "parse", "sample_id", "sample_scores", "score", "tags", "target", "truth",
+    "parse", "sample_id", "score", "tags", "target", "truth",
 ]

@@ -201,11 +201,6 @@ def score(
     }
 
 
-def sample_scores(slot: str | Slot, records: Sequence[Record], texts, **options) -> list[float]:
-    """What each record adds to the primary metric; arguments as for :func:`score`."""
-    return score(slot, records, texts, **options)["per_sample"]
-
-
 def chance(slot: str | Slot, records: Sequence[Record], *, masks: Masks | None = None) -> float:
     """The primary metric of the best constant answer, found with the test truths in hand.
 

@@ -1,6 +1,7 @@
 """Training, resuming and predicting with a tiny real model."""
 
 import json
+import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_learns_and_predicts(encoded, base, tmp_path):
     assert [row["id"] for row in rows] == read_slot(encoded, "ks", "test").ids
     right = sum(a in row["text"] for a, row in zip(["red", "green", "blue", "yellow"] * 2, rows))
     assert right >= 6
+
+
+def test_runs_of_another_plan_are_not_left_to_be_evaluated(encoded, base, tmp_path):
+    section, rates = {"r": 2, "lora_alpha": 4}, {"single-bare": 1e-3}
+    plans = [[Run("single", "lora", "bare", "ks", seed) for seed in seeds] for seeds in ((0, 1), (0,))]
+    for runs in plans:
+        train.train_all(runs, section, rates, encoded, base, tmp_path / "out", tmp_path / "work", SLOTS, 1, 8, workers=1)
+    shutil.copytree(tmp_path / "out" / plans[1][0].name, tmp_path / "out" / ".single-lora-bare-ks-seed1.12.partial")  # as a kill leaves
+    assert list(predict.find_runs({"lora": tmp_path / "out"})) == plans[1]
 
 
 def test_answers_are_kept_by_what_decided_them(encoded, base, tmp_path):
