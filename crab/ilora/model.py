@@ -26,6 +26,10 @@ class ILoraModel(BaseTuner):
     Stricter than PEFT's own tuners where those only warn: a target that is not linear, a pattern key that matches
     nothing, and saved tensors that are missing, spare or of another shape all raise ValueError naming the module. So do
     `adapter_names` given to `forward` or `generate`: one batch has one adapter (or several, active together).
+
+    Saved tensors are held against the model by PEFT's loaders: `PeftModel.from_pretrained`, its `load_adapter`, and
+    `peft.set_peft_model_state_dict`. The `load_adapter` and `from_pretrained` of a transformers model itself read the
+    file without asking the tuner: they log tensors that are missing or unexpected, and go on.
     """
 
     prefix: str = PREFIX
@@ -121,7 +125,8 @@ class ILoraModel(BaseTuner):
         """The adapter's tensors, refused when one is absent or not whole (a shard, for instance).
 
         Found by name: PEFT's own selection, by modules, misses those inside the wrappers of FSDP's first version.
-        Biases get the names they have in the base itself, whichever adapters wrap their modules here.
+        Biases get the names they have where this adapter alone is, whichever others wrap their modules here: those of its
+        own modules `<module>.base_layer.bias`, as LoRA's do, since transformers looks tensors up by no other.
         """
         expected = _adapter_shapes(model, adapter_name) | _bias_shapes(model, config.bias, adapter_name)
         selected = {key: value for key, value in state_dict.items() if base_name(key) in expected}
@@ -129,15 +134,19 @@ class ILoraModel(BaseTuner):
             return selected  # empty: what was gathered went to the main process alone, which saves it
         _require_fit(expected, {base_name(key): tuple(value.shape) for key, value in selected.items()},
                      "Cannot save adapter", adapter_name)
-        return {_unwrapped(key): value for key, value in selected.items()}
+        own = _adapted_biases(model, adapter_name)
+        return {key if base_name(key) in own else _unwrapped(key): value for key, value in selected.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """PEFT's renaming of saved tensors, refused when they do not fit the layers of this base one to one."""
+        """PEFT's renaming of saved tensors, refused when they do not fit the layers of this base one to one.
+
+        A bias of an adapted module is taken by the base's own name of it too, under which it was once saved.
+        """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         here = list(model.state_dict())
         wrapped = {base_name(_unwrapped(key)): key for key in here if key != _unwrapped(key)}
-        remapped = {wrapped.get(base_name(key), key): _aligned(value) for key, value in remapped.items()}
+        remapped = {wrapped.get(base_name(_unwrapped(key)), key): _aligned(value) for key, value in remapped.items()}
         known = {base_name(key) for key in here}
         expected = _adapter_shapes(model, adapter_name) | _bias_shapes(model, config.bias, adapter_name)
         given = {base_name(key): tuple(value.shape) for key, value in remapped.items()}
@@ -205,6 +214,12 @@ def _biases(model: nn.Module) -> dict[str, nn.Parameter]:
             if f".{name}".endswith(".bias") and not name.startswith(others)}
 
 
+def _adapted_biases(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Name as of `base_name` -> shape of the bias, should there be one, of each module that the adapter wraps."""
+    return {f"{base_name(name)}.base_layer.bias": (layer.out_features,) for name, layer in model.named_modules()
+            if isinstance(layer, ILoraLayer) and adapter_name in layer.r}
+
+
 def _bias_shapes(model: nn.Module, bias: str, adapter_name: str) -> dict[str, tuple[int, ...] | None]:
     """Name as of `base_name` -> shape of each bias that the adapter trains and saves by its config's `bias`.
 
@@ -212,8 +227,7 @@ def _bias_shapes(model: nn.Module, bias: str, adapter_name: str) -> dict[str, tu
     """
     if bias == "none":
         return {}
-    own = {f"{base_name(name)}.base_layer.bias": (layer.out_features,) for name, layer in model.named_modules()
-           if isinstance(layer, ILoraLayer) and adapter_name in layer.r}
+    own = _adapted_biases(model, adapter_name)
     return {name: own.get(name) for name in _biases(model) if bias == "all" or name in own}
 
 

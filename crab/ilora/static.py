@@ -122,8 +122,9 @@ def to_static(model: nn.Module, task_weights: Mapping[str, Weights] | Weights, p
     ours = model.peft_config[adapter_name]
     if ours.modules_to_save or ours.bias != "none":
         kept = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        wrapped = {f"{WRAPPER}{name}.bias": f"{WRAPPER}{name}.base_layer.bias" for name in layers}  # LoRA's name of it
-        state |= {wrapped.get(key, key): value.cpu().contiguous() for key, value in kept.items() if ".ilora_" not in key}
+        # a transformers model that holds its adapters itself has no such prefix, and the file it is to be saved in has
+        state |= {WRAPPER + key.removeprefix(WRAPPER): value.cpu().contiguous() for key, value in kept.items()
+                  if ".ilora_" not in key}
     usual = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
     other = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != usual}
     # The modules as an expression: a list matches name endings, and PEFT writes lists in no fixed order.

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from crab.ilora import ILoraConfig, fixed_routing, to_static
 from crab.ilora.published import published_state_dict
@@ -74,9 +75,10 @@ def test_biases_are_saved_and_read_back_bit_equal(bias, low_cpu_mem_usage, tmp_p
     model = trained(bias)
     model.save_pretrained(tmp_path)
     kept = {n: t for n, t in load_file(tmp_path / "adapter_model.safetensors").items() if ".ilora_" not in n}
-    assert set(kept) == {f"base_model.model.{n}.bias" for n in OWN[bias]}  # as the base itself calls them
+    lora = get_peft_model_state_dict(get_peft_model(Tower(), LoraConfig(target_modules=["first"], bias=bias.replace("ilora", "lora"))))
+    assert set(kept) == {n for n in lora if ".lora_" not in n} and len(kept) == len(OWN[bias])
     for name, tensor in kept.items():
-        start = Tower().get_parameter(name.removeprefix("base_model.model."))
+        start = Tower().get_parameter(name.removeprefix("base_model.model.").replace(".base_layer", ""))
         assert not torch.equal(tensor, start)
     loaded = PeftModel.from_pretrained(Tower(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(output(loaded), output(model)) and not any(p.requires_grad for p in loaded.parameters())
@@ -90,11 +92,40 @@ def rewrite(path, change):
     save_file(tensors, path / "adapter_model.safetensors")
 
 
-FIRST, SECOND = "base_model.model.first.bias", "base_model.model.second.bias"
+FIRST, SECOND = "base_model.model.first.base_layer.bias", "base_model.model.second.bias"
+
+
+def test_biases_saved_under_the_names_of_the_base_are_read_too(tmp_path):
+    model = trained("all")
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({FIRST.replace(".base_layer", ""): t.pop(FIRST)}))
+    assert torch.equal(output(PeftModel.from_pretrained(Tower(), tmp_path)), output(model))
+
+
+@pytest.mark.parametrize("bias", OWN)
+def test_transformers_own_loader_finds_every_bias(bias, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                            num_attention_heads=2, num_key_value_heads=1)).eval()
+
+    tokens = torch.arange(6).view(1, 6)
+    model = get_peft_model(base(), config(bias, target_modules=["q_proj"]))  # k and v have a bias that no adapter wraps
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and name.endswith("bias"):
+                p.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = base()
+    loaded.load_adapter(tmp_path)
+    found, wanted = loaded.state_dict(), model.base_model.model.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("bias, change, message", [
-    ("all", lambda t: t.pop(SECOND), "missing second.bias"), ("ilora_only", lambda t: t.pop(FIRST), "missing first"),
+    ("all", lambda t: t.pop(SECOND), "missing second.bias"), ("ilora_only", lambda t: t.pop(FIRST), "missing first.base_layer.bias"),
     ("ilora_only", lambda t: t.update({SECOND: torch.zeros(4)}), "spare second.bias"),
     ("none", lambda t: t.update({FIRST: torch.zeros(6)}), "spare first"),
     ("ilora_only", lambda t: t.update({FIRST: torch.zeros(5)}), r"first.*bias has shape \[5\].*need \[6\]"),
@@ -109,7 +140,7 @@ def test_biases_that_do_not_fit(bias, change, message, tmp_path):
 def test_a_base_without_the_bias_and_a_state_without_it(tmp_path):
     model = trained("ilora_only")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Cannot load adapter 'default': spare first.bias"):
+    with pytest.raises(ValueError, match="Cannot load adapter 'default': spare first.base_layer.bias"):
         PeftModel.from_pretrained(Tower(bias=False), tmp_path)
     state = model.state_dict()
     del state["base_model.model.first.base_layer.bias"]
@@ -121,7 +152,7 @@ def test_modules_saved_whole_bring_their_own_bias(tmp_path):
     model = trained("all", modules_to_save=["second"])
     model.save_pretrained(tmp_path)
     names = {n for n in load_file(tmp_path / "adapter_model.safetensors") if ".ilora_" not in n}
-    assert names == {f"base_model.model.{n}" for n in ("first.bias", "norm.bias", "second.bias", "second.weight")}
+    assert names == {f"base_model.model.{n}" for n in ("first.base_layer.bias", "norm.bias", "second.bias", "second.weight")}
     assert torch.equal(output(PeftModel.from_pretrained(Tower(), tmp_path)), output(model))
 
 
