@@ -1,6 +1,7 @@
 """I-LoRA (interaction-aware LoRA) as a PEFT method: one shared down-projection, several routed up-projections.
 
-Importing this package makes the method known to PEFT; from then on PEFT's own calls do everything::
+Importing this package makes the method known to PEFT, which must be before a saved adapter is read as well; from then on
+PEFT's own calls do everything::
 
     import crab.ilora
     from peft import PeftModel, get_peft_model
@@ -20,7 +21,8 @@ Importing this package makes the method known to PEFT; from then on PEFT's own c
 Over several processes it trains as any PEFT method does. What FSDP or ZeRO-3 has sharded is gathered before it is saved,
 by all processes, as HF Trainer does::
 
-    model.save_pretrained(path, state_dict=accelerator.get_state_dict(wrapped), is_main_process=accelerator.is_main_process)
+    state = accelerator.get_state_dict(wrapped) or {}     # under ZeRO-3 all processes but the main one get None, which
+    model.save_pretrained(path, state_dict=state, is_main_process=accelerator.is_main_process)   # PEFT reads as "not given"
 """
 
 from .config import ILoraConfig

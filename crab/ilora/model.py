@@ -133,7 +133,8 @@ class ILoraModel(BaseTuner):
         if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return selected  # empty: what was gathered went to the main process alone, which saves it
         _require_fit(expected, {base_name(key): tuple(value.shape) for key, value in selected.items()},
-                     "Cannot save adapter", adapter_name)
+                     "Cannot save adapter", adapter_name, "Gather what FSDP or ZeRO-3 has sharded, and give it as `state_dict`, "
+                     "{} on all processes but the main one; crab.ilora's docstring shows how.")
         own = _adapted_biases(model, adapter_name)
         return {key if base_name(key) in own else _unwrapped(key): value for key, value in selected.items()}
 
@@ -153,7 +154,8 @@ class ILoraModel(BaseTuner):
         # modules_to_save and resized embeddings belong to the base; PEFT checks their shapes itself
         lone = {key for key in _biases(model) if key.removesuffix("bias") + "weight" not in given}
         given = {key: shape for key, shape in given.items() if key in expected or key not in known or key in lone}
-        _require_fit(expected, given, "Cannot load adapter", adapter_name)
+        _require_fit(expected, given, "Cannot load adapter", adapter_name, "Its tensors must match the adapted modules one to "
+                     "one; was it made for another base model or with another configuration?")
         return remapped
 
 
@@ -231,16 +233,14 @@ def _bias_shapes(model: nn.Module, bias: str, adapter_name: str) -> dict[str, tu
     return {name: own.get(name) for name in _biases(model) if bias == "all" or name in own}
 
 
-def _require_fit(expected: dict, given: dict, action: str, adapter_name: str) -> None:
+def _require_fit(expected: dict, given: dict, action: str, adapter_name: str, mend: str) -> None:
     faults = [f"missing {key}" for key in expected if key not in given]
     faults += [f"spare {key}" for key in given if key not in expected]
     faults += [f"{key} has shape {list(given[key])}, this base and configuration need {list(shape)}"
                for key, shape in expected.items() if shape is not None and given.get(key, shape) != shape]
     if faults:
         more = f" ... and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(f"{action} '{adapter_name}': {'; '.join(faults[:3])}{more}. "
-                         "Its tensors must match the adapted modules one to one; was it made for another base model or "
-                         "with another configuration?")
+        raise ValueError(f"{action} '{adapter_name}': {'; '.join(faults[:3])}{more}. {mend}")
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, router_learning_rate: float) -> list[dict]:

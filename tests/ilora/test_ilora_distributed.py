@@ -249,11 +249,27 @@ def test_a_partitioned_model_saves_what_was_gathered_and_nothing_less(tmp_path):
     model = adapted()
     wanted = {name: value.clone() for name, value in model.state_dict().items()}
     whole = partition(model)
-    with pytest.raises(ValueError, match=r"Cannot save adapter 'default': .*q_proj.ilora_A.* has shape \[0\]"):
+    with pytest.raises(ValueError, match=r"Cannot save adapter 'default': .*q_proj.ilora_A.* has shape \[0\].*Gather what"):
         model.save_pretrained(tmp_path / "parts")
     model.save_pretrained(tmp_path / "whole", state_dict=whole)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "whole").state_dict()
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+
+def test_a_process_that_is_not_the_main_one_saves_nothing(tmp_path):
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # its import also registers the backend
+
+    model = adapted()
+    partition(model)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        gathered = None  # what accelerate's get_state_dict gives it under ZeRO-3
+        model.save_pretrained(tmp_path, state_dict=gathered or {}, is_main_process=False)
+        with pytest.raises(ValueError, match="Cannot save adapter 'default': .*{} on all processes but the main one"):
+            model.save_pretrained(tmp_path, state_dict=gathered, is_main_process=False)
+    finally:
+        dist.destroy_process_group()
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_hidden_in_wrappers_keep_their_names():
