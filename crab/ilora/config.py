@@ -130,13 +130,16 @@ class ILoraConfig(PeftConfig):
                           "mean weight of head i over the tokens of the batch, padding included: 0 where all heads work "
                           "equally much. Only the gradient is added, in each backward pass: the loss that a trainer "
                           "reports is the task's, and a loss that was scaled before backward (fp16) makes the term "
-                          "smaller by as much. Needs router='token'. Published: 0."},
+                          "smaller by as much. With gradient accumulation it comes once a backward pass, while trainers divide "
+                          "the loss by the steps: divide this by the accumulation steps too. Needs router='token' and two "
+                          "routed heads or more. Published: 0."},
     )
     orthogonality_weight: float = field(
         default=0.0,
         metadata={"help": "As balance_weight, for the mean over pairs of heads of ||B_i^T B_j||^2 / (||B_i||^2 ||B_j||^2): 0 "
-                          "where no two heads write into a common direction. Needs two heads or more, and whole ones: not "
-                          "under ZeRO-3 or FSDP. Published: 0."},
+                          "where no two heads write into a common direction. With gradient accumulation divide it by the "
+                          "accumulation steps as well. Needs two heads or more, and whole ones: not under ZeRO-3 or FSDP. "
+                          "Published: 0."},
     )
     router_init_std: float = field(
         default=0.02,
