@@ -21,8 +21,9 @@ PEFT's own calls do everything::
 Over several processes it trains as any PEFT method does. What FSDP or ZeRO-3 has sharded is gathered before it is saved,
 by all processes, as HF Trainer does::
 
-    state = accelerator.get_state_dict(wrapped) or {}     # under ZeRO-3 all processes but the main one get None, which
-    model.save_pretrained(path, state_dict=state, is_main_process=accelerator.is_main_process)   # PEFT reads as "not given"
+    state = accelerator.get_state_dict(wrapped)     # on all processes; those but the main one may get nothing, or None
+    if accelerator.is_main_process:
+        model.save_pretrained(path, state_dict=state)
 """
 
 from .config import ILoraConfig

@@ -133,8 +133,8 @@ class ILoraModel(BaseTuner):
         if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return selected  # empty: what was gathered went to the main process alone, which saves it
         _require_fit(expected, {base_name(key): tuple(value.shape) for key, value in selected.items()},
-                     "Cannot save adapter", adapter_name, "Gather what FSDP or ZeRO-3 has sharded, and give it as `state_dict`, "
-                     "{} on all processes but the main one; crab.ilora's docstring shows how.")
+                     "Cannot save adapter", adapter_name, "Gather on all processes what FSDP or ZeRO-3 has sharded, and save "
+                     "on the main one alone, giving it as `state_dict`; crab.ilora's docstring shows how.")
         own = _adapted_biases(model, adapter_name)
         return {key if base_name(key) in own else _unwrapped(key): value for key, value in selected.items()}
 
