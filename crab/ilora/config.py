@@ -102,11 +102,15 @@ class ILoraConfig(PeftConfig):
         metadata={"help": "How far one router serves. 'module': each module has its own (published). 'layer': the "
                           "adapted modules of one numbered layer ('layers.3', 'blocks.0', ...) that read inputs of the "
                           "same width have one together; in a usual decoder layer that is one for q, k, v, o, gate and "
-                          "up, and one for down alone, whose input is wider. A module outside any numbered layer keeps "
-                          "its own. 'model': the same over all adapted modules of the model, encoders included, so one "
-                          "router a width. Only the router's weight is shared: each module still weighs its heads by "
-                          "its own input. It is saved once, under the name of the first module that uses it. Under FSDP "
-                          "'model' needs each router to be a unit of its own, as PEFT's fsdp_auto_wrap_policy has it."},
+                          "up, and one for down alone, whose input is wider. The layer is the innermost numbered module "
+                          "of a list of modules of one class ('stages.1.blocks.0' where both are), experts of a mixture "
+                          "('experts.5') being parts of the layer they lie in; where no list is of one class, it is the "
+                          "outermost numbered module. layers_pattern names the list where that is not what is meant. A "
+                          "module outside any numbered layer keeps its own. 'model': the same over all adapted modules of "
+                          "the model, encoders included, so one router a width. Only the router's weight is shared: each "
+                          "module still weighs its heads by its own input. It is saved once, under the name of the first "
+                          "module that uses it. Under FSDP 'model' needs each router to be a unit of its own, as PEFT's "
+                          "fsdp_auto_wrap_policy has it."},
     )
     shared_A: bool = field(
         default=True,
@@ -169,7 +173,8 @@ class ILoraConfig(PeftConfig):
     )
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None,
-        metadata={"help": "Name of the module list that layers_to_transform counts in, if not the first numbered one."},
+        metadata={"help": "Name of the module list that layers_to_transform counts in, if not the first numbered one, and whose "
+                          "members are the layers that router_sharing='layer' means. Needs one of the two."},
     )
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Further modules trained in full and saved with the adapter."}
@@ -238,8 +243,8 @@ class ILoraConfig(PeftConfig):
         require(all(map(_is_positive_number, self.alpha_pattern.values())), "alpha_pattern", "a map to alphas above 0")
         require(self.layers_to_transform is None or not isinstance(self.target_modules, str), "layers_to_transform",
                 "left out when `target_modules` is a string (put the layer numbers into the expression)")
-        require(self.layers_pattern is None or self.layers_to_transform is not None, "layers_pattern",
-                "left out without `layers_to_transform`")
+        require(self.layers_pattern is None or self.layers_to_transform is not None or self.router_sharing == "layer",
+                "layers_pattern", "left out without `layers_to_transform` or router_sharing='layer'")
 
     def to_dict(self) -> dict:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()

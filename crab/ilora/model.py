@@ -69,7 +69,7 @@ class ILoraModel(BaseTuner):
         ranks, alphas = ilora_config.rank_pattern, ilora_config.alpha_pattern
         r = ranks.get(get_pattern_key(ranks.keys(), current_key), ilora_config.r)
         alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), ilora_config.lora_alpha)
-        group = _router_group(ilora_config.router_sharing, current_key, target.in_features)
+        group = _router_group(ilora_config, self.model, current_key, target.in_features)
         shared = self._routers.get(group)
         if isinstance(target, ILoraLayer):
             layer = target
@@ -159,14 +159,31 @@ class ILoraModel(BaseTuner):
         return remapped
 
 
-def _router_group(sharing: str, name: str, in_features: int) -> tuple:
+def _router_group(config: ILoraConfig, model: nn.Module, name: str, in_features: int) -> tuple:
     """Modules of the same group share a router; what is shared is said at `ILoraConfig.router_sharing`."""
-    if sharing == "model":
+    if config.router_sharing == "model":
         return (in_features,)
-    numbered = re.match(r"(.*?\.)??\d+(?=\.)", name)  # up to the first number: "model.layers.3" of "model.layers.3.mlp.up_proj"
-    if sharing == "layer" and numbered:
-        return (numbered[0], in_features)
-    return (name,)
+    layer = _layer_of(name, model, config.layers_pattern) if config.router_sharing == "layer" else None
+    return (name,) if layer is None else (layer, in_features)
+
+
+def _layer_of(name: str, model: nn.Module, layers_pattern: list[str] | str | None) -> str | None:
+    """"model.layers.3" of "model.layers.3.mlp.up_proj", or None outside numbered layers."""
+    if layers_pattern:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        found = (re.match(rf"((?:.*?\.)??(?:{pattern})\.\d+)\.", name) for pattern in patterns)  # as for layers_to_transform
+        return next((match[1] for match in found if match), None)
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts[:-1]) if part.isdecimal()]
+    if not places:
+        return None
+    layer = places[0]
+    for place in places:
+        if place and "expert" in parts[place - 1]:
+            break
+        if len({type(module) for module in model.get_submodule(".".join(parts[:place])).children()}) == 1:
+            layer = place
+    return ".".join(parts[:layer + 1])
 
 
 def _require_linear(module: nn.Module, name: str) -> None:

@@ -63,6 +63,62 @@ def test_which_modules_share_a_router():
     assert list(routers_saved(model)) == ["layers.0.lin", "first", "second"]
 
 
+class Part(nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def listed(*modules):
+    return nn.ModuleList(modules)
+
+
+def lin():
+    return nn.Linear(4, 4)
+
+
+def expert():
+    return Part(up=lin(), down=lin())
+
+
+def swin():
+    return Part(stages=listed(*(Part(blocks=listed(*(Part(q=lin(), k=lin()) for _ in range(3))), merge=lin()) for _ in range(2))))
+
+
+@pytest.mark.parametrize("base, layers", [
+    # whatever holds the model is no layer
+    (lambda: nn.Sequential(language_model(bare=True).model, nn.Identity()), ["0.layers.0", "0.layers.1"]),
+    (lambda: listed(language_model(bare=True).model), ["0.layers.0", "0.layers.1"]),
+    (swin, [f"stages.{i}{block}" for i in range(2) for block in (".blocks.0", ".blocks.1", ".blocks.2", "")]),
+    (lambda: Part(layers=listed(*(Part(q=lin(), experts=listed(expert(), expert())) for _ in range(2)))), ["layers.0", "layers.1"]),
+    (lambda: Part(layers=listed(*(Part(experts=listed(expert(), expert())) for _ in range(2)))), ["layers.0", "layers.1"]),
+    # members of several classes are parts of a layer; where the layers themselves are of several, the outermost number is it
+    (lambda: Part(blocks=listed(*(Part(q=lin(), net=nn.Sequential(Part(proj=lin()), nn.GELU(), lin())) for _ in range(2)))),
+     ["blocks.0", "blocks.1"]),
+    (lambda: Part(layers=listed(Part(q=lin(), k=lin()), nn.ModuleDict({"mixer": Part(q=lin(), k=lin())}))), ["layers.0", "layers.1"]),
+])  # fmt: skip
+def test_which_layer_a_module_lies_in(base, layers):
+    model = get_peft_model(base(), ILoraConfig(r=1, lora_alpha=2, target_modules="all-linear", router_sharing="layer"))
+    found, wanted = {}, {}
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, ILoraLayer):
+            router = module.ilora_router["default"]
+            found.setdefault(id(getattr(router, "router", router)), set()).add(name)
+            layer = max((layer for layer in layers if name.startswith(f"{layer}.")), key=len)
+            wanted.setdefault((layer, module.in_features), set()).add(name)
+    assert sorted(map(sorted, found.values())) == sorted(map(sorted, wanted.values()))
+    assert {layer for layer, _ in wanted} == set(layers)
+
+
+def test_a_list_named_by_layers_pattern_holds_the_layers():
+    model = get_peft_model(swin(), ILoraConfig(r=1, lora_alpha=2, target_modules=["q", "merge"], router_sharing="layer",
+                                               layers_pattern="stages"))
+    assert list(routers_saved(model)) == ["stages.0.blocks.0.q", "stages.1.blocks.0.q"]
+    with pytest.raises(ValueError, match="`layers_pattern` must be left out without `layers_to_transform` or router_sharing"):
+        ILoraConfig(lora_alpha=2, target_modules=["q"], layers_pattern="stages")
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("sharing", ["layer", "model"])
