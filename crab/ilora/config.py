@@ -177,7 +177,8 @@ class ILoraConfig(PeftConfig):
                           "members are the layers that router_sharing='layer' means. Needs one of the two."},
     )
     modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Further modules trained in full and saved with the adapter."}
+        default=None, metadata={"help": "Further modules trained in full and saved with the adapter, by their names' endings. One "
+                                "that matches no module is an error."}
     )
     bias: Literal["none", "all", "ilora_only"] = field(
         default="none",
@@ -238,6 +239,7 @@ class ILoraConfig(PeftConfig):
         require(not self.orthogonality_weight or self.num_heads > 1, "orthogonality_weight", "0 for a single head")
         require(_is_positive_number(self.router_init_std), "router_init_std",
                 "above 0 (a zero router over zero heads never tells the heads apart)")
+        require(not isinstance(self.modules_to_save, str), "modules_to_save", "a list of names")
         require(self.bias in BIASES, "bias", f"one of {BIASES}")
         require(all(map(_is_positive_int, self.rank_pattern.values())), "rank_pattern", "a map to ranks of at least 1")
         require(all(map(_is_positive_number, self.alpha_pattern.values())), "alpha_pattern", "a map to alphas above 0")

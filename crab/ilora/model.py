@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils import TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -18,6 +19,10 @@ from .config import ILoraConfig
 from .layer import MERGE_REFUSAL, ILoraLayer, Linear
 from .registration import PREFIX
 from .routers import SharedRouter, UniformRouter
+
+# What PEFT itself puts into modules_to_save for these tasks, whichever of the names the model has.
+TASKS_WITH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+AUTOMATIC_MODULES = ("classifier", "score", "qa_outputs")
 
 
 class ILoraModel(BaseTuner):
@@ -52,6 +57,12 @@ class ILoraModel(BaseTuner):
                 targets.append(name)
             if isinstance(module, BaseTunerLayer):
                 inside.append(name + ".")
+        automatic = AUTOMATIC_MODULES if peft_config.task_type in TASKS_WITH_HEADS else ()
+        kept = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        for entry in peft_config.modules_to_save or ():
+            if entry not in automatic and not any(name.endswith(entry) for name in kept):
+                raise ValueError(f"ILoraConfig: `modules_to_save` entry {entry!r} matches no module of the model; mend its "
+                                 "spelling or leave it out.")
         listed = () if isinstance(peft_config.target_modules, str) or not targets else peft_config.target_modules
         for entry in sorted(listed):
             if not any(f".{name}".endswith(f".{entry}") for name in names):
