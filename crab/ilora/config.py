@@ -126,17 +126,18 @@ class ILoraConfig(PeftConfig):
     router_noise: float = field(
         default=0.0,
         metadata={"help": "Standard deviation of the normal noise that each logit gets in training, as in noisy gating "
-                          "(arXiv 1701.06538, without its learned scale). Needs router='token'. Published: 0."},
+                          "(arXiv 1701.06538, without its learned scale). Needs router='token' and two routed heads or "
+                          "more. Published: 0."},
     )
     balance_weight: float = field(
         default=0.0,
         metadata={"help": "In training, each adapted module adds so many times N sum_i m_i^2 - 1 to the loss, m_i being the "
-                          "mean weight of head i over the tokens of the batch, padding included: 0 where all heads work "
-                          "equally much. Only the gradient is added, in each backward pass: the loss that a trainer "
+                          "mean weight of head i over the tokens of the batch, padding included, and N the number of heads "
+                          "that are routed (a shared head is not): 0 where all work equally much. Only the gradient is added, in each backward pass: the loss that a trainer "
                           "reports is the task's, and a loss that was scaled before backward (fp16) makes the term "
                           "smaller by as much. With gradient accumulation it comes once a backward pass, while trainers divide "
-                          "the loss by the steps: divide this by the accumulation steps too. Needs router='token' and two "
-                          "routed heads or more. Published: 0."},
+                          "the loss by the steps: divide this by the accumulation steps too. Needs router='token', two "
+                          "routed heads or more, and not top_k=1. Published: 0."},
     )
     orthogonality_weight: float = field(
         default=0.0,
@@ -236,6 +237,10 @@ class ILoraConfig(PeftConfig):
             require(_is_positive_number(value) or value == 0 and not isinstance(value, bool), name, "a number of at least 0")
         for name in ("router_noise", "balance_weight"):
             require(not getattr(self, name) or self.router == "token", name, "0 unless router='token'")
+            require(not getattr(self, name) or self.num_heads - self.shared_head > 1, name,
+                    "0 for a single routed head, whose weight is always 1")
+        require(not self.balance_weight or self.top_k != 1, "balance_weight",
+                "0 with top_k=1, whose weights, being 1 or 0, pass no gradient on to the router")
         require(not self.orthogonality_weight or self.num_heads > 1, "orthogonality_weight", "0 for a single head")
         require(_is_positive_number(self.router_init_std), "router_init_std",
                 "above 0 (a zero router over zero heads never tells the heads apart)")

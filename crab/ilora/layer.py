@@ -288,7 +288,7 @@ class Linear(nn.Module, ILoraLayer):
         else:
             result = result + B(routed).to(result.dtype)
         if self.training and any(self.terms[name]) and torch.is_grad_enabled():
-            result = with_terms(result, weights, self._whole_heads(name), self.terms[name])
+            result = with_terms(result, weights, self._whole_heads(name), self.terms[name], self.shared_head[name])
         return result
 
     def _whole_heads(self, name: str) -> torch.Tensor:

@@ -31,15 +31,17 @@ class _WithTerm(torch.autograd.Function):
         return grad, ctx.of_term
 
 
-def with_terms(result: torch.Tensor, weights: torch.Tensor, B: torch.Tensor, terms: Terms) -> torch.Tensor:
+def with_terms(result: torch.Tensor, weights: torch.Tensor, B: torch.Tensor, terms: Terms,
+               shared_head: bool = False) -> torch.Tensor:
     """The layer's output, through which the terms reach its router and heads in backward.
 
     Args:
         result: output, of any shape. weights: routing weights [..., num_heads]. B: stacked heads [out, num_heads * r].
+        shared_head: the first head is not routed.
     """
     total = 0
     if terms.balance_weight:
-        total = total + terms.balance_weight * imbalance(weights)
+        total = total + terms.balance_weight * imbalance(weights[..., 1:] if shared_head else weights)
     if terms.orthogonality_weight:
         total = total + terms.orthogonality_weight * overlap(B, weights.shape[-1])
     return _WithTerm.apply(result, total)

@@ -131,6 +131,11 @@ def test_options_left_alone_are_not_written(tmp_path):
     (dict(router_noise=1.0, router="uniform"), "`router_noise` must be 0 unless"),
     (dict(balance_weight=math.inf), "`balance_weight` must be"), (dict(balance_weight=1, router="uniform"), "0 unless router='token'"),
     (dict(orthogonality_weight=0.1, num_heads=1), "0 for a single head"),
+    (dict(balance_weight=1.0, num_heads=1), "`balance_weight` must be 0 for a single routed head"),
+    (dict(balance_weight=1.0, num_heads=2, shared_head=True), "`balance_weight` must be 0 for a single routed head"),
+    (dict(router_noise=1.0, num_heads=2, shared_head=True), "`router_noise` must be 0 for a single routed head"),
+    (dict(balance_weight=1.0, top_k=1), "`balance_weight` must be 0 with top_k=1"),
+    (dict(use_rslora="false"), "`use_rslora` must be True or False, got 'false'"), (dict(init_weights="no"), "`init_weights` must be"),
 ])
 def test_bad_options(choices, message):
     with pytest.raises(ValueError, match=message):
@@ -191,7 +196,7 @@ def test_terms_are_what_they_say():
 
 
 @pytest.mark.parametrize("choices", [dict(balance_weight=0.3), dict(orthogonality_weight=0.2), dict(balance_weight=0.3, orthogonality_weight=0.2),
-                                     dict(balance_weight=0.3, shared_A=False, lora_dropout=0.0)])
+                                     dict(balance_weight=0.3, shared_A=False, lora_dropout=0.0), dict(balance_weight=0.3, shared_head=True)])
 def test_terms_give_the_gradient_they_would_have_in_the_loss(choices):
     model, plain = adapted(**choices), adapted(**{k: v for k, v in choices.items() if not k.endswith("_weight")})
     x = torch.randn(4, 6, 5, dtype=torch.float64)
