@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import numbers
 import re
+import textwrap
 from dataclasses import dataclass, field, fields
 from typing import Literal, Optional, Union
 
@@ -30,6 +34,36 @@ def _is_positive_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def _plain(value):
+    """A number of another library, such as numpy's, as Python's own, which json can write; anything else as it is."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, (bool, float)) else value
+
+
+def _strict(cls):
+    """Class decorator: an unknown field is refused for good, and `help()` shows the fields' help.
+
+    PEFT takes what a generated `__init__` says of an unknown argument for a field of a later version, drops it and goes on.
+    """
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self, *args, **choices):
+        unknown = sorted(set(choices) - {f.name for f in fields(self)})
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no fields {unknown}. Mend the spelling, or use the version of crab that "
+                            "wrote them.")
+        generated(self, *args, **choices)
+
+    cls.__init__ = __init__
+    meanings = [textwrap.fill(f"{f.name}: {f.metadata['help']}", 120, initial_indent=" " * 4, subsequent_indent=" " * 8)
+                for f in fields(cls) if f.name in cls.__annotations__]
+    cls.__doc__ = inspect.cleandoc(cls.__doc__ or "").replace("\nRaises:", "\n".join(["\nArgs:", *meanings, "\nRaises:"]))
+    return cls
+
+
+@_strict
 @dataclass
 class ILoraConfig(PeftConfig):
     """Configuration of an [`ILoraModel`].
@@ -41,13 +75,14 @@ class ILoraConfig(PeftConfig):
     where `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; `shared_A=False` puts an A_i in
     the place of A, `top_k` takes the softmax over the k largest logits alone, `router_input` says which x the router
     reads, `router_sharing` how many modules have one R, and `shared_head` takes the first head out of the softmax and
-    gives it weight 1. `router_noise`, `balance_weight` and `orthogonality_weight` are for training alone. Each field
-    below carries its meaning in its metadata; the published run is r = 128, lora_alpha = 256, num_heads = 3,
-    lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Sets given for the module lists are saved
-    sorted, so that the same choice always writes the same bytes.
+    gives it weight 1. `router_noise`, `balance_weight` and `orthogonality_weight` are for training alone. The published run
+    is r = 128, lora_alpha = 256, num_heads = 3, lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Sets
+    given for the module lists are saved sorted, so that the same choice always writes the same bytes.
 
     Raises:
         ValueError: a value out of its range; the message names the field.
+        TypeError: an unknown field. So do `PeftConfig.from_pretrained` and transformers' `load_adapter` for one in a saved
+            configuration; `PeftModel.from_pretrained` and its `load_adapter` raise ValueError.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the shared down-projection A and of every head. At least 1."})
@@ -69,7 +104,8 @@ class ILoraConfig(PeftConfig):
         metadata={"help": "Which nn.Linear modules to adapt. A list matches name endings, a string is a regular "
                           "expression matched against the whole name, 'all-linear' means every linear module but the "
                           "output head. In a multimodal model a list also reaches the encoders; use an expression "
-                          "such as r'.*language_model.*(q|v)_proj' for the language model alone. Must be given."},
+                          "such as r'.*language_model.*(q|v)_proj' for the language model alone. An entry of a list that "
+                          "matches no module is an error. Must be given."},
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Modules to leave out, matched like target_modules; wins over it."}
@@ -194,6 +230,11 @@ class ILoraConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = ILORA
+        for f in fields(self):
+            setattr(self, f.name, _plain(getattr(self, f.name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, {key: _plain(value) for key, value in getattr(self, name).items()})
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -226,8 +267,8 @@ class ILoraConfig(PeftConfig):
         require(self.router_sharing in ROUTER_SHARING, "router_sharing", f"one of {ROUTER_SHARING}")
         require(self.router_sharing == "module" or self.router == "token", "router_sharing",
                 "'module' unless router='token' (a uniform router has no weight to share)")
-        require(isinstance(self.shared_A, bool), "shared_A", "True or False")
-        require(isinstance(self.shared_head, bool), "shared_head", "True or False")
+        for name in ("shared_A", "shared_head", "init_weights", "use_rslora"):
+            require(isinstance(getattr(self, name), bool), name, "True or False")
         require(not self.shared_head or self.router == "token" and self.num_heads > 1, "shared_head",
                 "False unless router='token' and num_heads is 2 or more (the others are routed)")
         require(self.top_k is None or self.top_k <= self.num_heads - self.shared_head, "top_k",
@@ -246,8 +287,10 @@ class ILoraConfig(PeftConfig):
                 "above 0 (a zero router over zero heads never tells the heads apart)")
         require(not isinstance(self.modules_to_save, str), "modules_to_save", "a list of names")
         require(self.bias in BIASES, "bias", f"one of {BIASES}")
-        require(all(map(_is_positive_int, self.rank_pattern.values())), "rank_pattern", "a map to ranks of at least 1")
-        require(all(map(_is_positive_number, self.alpha_pattern.values())), "alpha_pattern", "a map to alphas above 0")
+        require(isinstance(self.rank_pattern, dict) and all(map(_is_positive_int, self.rank_pattern.values())),
+                "rank_pattern", "a map to ranks of at least 1")
+        require(isinstance(self.alpha_pattern, dict) and all(map(_is_positive_number, self.alpha_pattern.values())),
+                "alpha_pattern", "a map to alphas above 0")
         require(self.layers_to_transform is None or not isinstance(self.target_modules, str), "layers_to_transform",
                 "left out when `target_modules` is a string (put the layer numbers into the expression)")
         require(self.layers_pattern is None or self.layers_to_transform is not None or self.router_sharing == "layer",

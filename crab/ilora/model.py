@@ -200,6 +200,9 @@ def _layer_of(name: str, model: nn.Module, layers_pattern: list[str] | str | Non
 def _require_linear(module: nn.Module, name: str) -> None:
     if isinstance(module, ILoraLayer):
         return
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(f"I-LoRA: {name!r} already has an adapter of another method ({type(module).__module__}."
+                         f"{type(module).__name__}). Merge or unload that one first, or leave the module out by `exclude_modules`.")
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(f"I-LoRA adapts nn.Linear modules only, but `target_modules` matches {name!r}, which is a "
                          f"{type(module).__name__}. Narrow `target_modules` or add it to `exclude_modules`.")

@@ -1,13 +1,17 @@
 """I-LoRA as a citizen of PEFT, on a small transformers model."""
 
+import inspect
 import json
 import os
+import pydoc
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from crab.ilora import ILoraConfig, ILoraLayer, join_steps, record_routing
 
@@ -226,6 +230,8 @@ def test_recorder_needs_something_to_record(saved):
     (dict(router_temperature=0), "`router_temperature` must be"), (dict(router_init_std=0), "`router_init_std` must be"),
     (dict(bias="lora_only"), "`bias` must be one of"), (dict(rank_pattern={"q_proj": 0}), "`rank_pattern` must be"),
     (dict(alpha_pattern={"q_proj": -1}), "`alpha_pattern` must be"),
+    (dict(rank_pattern=None), "`rank_pattern` must be a map"), (dict(alpha_pattern=[4]), "`alpha_pattern` must be a map"),
+    (dict(modules_to_save="lm_head"), "`modules_to_save` must be a list of names, got 'lm_head'"),
     (dict(target_modules="(q_proj"), "`target_modules` is not a valid regular expression"),
     (dict(target_modules=".*q_proj", layers_to_transform=[0]), "`layers_to_transform` must be"),
 ])
@@ -241,6 +247,23 @@ def test_unknown_field_raises(saved):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"heads": 3}))
     with pytest.raises(ValueError, match="'heads'"):
         PeftModel.from_pretrained(base_model(), saved[0])
+    for read in (PeftConfig.from_pretrained, base_model().load_adapter):
+        with pytest.raises(TypeError, match=r"ILoraConfig has no fields \['heads'\]"):
+            read(saved[0])
+
+
+def test_help_tells_what_each_field_is():
+    page = pydoc.render_doc(ILoraConfig, renderer=pydoc.plaintext)
+    for f in fields(ILoraConfig):
+        assert f.name not in ILoraConfig.__annotations__ or f"{f.name}: {f.metadata['help'][:20]}" in page
+    assert list(inspect.signature(ILoraConfig).parameters) == [f.name for f in fields(ILoraConfig)]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    given = dict(r=np.int64(4), lora_alpha=np.float32(8), num_heads=np.int8(3), rank_pattern={"q_proj": np.int64(2)})
+    config(**given).save_pretrained(tmp_path / "numpy")
+    config(r=4, lora_alpha=8.0, num_heads=3, rank_pattern={"q_proj": 2}).save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "numpy/adapter_config.json").read_bytes() == (tmp_path / "plain/adapter_config.json").read_bytes()
 
 
 @pytest.mark.parametrize("choices, message", [
@@ -248,12 +271,37 @@ def test_unknown_field_raises(saved):
     (dict(target_modules=["q_proj", "embed_tokens"]), "'model.embed_tokens', which is a Embedding"),
     (dict(target_modules=".*self_attn"), "'model.layers.0.self_attn', which is a Qwen2Attention"),
     (dict(rank_pattern={"qproj": 4}), "`rank_pattern` key 'qproj' matches none"),
+    (dict(modules_to_save=["lm_head", "lmhead"]), "`modules_to_save` entry 'lmhead'"),
+    (dict(modules_to_save=["score"]), "`modules_to_save` entry 'score' matches no module"),
 ])
 def test_bad_targets_leave_the_base_alone(choices, message):
     base = base_model()
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, config(**choices))
     assert not any(isinstance(m, ILoraLayer) for m in base.modules())
+
+
+def test_the_head_of_a_classifier_is_saved_whatever_it_is_called(tmp_path):
+    def classifier():
+        torch.manual_seed(0)
+        return Qwen2ForSequenceClassification(Qwen2Config(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, pad_token_id=0)).eval()
+
+    model = get_peft_model(classifier(), config(task_type="SEQ_CLS"))  # PEFT asks for `classifier`, too, which is not there
+    with torch.no_grad():
+        model.base_model.model.score.modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(classifier(), tmp_path)), logits(model.eval()))
+    with pytest.raises(ValueError, match="`modules_to_save` entry 'pooler'"):
+        get_peft_model(classifier(), config(task_type="SEQ_CLS", modules_to_save=["pooler"]))
+
+
+def test_a_base_with_an_adapter_of_another_method():
+    base = get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"])).base_model.model
+    del base.peft_config
+    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' already has an adapter .*lora.layer.Linear\)"):
+        get_peft_model(base, config())
 
 
 def test_merging_is_refused_with_the_reason(saved):
