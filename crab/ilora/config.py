@@ -301,6 +301,13 @@ class ILoraConfig(PeftConfig):
                 if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        # an argument that PeftModel.load_adapter alone gives: should its tensors be refused, the adapter goes again
+        config.__dict__["being_loaded"] = "ephemeral_gpu_offload" in kwargs
+        return config
+
+    @classmethod
     def check_kwargs(cls, **kwargs):
         """Refuse a saved configuration with fields this version does not know (PEFT would drop them and go on)."""
         unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})

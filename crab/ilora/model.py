@@ -165,8 +165,14 @@ class ILoraModel(BaseTuner):
         # modules_to_save and resized embeddings belong to the base; PEFT checks their shapes itself
         lone = {key for key in _biases(model) if key.removesuffix("bias") + "weight" not in given}
         given = {key: shape for key, shape in given.items() if key in expected or key not in known or key in lone}
-        _require_fit(expected, given, "Cannot load adapter", adapter_name, "Its tensors must match the adapted modules one to "
-                     "one; was it made for another base model or with another configuration?")
+        added = config.__dict__.pop("being_loaded", False)
+        try:
+            _require_fit(expected, given, "Cannot load adapter", adapter_name, "Its tensors must match the adapted modules one "
+                         "to one; was it made for another base model or with another configuration?")
+        except ValueError:
+            if added:
+                model.delete_adapter(adapter_name)
+            raise
         return remapped
 
 

@@ -343,6 +343,23 @@ def test_adapter_of_another_base(saved, base, message):
         PeftModel.from_pretrained(base_model(**base), saved[0])
 
 
+def test_a_refused_adapter_is_not_left_behind(saved, tmp_path):
+    model = PeftModel.from_pretrained(base_model(), saved[0])
+    get_peft_model(base_model(), config(r=3, modules_to_save=["lm_head"])).save_pretrained(tmp_path / "other")
+    rewrite(tmp_path / "other", lambda t: t.pop(NAME))
+    for _ in range(2):  # and may be tried again under the name
+        with pytest.raises(ValueError, match="Cannot load adapter 'other': missing model.layers.0.self_attn.q_proj.ilora_router"):
+            model.load_adapter(tmp_path / "other", "other")
+        assert list(model.peft_config) == ["default"] and not any("other" in name for name in model.state_dict())
+        assert model.active_adapter == "default" and torch.equal(logits(model), saved[1])
+    model.load_adapter(saved[0], "again")
+    model.add_adapter("own", config(r=3, modules_to_save=["lm_head"]))
+    for name in ("again", "own"):  # what was there before the call stays
+        with pytest.raises(ValueError, match=f"Cannot load adapter '{name}'"):
+            model.load_adapter(tmp_path / "other", name)
+    assert list(model.peft_config) == ["default", "again", "own"] and torch.equal(logits(model), saved[1])
+
+
 def test_saving_less_than_the_adapter_is_refused(tmp_path):
     model = get_peft_model(base_model(), config())
     state = model.state_dict()
