@@ -142,8 +142,21 @@ class ILoraLayer(BaseTunerLayer):
             self.ilora_router[adapter_name] = UniformRouter(config.num_heads)
         self.ilora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self._reset_parameters(adapter_name, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the base layer's device, and to its dtype where that is the wider one.
+
+        With low_cpu_mem_usage PEFT calls this on the tensors it has loaded; its own would round float32 to a bfloat16 base's.
+        """
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = base_device if device is None else device
+        for held in (self._modules[name]._modules for name in self.adapter_layer_names):
+            own = next(held[adapter_name].parameters(), None) if adapter_name in held else None
+            if own is not None and own.device.type != "meta" and device is not None:
+                floats = base_dtype is not None and base_dtype.is_floating_point
+                held[adapter_name].to(device, torch.promote_types(own.dtype, base_dtype) if floats else own.dtype)
 
     def _reset_parameters(self, adapter_name: str, config: ILoraConfig) -> None:
         nn.init.kaiming_uniform_(self.ilora_A[adapter_name].weight, a=math.sqrt(5))  # as LoRA does

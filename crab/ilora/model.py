@@ -125,6 +125,13 @@ class ILoraModel(BaseTuner):
         for key, parameter in _biases(self.model).items():
             parameter.requires_grad_(key in trained)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's; and without autocast, loaded tensors that have kept their dtype get that of the base layer."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for layer in self.model.modules() if not autocast_adapter_dtype else ():
+            if isinstance(layer, ILoraLayer):
+                BaseTunerLayer._move_adapter_to_device_of_base_layer(layer, adapter_name)
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSAL)
 

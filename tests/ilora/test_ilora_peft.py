@@ -114,6 +114,31 @@ def test_save_and_reload_bit_equal(saved, low_cpu_mem_usage):
     assert not torch.equal(logits(trainable), wanted)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float64])
+def test_reload_into_a_base_of_another_dtype_bit_equal(base, autocast, tmp_path):
+    model = get_peft_model(base_model().to(base), config(), autocast_adapter_dtype=autocast)
+    train(model)
+    model.save_pretrained(tmp_path)
+    dtypes = {p.dtype for n, p in model.named_parameters() if "ilora_" in n}
+    assert dtypes == {torch.float32 if autocast and base == torch.bfloat16 else base}
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(base_model().to(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage,
+                                           autocast_adapter_dtype=autocast)
+        for name, value in model.state_dict().items():
+            assert loaded.state_dict()[name].dtype == value.dtype and torch.equal(loaded.state_dict()[name], value)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_low_cpu_mem_usage_changes_no_dtype(saved):
+    for base in (torch.bfloat16, torch.float64):
+        for autocast in (True, False):
+            found = [{n: p.dtype for n, p in PeftModel.from_pretrained(
+                base_model().to(base), saved[0], low_cpu_mem_usage=low, autocast_adapter_dtype=autocast).named_parameters()}
+                for low in (False, True)]
+            assert found[0] == found[1]
+
+
 def test_same_config_same_bytes(tmp_path):
     for name, targets in (("one", LINEARS), ("two", LINEARS[::-1])):
         config(target_modules=targets).save_pretrained(tmp_path / name)
