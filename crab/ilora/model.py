@@ -112,6 +112,14 @@ class ILoraModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._train_biases(inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; and the biases that the adapter had trained are so no longer. Their values stay."""
+        bias = self.peft_config[adapter_name].bias if adapter_name in self.peft_config else "none"
+        super().delete_adapter(adapter_name)
+        if bias != "none":  # one adapter of a model may have this set, so no other one trains them
+            for parameter in _biases(self.model).values():
+                parameter.requires_grad_(False)
+
     def _train_biases(self, inference_mode: bool) -> None:
         """Let the base's biases that the active adapters save be trained, and no other.
 

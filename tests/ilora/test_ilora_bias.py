@@ -176,6 +176,17 @@ def test_one_adapter_with_biases_and_only_while_it_is_active(tmp_path):
     assert torch.equal(output(other), output(model)) and not open_biases(other)
 
 
+@pytest.mark.parametrize("bias", OWN)
+def test_a_deleted_adapter_trains_no_biases(bias):
+    model = trained(bias)
+    model.add_adapter("words", config("none", target_modules=["second"]))
+    kept = {name: b.clone() for name, b in biases(model).items()}
+    model.delete_adapter("default")
+    assert not open_biases(model) and all(torch.equal(b, kept[name]) for name, b in biases(model).items())
+    with pytest.raises(ValueError, match="Adapter nobody does not exist"):
+        model.base_model.delete_adapter("nobody")
+
+
 def test_only_the_layers_of_the_adapter_itself():
     model = get_peft_model(Tower(), config("none"))
     model.add_adapter("words", config("ilora_only", target_modules=["second"]))
