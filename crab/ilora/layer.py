@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks
 
 from .config import ILoraConfig
 from .fused import FusedLinear, Setting, kernels_for, project, project_few
@@ -33,6 +35,9 @@ def _untouched(*modules: nn.Module) -> bool:
 
     ZeRO and FSDP gather sharded weights in such hooks, Accelerate moves offloaded ones, users read activations.
     """
+    if (hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks
+            or hooks._global_backward_pre_hooks):
+        return False
     for module in modules:
         own = module.__dict__
         if (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
@@ -53,8 +58,9 @@ def _few(x: torch.Tensor) -> bool:
 
 
 def _is_eager() -> bool:
-    """Neither compiled, nor traced, nor under a torch.func transform."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+    """Neither compiled, nor traced, nor under a torch.func transform or forward-mode differentiation."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+                or forward_ad._current_level >= 0)
 
 
 class ILoraLayer(BaseTunerLayer):
@@ -72,8 +78,8 @@ class ILoraLayer(BaseTunerLayer):
             to False, on the class or on one layer, to compare the two.
         check_routing: refuse, by the module's name, routing that is not finite. None (the default) checks on the CPU,
             where it costs 2 microseconds a layer; True also on other devices, which then wait for the host in every
-            layer; False nowhere. Set it on the class or on one layer. Code that is compiled, traced or under a
-            torch.func transform is not checked.
+            layer; False nowhere. Set it on the class or on one layer. Code that is compiled, traced, under a
+            torch.func transform or differentiated forward is not checked.
         module_name: the layer's name in the base model, for messages.
         routing_observers: adapter name -> functions that are given (module, weights [..., num_heads]) in each forward.
         fixed_routing: adapter name -> weights [num_heads] used in place of the router's.
@@ -203,8 +209,8 @@ class Linear(nn.Module, ILoraLayer):
     def _fusible(self, name: str, x: torch.Tensor) -> tuple | None:
         """The tensors and setting `FusedLinear` works on, or None where using them directly would miss something.
 
-        Left to autograd and the modules: quantised, sharded, offloaded or trained base layers, hooked parts, torch.func
-        transforms, float64 under autocast (which leaves that alone), and tracing or compiling, where the compiler does
+        Left to autograd and the modules: quantised, sharded, offloaded or trained base layers, parts hooked by themselves or
+        with all modules, torch.func transforms, forward-mode differentiation, float64 under autocast (which leaves that alone), and tracing or compiling, where the compiler does
         the fusing. So are, in training, noise and further terms of the loss, and always a shared head.
         """
         if not self.fused or name in self.fixed_routing or self.router_input[name] != "token" or not _is_eager():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -182,6 +183,33 @@ def test_hooks_on_the_parts_still_work():
         handle.remove()
         assert seen[-1][0] is part
     torch.testing.assert_close(seen[0][1], layer.base_layer(x))  # the base's own output, not the sum
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_on_all_modules_see_every_part(register):
+    model = adapted()
+    layer = parts(model)[0]
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    wanted, seen = model(x), []
+    handle = getattr(nn.modules.module, f"register_module_{register}")(lambda module, *args: seen.append(module))
+    try:
+        y = model(x)
+        y.sum().backward()
+    finally:
+        handle.remove()
+    torch.testing.assert_close(y, wanted)
+    assert {layer.base_layer, *(getattr(layer, name)["default"] for name in ("ilora_A", "ilora_B", "ilora_router"))} <= set(seen)
+    assert layer._fusible("default", x) is not None
+
+
+@pytest.mark.parametrize("choices", [{}, dict(shared_A=False), dict(top_k=2), dict(shared_head=True)])
+def test_forward_mode_differentiation(choices):
+    model = adapted(**choices)
+    x, along = torch.randn(2, 3, 5, dtype=torch.float64)
+    wanted = torch.autograd.functional.jvp(model, x, along)[1]  # by two reverse passes
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, along))).tangent
+    torch.testing.assert_close(found, wanted)
 
 
 def test_compiles_whole_and_under_function_transforms():
