@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -133,25 +135,41 @@ def to_static(model: nn.Module, task_weights: Mapping[str, Weights] | Weights, p
         bias={"ilora_only": "lora_only"}.get(ours.bias, ours.bias),
         target_modules="|".join(map(re.escape, layers)), modules_to_save=ours.modules_to_save,
         task_type=ours.task_type, base_model_name_or_path=ours.base_model_name_or_path, inference_mode=True)
-    error = None if run is None else _static_error(model, weights, run, adapter_name)
+    error = None if run is None else _static_error(model, layers, weights, run, adapter_name)
     if path is not None:
         config.save_pretrained(str(path))
         save_file(state, Path(path) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return StaticLora(config, state, error)
 
 
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    """As PeftModel's `disable_adapter`, for any module that holds adapters; what requires gradient is left alone."""
+    switches = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [module._disable_adapters for module in switches]
+    try:
+        for module in switches:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module, value in zip(switches, before, strict=True):
+            module._disable_adapters = value
+
+
 @torch.no_grad()
-def _static_error(model: nn.Module, weights: Mapping[str, torch.Tensor], run: Callable[[], torch.Tensor],
-                  adapter_name: str) -> float:
+def _static_error(model: nn.Module, layers: Mapping[str, ILoraLayer], weights: Mapping[str, torch.Tensor],
+                  run: Callable[[], torch.Tensor], adapter_name: str) -> float:
     if model.training:
         raise ValueError("to_static: call model.eval() first; dropout would count as error.")
-    if list(model.active_adapters) != [adapter_name]:  # freezing one that does not run would seem to cost nothing
-        raise ValueError(f"to_static: `run` measures the active adapters, {list(model.active_adapters)}; call "
-                         f"model.set_adapter({adapter_name!r}) first.")
+    # asked of the layers, as of a transformers model that holds its adapters itself `active_adapters` is a method
+    active = list(dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters))
+    if active != [adapter_name]:  # freezing one that does not run would seem to cost nothing
+        raise ValueError(f"to_static: `run` measures the active adapters, {active}; call model.set_adapter({adapter_name!r}) "
+                         "first.")
     routed = run().double()
     with fixed_routing(model, weights, adapter_name):
         fixed = run().double()
-    with model.disable_adapter():
+    with _adapters_off(model):
         base = run().double()
     effect = float((routed - base).norm())
     if not effect > 0:

@@ -344,6 +344,25 @@ def test_static_lora_equals_the_adapter_with_these_weights(choices, fold, rank, 
     assert made.error == pytest.approx(float((wanted - before).norm() / (before - base).norm()), rel=1e-4)
 
 
+def test_static_lora_of_a_transformers_model_that_holds_its_adapters_itself(tmp_path):
+    wrapped = language_model(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    wrapped.save_pretrained(tmp_path / "ilora")
+    run = lambda model: lambda: model(input_ids=TOKENS).logits  # noqa: E731
+    wanted = to_static(wrapped, FIXED, tmp_path / "wrapped", run=run(wrapped))
+    native = language_model(bare=True)
+    native.load_adapter(tmp_path / "ilora")
+    before = logits(native)
+    made = to_static(native.eval(), FIXED, tmp_path / "native", run=run(native))
+    assert made.error == pytest.approx(wanted.error, rel=1e-5) and made.state_dict.keys() == wanted.state_dict.keys()
+    assert all(torch.equal(made.state_dict[name], tensor) for name, tensor in wanted.state_dict.items())
+    assert torch.equal(logits(native), before)
+    native.add_adapter(ILoraConfig(lora_alpha=1, target_modules=["q_proj"], modules_to_save=["lm_head"]), "other")  # made active
+    with pytest.raises(ValueError, match=r"`run` measures the active adapters, \['other'\]; call model.set_adapter\('default'\)"):
+        to_static(native, FIXED, run=run(native), adapter_name="default")
+
+
 def test_static_lora_costs_nothing_when_the_weights_never_change():
     model = language_model(router="uniform")
     made = to_static(model, [1 / 3] * 3, run=lambda: model(input_ids=TOKENS).logits)
