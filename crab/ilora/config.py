@@ -131,7 +131,7 @@ class ILoraConfig(PeftConfig):
                           "module's input over the sample's instruction tokens, one set of weights for all its tokens; "
                           "media tokens come before the instruction under a causal mask, so a router that reads them "
                           "one by one cannot know the task there. The model must then run inside "
-                          "crab.ilora.instruction_tokens(model, mask)."},
+                          "crab.ilora.instruction_tokens(model, mask), which says how far generate works."},
     )
     router_sharing: Literal["module", "layer", "model"] = field(
         default="module",

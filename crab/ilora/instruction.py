@@ -22,8 +22,11 @@ class _Instruction:
         """Routing weights [batch, 1, heads] for the layer's input x [batch, tokens, in]."""
         key = (id(layer), adapter_name)
         if x.dim() == 3 and x.shape[:2] == self.mask.shape:
-            mask = self.mask.to(x.device, x.dtype).unsqueeze(-1)
-            weights = layer.ilora_router[adapter_name]((x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True))
+            # sums over a long instruction are beyond float16, and its length has more digits than bfloat16
+            wide = torch.promote_types(x.dtype, torch.float32)
+            mask = self.mask.to(x.device, wide).unsqueeze(-1)
+            mean = (x.to(wide) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            weights = layer.ilora_router[adapter_name](mean.to(x.dtype))
             if not torch.is_grad_enabled():
                 self._kept[key] = weights
             return weights
@@ -32,16 +35,19 @@ class _Instruction:
                 return self._kept[key]
         raise ValueError(f"instruction_tokens: a layer was given an input {list(x.shape)}, but the mask is for [batch, "
                          f"tokens] = {list(self.mask.shape)}. Give the mask of this very batch (repeated for each beam), "
-                         "and target only modules that see the whole sequence, not the encoders.")
+                         "and target only modules that see the whole sequence, not the encoders. Generation must use the "
+                         "cache and read one new token a pass: not use_cache=False, prompt_lookup_num_tokens or an assistant "
+                         "model.")
 
 
 @contextmanager
 def instruction_tokens(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     """Tell routers with router_input='instruction' which tokens of the batch to read while the block runs.
 
-    Under `generate` the weights found for the prompt serve the new tokens too. Under gradient checkpointing run the
-    backward pass inside the block as well, since it computes the layers again. Routers that read each token are not
-    affected.
+    Under `generate` the weights found for the prompt serve the new tokens too, as long as each later pass reads one token
+    against the cache: `use_cache=False`, `prompt_lookup_num_tokens` and assistant models raise. Under gradient
+    checkpointing run the backward pass inside the block as well, since it computes the layers again. Routers that read
+    each token are not affected.
 
     Args:
         model: a PEFT model, or any module holding I-LoRA layers.

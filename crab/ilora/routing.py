@@ -155,7 +155,9 @@ class RoutingMeans:
         elif kinds.shape != seen:
             if self.generated is None or len(seen) != 2 or seen[1] != 1:
                 raise ValueError(f"record_routing_means: {name!r} saw tokens {list(seen)}, but the labels given are for "
-                                 f"{list(kinds.shape)}. Call label() before each batch.")
+                                 f"{list(kinds.shape)}. Call label() before each batch; under generate the passes after the "
+                                 "prompt's count as `generated` only if they read one token each, which they do not with "
+                                 "use_cache=False, prompt_lookup_num_tokens or an assistant model.")
             kinds = torch.full(seen, self.generated)
         kinds = kinds.to(weights.device).reshape(-1).long()
         weights = weights.reshape(-1, heads)
@@ -235,8 +237,9 @@ def record_routing_means(model: nn.Module, segments: Sequence[str] = SEGMENTS, g
                 model(**batch)
         means.rows(), means.information(["text"]), to_static(model, means.weights())
 
-    Passes of one token after a longer labelled one are those of `generate`, and count as `generated`. The outputs are
-    the same as without the block.
+    Passes of one token after a longer labelled one are those of `generate`, and count as `generated`. Labelled passes of
+    other lengths raise, as generation without a cache, with prompt look-up or with an assistant model makes them. The
+    outputs are the same as without the block.
 
     Args:
         segments: names of the kinds of token, whichever the caller tells apart, in the order its labels count them.

@@ -298,6 +298,32 @@ def test_instruction_router_refusals():
         model(x)
 
 
+@pytest.mark.parametrize("options", [dict(use_cache=False), dict(prompt_lookup_num_tokens=2)])
+def test_generation_that_reads_more_than_the_new_token_says_so(options):
+    model = language_model(router_input="instruction")
+    tokens = torch.tensor([[3, 4, 5, 3, 4, 5]])  # repeated, for look-up to find something
+    options |= dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with instruction_tokens(model, torch.ones_like(tokens, dtype=torch.bool)), \
+            pytest.raises(ValueError, match="one new token a pass: not use_cache=False, prompt_lookup_num_tokens"):
+        model.generate(**options)
+    model = language_model()
+    with record_routing_means(model) as means, pytest.raises(ValueError, match="which they do not with use_cache=False, prompt"):
+        means.label(torch.zeros_like(tokens))
+        model.generate(**options)
+
+
+def test_a_long_instruction_is_pooled_in_float32():
+    model = adapted(dtype=torch.float16, upcast=False, router_input="instruction")
+    R = parts(model)[3]
+    assert R.dtype == torch.float16
+    # sums of up to 90000, where float16 ends at 65504
+    x = (30 * torch.tensor([1, -1, 0.5, -0.5, 0]) + torch.randn(1, 3000, 5)).half()
+    with instruction_tokens(model, torch.ones(1, 3000, dtype=torch.bool)), record_routing(model) as routing:
+        model(x)
+    wanted = torch.softmax(x.double().mean(1) @ R.T.double(), -1)
+    torch.testing.assert_close(routing["lin"][0][0, :1].double(), wanted, atol=0.02, rtol=0)
+
+
 # ---- a learning rate of its own for the router
 
 def test_parameter_groups():
