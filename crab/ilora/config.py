@@ -169,11 +169,12 @@ class ILoraConfig(PeftConfig):
         default=0.0,
         metadata={"help": "In training, each adapted module adds so many times N sum_i m_i^2 - 1 to the loss, m_i being the "
                           "mean weight of head i over the tokens of the batch, padding included, and N the number of heads "
-                          "that are routed (a shared head is not): 0 where all work equally much. Only the gradient is added, in each backward pass: the loss that a trainer "
-                          "reports is the task's, and a loss that was scaled before backward (fp16) makes the term "
-                          "smaller by as much. With gradient accumulation it comes once a backward pass, while trainers divide "
-                          "the loss by the steps: divide this by the accumulation steps too. Needs router='token', two "
-                          "routed heads or more, and not top_k=1. Published: 0."},
+                          "that are routed (a shared head is not): 0 where all work equally much. Only the gradient is "
+                          "added, in each backward pass: the loss that a trainer reports is the task's, and a loss that was "
+                          "scaled before backward (fp16) makes the term smaller by as much. With gradient accumulation it "
+                          "comes once a backward pass, while trainers divide the loss by the steps: divide this by the "
+                          "accumulation steps too. Needs router='token', two routed heads or more, and not top_k=1. "
+                          "Published: 0."},
     )
     orthogonality_weight: float = field(
         default=0.0,

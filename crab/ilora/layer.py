@@ -210,8 +210,9 @@ class Linear(nn.Module, ILoraLayer):
         """The tensors and setting `FusedLinear` works on, or None where using them directly would miss something.
 
         Left to autograd and the modules: quantised, sharded, offloaded or trained base layers, parts hooked by themselves or
-        with all modules, torch.func transforms, forward-mode differentiation, float64 under autocast (which leaves that alone), and tracing or compiling, where the compiler does
-        the fusing. So are, in training, noise and further terms of the loss, and always a shared head.
+        with all modules, torch.func transforms, forward-mode differentiation, float64 under autocast (which leaves that
+        alone), and tracing or compiling, where the compiler does the fusing. So are, in training, noise and further terms of
+        the loss, and always a shared head.
         """
         if not self.fused or name in self.fixed_routing or self.router_input[name] != "token" or not _is_eager():
             return None
