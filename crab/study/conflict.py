@@ -20,9 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 from crab.data.files import read_json
 from crab.models import omni
 from crab.study.dataset import batch, load_base, read_slot
-from crab.study.instruction import instruction_shown
 from crab.study.resample import interval
 from crab.study.spread import spread
+from crab.study.states import last_hidden
 
 #: Where gradients are taken, on the straight line from an adapter's first weights (0) to its last (1).
 POINTS = {"start": 0.0, "half-way": 0.5, "end": 1.0}
@@ -41,15 +41,10 @@ _PARAMETER = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|ilora_A|ilora_B|
 
 def summed_loss(model, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Summed negative log-likelihood of a batch's answers, their end token included, in nats."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with instruction_shown(model, made):
-        states = core.model(
-            inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
-            position_ids=made["position_ids"], use_cache=False,
-        ).last_hidden_state  # fmt: skip
+    states = last_hidden(model, made)
     labels = made["labels"][:, 1:]
     here = labels != omni.IGNORE
-    return torch.nn.functional.cross_entropy(core.lm_head(states[:, :-1][here]).float(), labels[here], reduction="sum")
+    return torch.nn.functional.cross_entropy(model.lm_head(states[:, :-1][here]).float(), labels[here], reduction="sum")
 
 
 def unfrozen_parameters(model) -> dict[str, torch.nn.Parameter]:

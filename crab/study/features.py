@@ -12,9 +12,9 @@ import torch
 
 from crab.data.files import aside, write_json
 from crab.study.dataset import batch, load_base, read_slot
-from crab.study.instruction import instruction_shown
 from crab.study.predict import load_adapter
 from crab.study.spread import spread
+from crab.study.states import last_hidden
 
 COLUMNS = ["model", "slot", "family", "id", "x", "y"]
 BASE = "base"
@@ -23,16 +23,10 @@ BASE = "base"
 @torch.no_grad()
 def hidden(model, tokenizer, samples: Sequence, batch_size: int) -> np.ndarray:
     """Last layer's hidden state at the last token of each prompt, where the answer is about to begin: [N, hidden]."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = []
     for start in range(0, len(samples), batch_size):
         made = batch(model, tokenizer, samples[start : start + batch_size])
-        with instruction_shown(model, made):
-            states = core.model(
-                inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
-                position_ids=made["position_ids"], use_cache=False,
-            ).last_hidden_state  # fmt: skip
-        rows.append(states[:, -1].float().cpu().numpy())  # prompts are padded on the left
+        rows.append(last_hidden(model, made)[:, -1].float().cpu().numpy())  # prompts are padded on the left
     return np.concatenate(rows)
 
 

@@ -23,12 +23,12 @@ from crab.ilora import ILoraLayer, fixed_routing, record_routing_means
 from crab.models import omni
 from crab.study.conflict import ALL, last_reliable
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
-from crab.study.instruction import instruction_shown
 from crab.study.predict import load_adapter
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
 from crab.study.score import true_answer
 from crab.study.spread import spread
+from crab.study.states import last_hidden
 
 WRAPPER = "base_model.model."  # what PEFT puts before the names of the base's modules
 # What is changed. Each is compared with the adapter as it is, but for "routing of": that with the slot's own mean.
@@ -87,18 +87,14 @@ def likelihood(model, batches: Sequence[Mapping[str, torch.Tensor]], seen: Calla
         Mean log-probability of the answer's tokens in nats, the end token included; and 1 where each of them is the
         most likely one, so that greedy generation gives this very answer, else 0.
     """
-    core, found = model.get_base_model() if hasattr(model, "get_base_model") else model, []
+    found = []
     for made in batches:
         if seen is not None:
             seen(made)
-        with instruction_shown(model, made):
-            states = core.model(
-                inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
-                position_ids=made["position_ids"], use_cache=False,
-            ).last_hidden_state  # fmt: skip
+        states = last_hidden(model, made)
         labels = made["labels"][:, 1:]
         here = labels != omni.IGNORE
-        logits, wanted, row = core.lm_head(states[:, :-1][here]).float(), labels[here], here.nonzero()[:, 0]
+        logits, wanted, row = model.lm_head(states[:, :-1][here]).float(), labels[here], here.nonzero()[:, 0]
         logs = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         wrong = (logits.argmax(-1) != wanted).float()
         total = torch.zeros(len(labels), 2, device=logs.device).index_add_(0, row, torch.stack([logs, wrong], 1))

@@ -14,9 +14,9 @@ import torch
 from crab.data.files import aside, write_json
 from crab.ilora import record_routing_means, routing_information
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
-from crab.study.instruction import instruction_shown
 from crab.study.predict import answer, load_adapter
 from crab.study.spread import spread
+from crab.study.states import last_hidden
 
 COLUMNS = ["slot", "layer", "segment", "head", "weight", "entropy", "tokens"]
 
@@ -48,11 +48,7 @@ def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_to
             part = slice(start, start + batch_size)
             made = batch(model, tokenizer, samples[part], texts[part])
             means.label(segments(model.config, made))
-            with instruction_shown(model, made):
-                model(
-                    inputs_embeds=made["inputs_embeds"], attention_mask=made["attention_mask"],
-                    position_ids=made["position_ids"], use_cache=False,
-                )  # fmt: skip
+            last_hidden(model, made)
     table = pd.DataFrame(means.rows())
     table["layer"] = table["module"].map(layer_of)
     table["kind"] = table["segment"].map(SEGMENTS.index)
