@@ -281,7 +281,8 @@ def _left_in(out: str | Path, baseline: str, keys: Mapping[str, str], rivals: Ma
     """What an earlier run left in ``out`` of the variants that these keys still hold for, with all their comparisons."""
     result = Ablation(pd.DataFrame(columns=ROWS), baseline)
     paths = {name: Path(out) / name for name in ("variants.csv", "slots.csv", "metrics.json")}
-    if not all(path.is_file() for path in paths.values()):
+    # an empty slots.csv, of one line break: the run was killed before anything could be compared
+    if not all(path.is_file() and path.stat().st_size > 1 for path in paths.values()):
         return result
     rows = pd.read_csv(paths["variants.csv"], keep_default_na=False).astype({"inside": str})
     if list(rows.columns) != ROWS:
@@ -419,9 +420,10 @@ def finding(result: Ablation, slots_to_win: float = 0.75) -> str:
         said.append(f"The learning rates of {'all' if len(unswept) == len(kind) else len(unswept)} of these were given, not swept.")
     if edge:
         said.append(f"The best learning rate of {_names(edge)} lies at the edge of those tried, so a better one may lie beyond.")
-    least = int(result.rows["seeds"].min())
-    if least == 1:
-        said.append("One seed: the intervals hold for it alone.")
+    alone = result.rows[result.rows["seeds"] == 1]["variant"].tolist()
+    if alone:
+        of_all = len(alone) == len(kind)
+        said.append(f"One seed{'' if of_all else ' of ' + _names(alone)}: {'the' if of_all else 'these'} intervals hold for it alone.")
     return " ".join(said)
 
 

@@ -14,7 +14,7 @@ import av
 import cv2
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from crab import tasks
 from crab.data import media, records
@@ -24,23 +24,6 @@ from crab.study.dataset import load_base
 from crab.study.encode import load_media, prepared
 
 PYAV, DECODE, PREPARE, BOTH = "PyAV, every frame", "decode", "prepare", "decode and prepare"
-
-
-class Done(Dataset):
-    """Records of which a worker does something and keeps what it makes, as those of the encode stage do; it hands over a number.
-
-    Args:
-        work: record -> number.
-    """
-
-    def __init__(self, found: Sequence[Mapping], work: Callable[[Mapping], int]):
-        self.found, self.work = found, work
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    def __getitem__(self, index: int) -> int:
-        return self.work(self.found[index])
 
 
 def decode_alone(record: Mapping) -> int:
@@ -108,11 +91,12 @@ def data_costs(
             ratios += [{"where": where, "ratio": name, **estimate(quotient(*pair), one)} for name, pair in pairs.items()]
     where = next(iter(kinds))
     of_work = {PYAV: decode_alone, BOTH: partial(prepare_alone, slot, processor)}
-    times = _through_workers({name: Done(found, work) for name, work in of_work.items()}, workers, seconds)
+    times = _through_workers(found, of_work, workers, seconds)
     costs += [{"clips": where, "part": name, "workers": count, **quartiles(t)} for (name, count), t in times.items()]
-    few, many = min(workers), max(workers)
-    gain = {name: estimate(quotient((name, few), (name, many)), times) for name in of_work}
-    ratios.append({"where": where, "ratio": f"workers_{many}_over_{few}", **gain[BOTH], "roofline": gain[PYAV]["value"]})
+    few, *more = sorted(set(workers))
+    for many in more:
+        gain = {name: estimate(quotient((name, few), (name, many)), times) for name in of_work}
+        ratios.append({"where": where, "ratio": f"workers_{many}_over_{few}", **gain[BOTH], "roofline": gain[PYAV]["value"]})
     return pd.DataFrame(costs), pd.DataFrame(ratios).assign(part="data", device="cpu", dtype="").reindex(columns=RATIO)
 
 
@@ -135,11 +119,16 @@ def _parts(chosen: Sequence[Mapping], slot: str, frames: int, processor, seconds
     return {PYAV: times[PYAV][0], DECODE: decode, PREPARE: prepare, BOTH: decode + prepare}
 
 
-def _through_workers(work: Mapping[str, Done], workers: Sequence[int], seconds: float) -> dict[tuple[str, int], np.ndarray]:
-    """Seconds a sample [repetitions] by work and number of workers, which run from the warm-up on: starting is not counted."""
+def _through_workers(
+    found: Sequence[Mapping], of_work: Mapping[str, Callable[[Mapping], int]], workers: Sequence[int], seconds: float
+) -> dict[tuple[str, int], np.ndarray]:
+    """Seconds a sample [repetitions] by work and number of workers, which run from the warm-up on: starting is not counted.
 
-    def epoch(samples: Done, count: int):
-        loader = DataLoader(samples, batch_size=None, num_workers=count, persistent_workers=True)
+    A worker keeps what it makes of a record, as those of the encode stage do, and hands over a number.
+    """
+
+    def epoch(work: Callable[[Mapping], int], count: int):
+        loader = DataLoader(found, batch_size=None, collate_fn=work, num_workers=count, persistent_workers=True)
 
         def step(_: int):
             for _ in loader:
@@ -148,9 +137,8 @@ def _through_workers(work: Mapping[str, Done], workers: Sequence[int], seconds: 
 
         return step
 
-    steps = {(name, count): epoch(samples, count) for name, samples in work.items() for count in workers}
-    times = interleaved(steps, seconds, least=3, by_wall=True)
-    return {(name, count): t[0] / len(work[name]) for (name, count), t in times.items()}
+    steps = {(name, count): epoch(work, count) for name, work in of_work.items() for count in workers}
+    return {which: t[0] / len(found) for which, t in interleaved(steps, seconds, least=3, by_wall=True).items()}
 
 
 def data_table(costs: pd.DataFrame) -> pd.DataFrame:

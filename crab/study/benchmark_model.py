@@ -77,7 +77,8 @@ def model_costs(
     Args:
         base: folder of the base. root: holds ``AVUIE_2``.
         new_tokens: decoded for each sample of the batch; none ends earlier.
-        dtypes: ``bfloat16`` runs float32 weights under autocast, as the Trainer's ``bf16`` does; left out where it is emulated.
+        dtypes: ``bfloat16`` is autocast, as the Trainer's ``bf16`` is; left out where it is emulated. ``float32`` is left out of a
+            base that is loaded in bfloat16 (a published one on a GPU).
         seconds: of repetitions, for each of training and decoding.
 
     Returns:
@@ -97,6 +98,8 @@ def model_costs(
     costs, ratios = [], []
     for dtype in formats(dtypes, device):
         precision = getattr(torch, dtype)
+        if precision == torch.float32 != model.dtype:
+            continue
 
         def context():
             return nullcontext() if precision == torch.float32 else torch.autocast(device, precision)  # noqa: B023

@@ -22,7 +22,7 @@ import pandas as pd
 
 from crab import tasks
 from crab.data.files import aside, read_json, write_json
-from crab.study.ablation import Variant, clear, judge
+from crab.study.ablation import Variant, judge
 from crab.study.conventions import Tree, check_slots, conventions
 from crab.study.deciding import deciding
 from crab.study.grid import Cell, run_grid
@@ -288,8 +288,12 @@ def regime(
 def _points_in(out: str | Path) -> pd.DataFrame:
     """What an earlier run left; nothing where there is none."""
     path = Path(out) / "points.csv"
-    left = pd.read_csv(path, keep_default_na=False, na_values={"mean": "", "low": "", "high": ""}) if path.is_file() else pd.DataFrame()
-    return left[COLUMNS].astype({"key": str}) if set(COLUMNS) <= set(left.columns) else pd.DataFrame(columns=COLUMNS)
+    blank = {name: "" for name in ("samples", "mean", "low", "high")}
+    left = pd.read_csv(path, keep_default_na=False, na_values=blank) if path.is_file() else pd.DataFrame()
+    if not set(COLUMNS) <= set(left.columns):
+        return pd.DataFrame(columns=COLUMNS)
+    counts = left["samples"].astype("Int64").astype(object)  # whole numbers and None, as in a `Point`
+    return left[COLUMNS].assign(samples=counts.where(counts.notna(), None)).astype({"key": str})
 
 
 def _methods(routed: Mapping[str, Mapping], point: Point, seeds: int, size) -> tuple[dict[str, Variant], dict[str, tuple[str, str]]]:
@@ -333,12 +337,6 @@ def _write(result: Regime, out: str | Path) -> None:
     })  # fmt: skip
 
 
-def _sign(row) -> int:
-    if pd.isna(row.mean):
-        return 0
-    return clear({"mean_difference": row.mean, "mean_difference_interval": (row.low, row.high)})
-
-
 def _at(each: Map, row) -> str:
     return ", ".join(f"{axis} {getattr(row, axis)}" for axis in each.axes)
 
@@ -361,7 +359,7 @@ def finding(result: Regime) -> str:
             if not judged:
                 lines.append(f"- {said}: own adapters lift no slot above chance at any point, so nothing can be judged.")
                 continue
-            worse, better = ([r for r in judged if _sign(r) == sign] for sign in (-1, 1))
+            worse, better = [r for r in judged if r.high < 0], [r for r in judged if r.low > 0]
             text = f"- {said}: clearly worse at {len(worse)} of {len(judged)} points, clearly better at {len(better)}"
             for name, some, pick in (("most below", worse, min), ("most above", better, max)):
                 if some:

@@ -251,15 +251,22 @@ def test_variants_whose_settings_changed_are_made_anew(tmp_path, change):
     assert {label.partition(" (")[0] for label, *_ in again.calls} >= {"own", "lora", "ilora", "sharp"}
 
 
-def test_what_is_finished_is_on_disk_when_the_rest_fails(tmp_path):
-    def killed(cells, **kwargs):
-        if cells[0].run.method == "ilora":
+@pytest.mark.parametrize(("at", "done"), [("own", []), ("lora", ["own"]), ("ilora", ["own", "lora"])])
+def test_what_is_finished_is_on_disk_when_the_rest_fails_and_the_rest_can_follow(tmp_path, at, done):
+    def killed(cells, label, **kwargs):
+        if label.startswith(f"{at} ("):
             raise KeyboardInterrupt
-        return World(planted)(cells, **kwargs)
+        return World(planted)(cells, label=label, **kwargs)
 
     with pytest.raises(KeyboardInterrupt):
         go(killed, VARIANTS, tmp_path)
-    assert pd.read_csv(tmp_path / "out" / "variants.csv")["variant"].tolist() == ["own", "lora"]
+    assert pd.read_csv(tmp_path / "out" / "variants.csv")["variant"].tolist() == done
+    assert go(World(planted), VARIANTS, tmp_path).rows["variant"].tolist() == ["own", "lora", "ilora", "plain LoRA r=9", "sharp"]
+
+
+def test_only_variants_of_one_seed_are_said_to_hold_for_it_alone(tmp_path):
+    said = finding(go(World(planted), VARIANTS | {"sharp": VARIANTS["sharp"] | {"seeds": 1}}, tmp_path))
+    assert "One seed of `sharp`: these intervals hold for it alone." in said
 
 
 def test_instruction_first_is_trained_on_the_reordered_samples(tmp_path, monkeypatch):
@@ -412,6 +419,15 @@ def test_rounding_of_the_encoders_does_not_part_a_row_from_its_key(tmp_path):
         encode(features, positions)
         keys.append(deciding(tmp_path / "encoded", tmp_path / "dataset", some_base(tmp_path), ["ks"], []))
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_map_of_all_samples_is_taken_over_beside_one_that_varies_them(tmp_path):
+    both = {"room": ROOM | {"samples": None}, "few": ROOM | {"tasks": 2, "samples": [10, 20]}}
+    explore(World(hurts), both, tmp_path)
+    idle = World(hurts)
+    again = explore(idle, both, tmp_path)
+    assert not idle.calls and again.points["samples"].tolist() == [None] * 12 + [10] * 3 + [20] * 3 + [10] * 3 + [20] * 3
+    assert len([axes for axes in heat_maps(again, tmp_path / "m.png").axes if axes.images]) == 6
 
 
 def test_maps_that_share_points_keep_their_own_rows(tmp_path):

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from crab.data import records  # noqa: E402
 from crab.study import benchmark, benchmark_data, benchmark_layer, benchmark_model  # noqa: E402
 from crab.study.benchmark_layer import BASE, ILORA, LOOP, LORA, VARIANTS, WIDE, Point  # noqa: E402
+from crab.study.dataset import load_base  # noqa: E402
 from crab.study.figures.benchmark import growth_lines, memory_bars, shape_bars  # noqa: E402
 from crab.tasks import MediaItem  # noqa: E402
 
@@ -323,13 +324,14 @@ def test_decoding_alone_decodes_every_frame(clips):
     assert frames[0].std() > 10  # something is to be seen
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_data_costs(base, clips, monkeypatch):
     monkeypatch.setattr(benchmark_data.tasks, "instruction", lambda slot, record: "which action ?")
     clip = {"fps": 2, "width": 32, "height": 32}
-    costs, ratios = benchmark_data.data_costs(base, "root", "ave", 3, clip, [1, 2], seconds=0)
-    assert (costs["seconds"] > 0).all() and len(costs) == 2 * 4 + 2 * 2
-    assert set(ratios["ratio"]) == {"prepare_over_decode", "decode_over_pyav", "both_over_pyav", "workers_2_over_1"}
-    assert benchmark_data.data_table(costs)["workers"].tolist() == ["none"] * 8 + ["1", "2"] * 2
+    costs, ratios = benchmark_data.data_costs(base, "root", "ave", 3, clip, [1, 2, 3], seconds=0)
+    assert (costs["seconds"] > 0).all() and len(costs) == 2 * 4 + 2 * 3
+    assert set(ratios["ratio"]) == {"prepare_over_decode", "decode_over_pyav", "both_over_pyav", "workers_2_over_1", "workers_3_over_1"}
+    assert benchmark_data.data_table(costs)["workers"].tolist() == ["none"] * 8 + ["1", "2", "3"] * 2
     assert ratios.set_index("ratio")["roofline"].notna().to_dict() == {name: name.startswith("workers") for name in ratios["ratio"]}
     with pytest.raises(ValueError, match="ave/train has 3 records, 4 are wanted; lower `samples`"):
         benchmark_data.data_costs(base, "root", "ave", 4, clip, [1], seconds=0)
@@ -345,6 +347,14 @@ def test_model_costs(base, clips, monkeypatch):
     assert ratios["ratio"].tolist() == ["train_ilora_over_lora", "decode_ilora_over_lora"] * 2
     table = benchmark_model.model_table(costs, ratios)
     assert len(table) == 2 and " to " in table[("train", "I-LoRA / LoRA")].iloc[0]
+
+    def in_bfloat16(path):  # as a published base is loaded on a GPU
+        model, processor = load_base(path)
+        return model.to(torch.bfloat16), processor
+
+    monkeypatch.setattr(benchmark_model, "load_base", in_bfloat16)
+    costs, ratios = benchmark_model.model_costs(base, "root", "ave", 2, 3, 2, 3, ["float32", "bfloat16"], seconds=0)
+    assert set(costs["dtype"]) == {"bfloat16"} and len(ratios) == 2
 
 
 def test_operations_alone_are_the_whole_formula(base):

@@ -83,6 +83,10 @@ def test_draws(draw, table, tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 3  # no temporary file is left
 
 
+def test_no_rival_is_said_in_place_of_bars(tmp_path):
+    assert [axes.get_title() for axes in transfer_bars(TRANSFER[:0], tmp_path / "a.png").axes] == ["nothing to compare with"]
+
+
 def test_rates_stand_beside_the_papers(tmp_path):
     axes = rate_bars(RATES, tmp_path / "a.png").axes[0]
     bars = {label.get_text(): place for place, label in enumerate(axes.get_yticklabels())}

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from crab.study.figures.style import VERDICTS, save, subplots
+from crab.study.figures.style import VERDICTS, nothing, save, subplots
 from crab.study.transfer import PAPER
 
 SIDES = {"positive": ("gain", 1), "negative": ("loss", -1)}
@@ -55,6 +55,8 @@ def transfer_bars(table: pd.DataFrame, path: str | Path) -> Figure:
     """
     names = list(dict.fromkeys(table["comparison"]))
     slots = list(dict.fromkeys(table["slot"]))
+    if not names:
+        return nothing("nothing to compare with", path)
     across = min(3, len(names))
     down = -(-len(names) // across)
     figure, grid = subplots(
