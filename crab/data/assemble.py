@@ -71,7 +71,8 @@ def assemble(
     else:
         folder = _root(root, out, source)
         if source == "raw":
-            slots = slots or list(_convert(raw, folder, on_problem, rewrite, workers, progress))
+            made = _convert(raw, folder, on_problem, rewrite, workers, progress)
+            slots = slots or list(made)
     found = validate(folder, slots, on_problem, tolerate, report, cache, time_limit, workers, progress, decode)
     if folder == out:
         _shorten(found, out)
