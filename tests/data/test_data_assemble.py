@@ -165,6 +165,9 @@ def test_original_data_sets_are_converted_under_the_root_and_then_read_as_a_tree
                                                             "progress": False})]
     assert [(c.slot, c.split, c.kept) for c in report.counts] == [("ks", "train", 4), ("ks", "test", 3)]
     assert records.read(tmp_path / "out", "ks", "test")[0]["media"][0].path.startswith(str(tmp_path / "converted"))
+    (tmp_path / "named").mkdir()
+    named = assemble(tmp_path / "out", "raw", tmp_path / "named", raw=raw, slots=["ks"], on_problem="skip", **QUIET)
+    assert len(called) == 2 and named.counts == report.counts  # slots that are named are converted too
     with pytest.raises(ValueError, match="raw is not set"):
         assemble(tmp_path / "out", "raw", tmp_path / "converted", **QUIET)
 
