@@ -6,7 +6,6 @@ import csv
 import os
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from crab.data.files import aside
@@ -117,17 +116,14 @@ class Report:
     """What a walk found.
 
     Attributes:
-        root: the folder that holds ``AVUIE_2``.
         counts: a row a slot and split.
         findings: all that is wrong, in the order of the lists.
         lists: (slot, split) -> records that can be used, as published; those of lists that lost some bear an ``id``.
         media: digest of the names, sizes and times of change of all media in use.
         chains: of converted slots, how many chains of a chat model were "taken", and how many refused, by reason.
         probed, known: files probed in this walk, and those unchanged since an earlier one.
-        took: seconds.
     """
 
-    root: Path
     counts: list[Count] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     lists: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
@@ -135,7 +131,6 @@ class Report:
     chains: Counter[str] = field(default_factory=Counter)
     probed: int = 0
     known: int = 0
-    took: float = 0.0
 
     @property
     def problems(self) -> list[Finding]:

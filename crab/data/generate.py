@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from crab import tasks
 from crab.data import media, records, render, vocabulary
+from crab.data.files import aside_folder
 from crab.data.views import VIEWS, view
 from crab.data.views.view import View
 from crab.data.workers import end_with_parent
@@ -69,17 +71,9 @@ def build(
     root = Path(root)
     refuse_foreign(root)
     began = time.perf_counter()
-    aside = root.with_name(f".{root.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    with aside_folder(root) as aside:
         made = _run(aside, seed, _jobs(slots, train, test, caption), workers, progress)
         summary = _finish(aside, seed, made)
-        if root.exists():
-            shutil.rmtree(root)
-        os.replace(aside, root)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return {**summary, "seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -114,24 +108,16 @@ def _jobs(slots: Sequence[str], train: int, test: int, caption: int) -> list[Job
 
 def _run(root: Path, seed: int, jobs: Sequence[Job], workers: int, progress: bool) -> dict[Job, dict]:
     bar = tqdm(total=sum(end - start for _, _, start, end in jobs), unit="record", disable=not progress, desc="build")
-    made = {}
-    with bar:
-        if workers == 1:
-            for job in jobs:
-                made[job] = _make(root, seed, job)
-                bar.update(job[3] - job[2])
-            return made
-        # Spawned, not forked: the caller may be a notebook with threads of its own.
-        with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent) as pool:
-            futures = {pool.submit(_make, root, seed, job): job for job in jobs}
-            try:
-                for future in as_completed(futures):
-                    job = futures[future]
-                    made[job] = future.result()
-                    bar.update(job[3] - job[2])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    make, made = partial(_make, root, seed), {}
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        if workers > 1:
+            # Spawned, not forked: the caller may be a notebook with threads of its own.
+            pool = stack.enter_context(ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent))
+        # a job that fails cancels those that wait
+        for job, found in zip(jobs, (pool.map if workers > 1 else map)(make, jobs), strict=True):
+            made[job] = found
+            bar.update(job[3] - job[2])
     return made
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import stat
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -78,7 +77,6 @@ def validate(
         ValueError: an argument that cannot be, naming it and its mend.
         ValidationError: there are problems and they are not to be skipped.
     """
-    began = time.perf_counter()
     chosen = _chosen(root, slots, on_problem, tolerate, time_limit, workers)
     walk = _Walk(root, frozenset(tolerate), decode)
     splits = [(slot, split) for slot in chosen for split in slot.splits]
@@ -92,7 +90,7 @@ def validate(
     # test first: a training record is measured against the test records that are there
     for key in sorted(uses, key=lambda key: key[1] != "test"):
         walk.settle(*key, uses[key])
-    found = walk.finish(list(uses), time.perf_counter() - began)
+    found = walk.finish(list(uses))
     if report is not None:
         found.write(report)
     if on_problem == "error" and found.problems:
@@ -123,7 +121,7 @@ class _Walk:
         self.lists = Path(os.path.realpath(root))
         self.root = Path(os.path.realpath(records.media_root(root)))  # of the media
         self.tolerate, self.decode = tolerate, decode
-        self.report = Report(self.lists)
+        self.report = Report()
         self.counts: dict[tuple[str, str], Count] = {}
         self.findings: dict[tuple[str, str], list[Finding]] = {}
         self.folders: dict[str, str] = {}
@@ -330,7 +328,7 @@ class _Walk:
         if key[1] == "train" and "id" in use.raw and (key[0], use.id) in self.tested:
             yield "overlap", f"field 'id': is also that of {self.tested[key[0], use.id]}; take one of the two out", tasks.json_path(*key)
 
-    def finish(self, keys: Sequence[tuple[str, str]], took: float) -> Report:
+    def finish(self, keys: Sequence[tuple[str, str]]) -> Report:
         """The report, in the order of the lists."""
         report = self.report
         report.counts = [self.counts[key] for key in keys]
@@ -340,7 +338,7 @@ class _Walk:
         digest = hashlib.sha256()
         for path in sorted(self.used):
             digest.update(f"{path}\0{self.files[path].size}\0{self.files[path].changed}\n".encode())
-        report.media, report.took = digest.hexdigest(), took
+        report.media = digest.hexdigest()
         return report
 
 

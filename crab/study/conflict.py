@@ -18,11 +18,10 @@ from peft.utils import load_peft_weights
 from transformers.utils.logging import disable_progress_bar
 
 from crab.data.files import read_json
-from crab.models import omni
 from crab.study.dataset import batch, load_base, read_slot
 from crab.study.resample import interval
 from crab.study.spread import spread
-from crab.study.states import last_hidden
+from crab.study.train import answer_loss
 
 #: Where gradients are taken, on the straight line from an adapter's first weights (0) to its last (1).
 POINTS = {"start": 0.0, "half-way": 0.5, "end": 1.0}
@@ -37,14 +36,6 @@ SUMMARY = [
 #: Gradients of more numbers than this are hashed down to it (see `sketch`).
 WIDTH = 2**20
 _PARAMETER = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|ilora_A|ilora_B|ilora_router)\.(?P<adapter>[^.]+)\.weight")
-
-
-def summed_loss(model, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Summed negative log-likelihood of a batch's answers, their end token included, in nats."""
-    states = last_hidden(model, made)
-    labels = made["labels"][:, 1:]
-    here = labels != omni.IGNORE
-    return torch.nn.functional.cross_entropy(model.lm_head(states[:, :-1][here]).float(), labels[here], reduction="sum")
 
 
 def unfrozen_parameters(model) -> dict[str, torch.nn.Parameter]:
@@ -106,7 +97,7 @@ def gradient_products(model, tokenizer, data: Mapping[str, Sequence[tuple]], chu
         count = len(range(0, len(pairs), chunk))
         for start in range(0, len(pairs), chunk):
             made = batch(model, tokenizer, *map(list, zip(*pairs[start : start + chunk], strict=True)))
-            found = torch.autograd.grad(summed_loss(model, made), list(parameters.values()))
+            found = torch.autograd.grad(answer_loss(model, made, 1)[0], list(parameters.values()))
             parts: dict[str, dict[str, torch.Tensor]] = {}
             for name, gradient in zip(parameters, found, strict=True):
                 for part, piece in pieces(model, name, gradient).items():

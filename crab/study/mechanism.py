@@ -59,6 +59,9 @@ def true_answers(dataset: str | Path, encoded: str | Path, slot: str, form: str,
 
     Args:
         form: of the answers, where the record gives them in words; published test records that do not have bare ones.
+
+    Raises:
+        ValueError: on samples that are no records of the dataset, or none that has an answer.
     """
     data = read_slot(encoded, slot, "test")
     by_id = {record["id"]: record for record in records.read(dataset, slot, "test")}
@@ -73,6 +76,8 @@ def true_answers(dataset: str | Path, encoded: str | Path, slot: str, form: str,
             text = true_answer(slot, record) if entry.masks else tasks.answer(slot, tasks.truth(slot, record))
         if text:
             pairs.append((data.samples[i], text))
+    if not pairs:
+        raise ValueError(f"{encoded}: {slot}: none of {samples} test samples has a true answer to look at; take more, or leave the slot out")
     return pairs
 
 

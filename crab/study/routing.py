@@ -65,9 +65,9 @@ def routing(
     base: str | Path,
     slots: Sequence[str],
     out: str | Path,
-    samples: int = 200,
+    samples: int,
+    max_new_tokens: int,
     batch_size: int = 32,
-    max_new_tokens: int = 48,
 ) -> tuple[pd.DataFrame, dict]:
     """Record the routing of an I-LoRA adapter on test samples, spread evenly over the slots.
 
@@ -75,10 +75,11 @@ def routing(
 
     Args:
         adapter: folder of a joint I-LoRA run. samples: in all, at least one a slot.
+        max_new_tokens: of an answer; as the evaluate stage has it, or answers are cut that are not there.
 
     Returns:
-        Table (`COLUMNS`), and a summary: mean entropy, mean weight of each head, and the mutual information in
-        bits between slot and head, on average over layers, for each segment.
+        Table (`COLUMNS`), and a summary: mean entropy and mean weight of each head, over all tokens; and the mutual information
+        in bits between slot and head, on average over layers, for each segment.
     """
     model, processor = load_base(base)
     peft_model = load_adapter(model, adapter)
@@ -102,9 +103,10 @@ def summarise(table: pd.DataFrame) -> dict:
     for (segment, _), part in table.groupby(["segment", "layer"], sort=False):
         gates = part.pivot(index="slot", columns="head", values="weight").to_numpy()
         information.setdefault(segment, []).append(routing_information(torch.tensor(gates)))
+    heads = [part for _, part in table.groupby("head")]
     return {
-        "mean_entropy": round(float(table["entropy"].mean()), 4),
-        "head_weight": [round(float(w), 4) for w in table.groupby("head")["weight"].mean()],
+        "mean_entropy": round(float(np.average(table["entropy"], weights=table["tokens"])), 4),
+        "head_weight": [round(float(np.average(part["weight"], weights=part["tokens"])), 4) for part in heads],
         "slot_head_information_bits": {name: round(float(np.mean(v)), 4) for name, v in information.items()},
     }
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_sources_formats import AVE, AVQA, AVS, FORMATS, MELD_HEAD, MUSIC, REF, WHEN, clips, put, shelf  # noqa: F401
 
-from crab.data.sources import Raw, SourceError, convert, convert_all, drafts, records
+from crab.data.sources import Draft, Raw, SourceError, convert, convert_all, drafts
 
 HEAD = "Category&VideoID&Quality&StartTime&EndTime\n"
 LLP_HEAD = "filename\tonset\toffset\tevent_labels\n"
@@ -100,7 +100,7 @@ def test_text_that_is_not_utf8_is_named_by_line(put):  # noqa: F811
     root = put(AVE)
     (root / "trainSet.txt").write_bytes(b"Bark&x&good&0&3\nBark&\xff&good&0&3\n")
     with pytest.raises(SourceError, match=r"trainSet.txt, line 2: not UTF-8 at byte 21; save it as UTF-8"):
-        list(records("ave", root, "train"))
+        list(drafts("ave", Raw(root), "train"))
 
 
 def test_names_and_texts_that_no_list_can_hold_are_named_or_counted(put, tmp_path):  # noqa: F811
@@ -113,7 +113,7 @@ def test_names_and_texts_that_no_list_can_hold_are_named_or_counted(put, tmp_pat
     assert report["records"] == 1 and len(report["left_out"]["fault"]) == 1
     put(music(anser="\ud800") | clips("videos", "v"))
     with pytest.raises(SourceError, match="record 0: .*half a character"):
-        list(records("avqa", root, "train"))
+        list(drafts("avqa", Raw(root), "train"))
 
 
 @pytest.mark.parametrize("slot, gone, split, reason", [
@@ -127,7 +127,7 @@ def test_names_and_texts_that_no_list_can_hold_are_named_or_counted(put, tmp_pat
 ])
 def test_missing_media_are_counted_with_their_place(put, slot, gone, split, reason):  # noqa: F811
     root = put(FORMATS[slot][0])
-    whole = len(list(records(slot, root, split)))
+    whole = len(list(drafts(slot, Raw(root), split)))
     (root / gone).unlink()
     raw = Raw(root)
     rest = len(list(drafts(slot, raw, split)))
@@ -175,7 +175,7 @@ def test_of_several_containers_the_first_in_order_is_taken(put):  # noqa: F811
     (lambda raw, out: convert("ave", raw / "gone", out), SourceError, "no such folder"),
     (lambda raw, out: convert("ave", raw, raw / "data"), ValueError, "lies in the raw data set"),
     (lambda raw, out: convert_all({"ave": raw, "dfew": raw}, out), ValueError, "slot dfew: has no converter"),
-    (lambda raw, out: list(records("unav", raw, "test")), ValueError, "slot unav has no split 'test'"),
+    (lambda raw, out: list(drafts("unav", Raw(raw), "test")), ValueError, "slot unav has no split 'test'"),
 ])
 def test_what_cannot_be_asked_for(put, tmp_path, call, error, words):  # noqa: F811
     with pytest.raises(error, match=words):
@@ -188,7 +188,7 @@ def test_links_that_loop_and_hidden_files_do_no_harm(put):  # noqa: F811
     (root / "AVE/loop").symlink_to(root)
     (root / "AVE/._RUhOCu3LNXM.mp4").write_text("what another system leaves")
     (root / "Annotations.txt.bak").write_text("what an editor leaves")
-    assert len(list(records("ave", root, "train"))) == 2
+    assert len(list(drafts("ave", Raw(root), "train"))) == 2
 
 
 TEXT = st.text(st.sampled_from("&\t,\n\"'{}[]:0123456789abANG_<>/.\0\x85é"), max_size=80)
@@ -209,7 +209,7 @@ def test_no_annotation_file_breaks_the_readers(tmp_path, text, slot, rest):
         (tmp_path / name).write_text(written, encoding="utf-8", newline="")
     for faults in ("error", "skip-and-record"):
         try:
-            assert all(isinstance(r, dict) for r in records(slot, tmp_path, "train", faults))
+            assert all(isinstance(d, Draft) for d in drafts(slot, Raw(tmp_path, faults), "train"))
         except SourceError as error:
             assert str(tmp_path) in str(error)
 

@@ -1,5 +1,7 @@
 """Figures are drawn from small tables, with titles and units, and the same table gives the same file."""
 
+from itertools import combinations
+
 import matplotlib
 import pandas as pd
 import pytest
@@ -117,3 +119,10 @@ def test_a_base_that_was_not_trained_has_figures_that_say_so(tmp_path):
         assert "Nothing was trained here" in draw(empty, tmp_path / "a.png").axes[0].get_title()
     assert "Nothing was trained here" in gate_bars({}, {}, tmp_path / "a.png").axes[0].get_title()
     assert list(gate_table({}, {})) == ["skill", "accuracy", "gate", "majority", "picker", "n"]
+
+
+def test_names_of_slots_do_not_cover_each_other(tmp_path):
+    rows = [("base", slot, "emotion", f"{slot}{i}", 1.0, i / 9) for slot in ("meld", "cremad", "mafw", "dfew") for i in range(3)]
+    figure = feature_maps(pd.DataFrame(rows, columns=["model", "slot", "family", "id", "x", "y"]), tmp_path / "maps.png")
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 4 and not any(one.overlaps(other) for one, other in combinations(boxes, 2))

@@ -75,6 +75,8 @@ def test_true_answers_of_records_that_hold_no_answer(tmp_path, encoded):
     (tmp_path / "AVUIE_2/arig/test.json").write_text(json.dumps([record | {"id": "x"}]))
     with pytest.raises(ValueError, match="sample 'arig/test/00000' is no record of .*; run the encode stage again"):
         mechanism.true_answers(tmp_path, tmp_path, "arig", "bare", 5)
+    with pytest.raises(ValueError, match="arig: none of 0 test samples has a true answer to look at; take more, or leave the slot out"):
+        mechanism.true_answers(tmp_path, tmp_path, "arig", "bare", 0)
 
 
 def test_likelihood_agrees_with_one_token_at_a_time(loaded, made):

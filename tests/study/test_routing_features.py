@@ -53,6 +53,13 @@ def test_findings_by_hand():
     assert "too few samples" in features.finding({"base": none})
 
 
+def test_what_is_said_of_all_tokens_weighs_each_alike():
+    rows = [("a", 0, "text", 0, 0.9, 0.2, 10), ("a", 0, "text", 1, 0.1, 0.2, 10), ("a", 0, "video", 0, 0.4, 0.6, 30), ("a", 0, "video", 1, 0.6, 0.6, 30)]
+    summary = routing.summarise(pd.DataFrame(rows, columns=routing.COLUMNS))
+    assert summary["mean_entropy"] == 0.5  # (10 x .2 + 30 x .6) / 40
+    assert summary["head_weight"] == [0.525, 0.475]  # (10 x .9 + 30 x .4) / 40
+
+
 def test_layer_names():
     assert routing.layer_of("model.language_model.layers.11.mlp.up_proj") == 11
     with pytest.raises(ValueError, match="lm_head"):

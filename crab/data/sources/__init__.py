@@ -7,8 +7,7 @@ by slot.  Every answer is a chain, which says no more than the labels do, then t
 :mod:`rewrite` lets a chat model word the chains, and checks what it wrote.
 """
 
-from crab.data.sources.convert import REPORT, SOURCES, Source, convert, convert_all, drafts, finished, records, table
+from crab.data.sources.convert import REPORT, SOURCES, Source, convert, convert_all, drafts, finished
 from crab.data.sources.raw import FAULTS, Draft, LeftOut, Raw, SourceError
 
-__all__ = ["FAULTS", "REPORT", "SOURCES", "Draft", "LeftOut", "Raw", "Source", "SourceError", "convert", "convert_all", "drafts",
-           "finished", "records", "table"]
+__all__ = ["FAULTS", "REPORT", "SOURCES", "Draft", "LeftOut", "Raw", "Source", "SourceError", "convert", "convert_all", "drafts", "finished"]

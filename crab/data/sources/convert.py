@@ -99,15 +99,6 @@ def finished(slot: str, draft: Draft) -> dict[str, Any]:
     return record
 
 
-def records(slot: str, raw_root: str | os.PathLike, split: str, faults: str = "error", seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Records of a slot's split, with its published fields and an answer.
-
-    No media are placed, and what is left out is not told: :func:`convert` does both.
-    """
-    for draft in drafts(slot, Raw(raw_root, faults, seed), split):
-        yield finished(slot, draft)
-
-
 def convert(
     slot: str,
     raw_root: str | os.PathLike,
@@ -174,14 +165,6 @@ def convert_all(raw_roots: Mapping[str, str | os.PathLike], out_root: str | os.P
     for slot in raw_roots:
         _source(slot)  # before hours of work
     return {slot: convert(slot, raw_root, out_root, **options) for slot, raw_root in raw_roots.items()}
-
-
-def table(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Reports as rows, one a slot and split: records, files, and how many were left out for which reason."""
-    return [{"slot": slot, "split": split, "records": part["records"], "files": part["files"],
-             "left out": sum(map(len, part["left_out"].values())),
-             "why": ", ".join(f"{len(where)} {reason}" for reason, where in part["left_out"].items())}
-            for slot, report in reports.items() for split, part in report["splits"].items()]
 
 
 def _placed(found: Sequence[Draft], folder: Path, link: str, raw: Raw, workers: int, said: str | bool) -> list[Draft]:

@@ -75,19 +75,23 @@ def conflict_maps(pairs: pd.DataFrame, point: str, path: str | Path, part: str =
 
 
 def head_costs(effects: pd.DataFrame, path: str | Path) -> Figure:
-    """Cost of each change to each slot, a row a slot: heads off, in both ways, uniform routing, and the slot's own mean.
+    """Cost of each change to each slot, a row a slot: heads off, in both ways, uniform routing, the slot's own mean, and no adapter.
+
+    Without the adapter nearly all is lost that there is to lose; colours are of the other changes.
 
     Args:
         effects: of `crab.study.mechanism.causes`.
     """
-    part = effects[effects["change"].isin([HEAD, RESCALED, UNIFORM, OWN])]
+    part = effects[effects["change"].isin([HEAD, RESCALED, UNIFORM, OWN, OFF])]
     panels = {"cost": COST, "exact": "exact answers lost (share)"}
     figure, grid = subplots(1, 2, figsize=(15, 1.9 + 0.34 * part["slot"].nunique()), sharey=True)
     names = pd.Series(map(named, part["change"], part["of"]), index=part.index)
+    order = [name for name in dict.fromkeys(names) if name != OFF] + [OFF]
     for axes, (column, label) in zip(grid, panels.items(), strict=True):
         found = part.assign(name=names).pivot(index="slot", columns="name", values=column)
-        found = found.reindex(index=list(dict.fromkeys(part["slot"])), columns=list(dict.fromkeys(names)))
-        sns.heatmap(found, ax=axes, cmap="vlag", center=0, annot=True, fmt=".2f", annot_kws={"size": 8}, cbar=False)
+        found = found.reindex(index=list(dict.fromkeys(part["slot"])), columns=order)
+        most = found.drop(columns=OFF).max().max()
+        sns.heatmap(found, ax=axes, cmap="vlag", center=0, vmax=most, annot=True, fmt=".2f", annot_kws={"size": 8}, cbar=False)
         axes.set(title=label, xlabel="", ylabel="")
         axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=35, ha="right")
     grid[0].set_ylabel("slot")

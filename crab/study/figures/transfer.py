@@ -72,6 +72,7 @@ def transfer_bars(table: pd.DataFrame, path: str | Path) -> Figure:
         axes.errorbar(part["difference"], slots, xerr=spread, fmt="none", ecolor="0.25", elinewidth=1)
         axes.axvline(0, color="black", linewidth=1)
         axes.set(title=name.replace(" vs ", "\nvs "), xlabel="difference in score")
+        axes.tick_params(labelbottom=True)  # of the upper rows too
     grid[0][0].invert_yaxis()
     widest = max(0.05, table[["low", "high"]].abs().max().max())
     grid[0][0].set_xlim(-1.05 * widest, 1.05 * widest)  # zero in the middle, and noise is not blown up
