@@ -75,8 +75,15 @@ def test_true_answers_of_records_that_hold_no_answer(tmp_path, encoded):
     (tmp_path / "AVUIE_2/arig/test.json").write_text(json.dumps([record | {"id": "x"}]))
     with pytest.raises(ValueError, match="sample 'arig/test/00000' is no record of .*; run the encode stage again"):
         mechanism.true_answers(tmp_path, tmp_path, "arig", "bare", 5)
-    with pytest.raises(ValueError, match="arig: none of 0 test samples has a true answer to look at; take more, or leave the slot out"):
-        mechanism.true_answers(tmp_path, tmp_path, "arig", "bare", 0)
+
+
+def test_a_slot_without_any_true_answer_is_named(tmp_path, encoded, monkeypatch):
+    write_slot(tmp_path, "s4", "test", read_slot(encoded, "ks", "test").samples[:1], ["s4/test/00000"], ["?"], {"bare": [], "explicit": []})
+    record = {"visual_path": "v/frames/0.jpg", "audio_path": "a.wav", "vid": "v", "uid": "u", "a_obj": "dog", "frame_idx": 0}
+    write_records(tmp_path, "s4", [record])
+    monkeypatch.setattr(mechanism, "true_answer", lambda slot, record: "")  # as of a mask of fewer than three pixels
+    with pytest.raises(ValueError, match="s4: none of 5 test samples has a true answer to look at; take more, or leave the slot out"):
+        mechanism.true_answers(tmp_path, tmp_path, "s4", "bare", 5)
 
 
 def test_likelihood_agrees_with_one_token_at_a_time(loaded, made):

@@ -51,4 +51,4 @@ def _name_slots(axes, medians: pd.DataFrame) -> None:
         text.set_in_layout(False)  # the axes stay where they are
         while any(text.get_window_extent().overlaps(other) for other in placed):
             text.set_position((0, text.get_position()[1] + 1))
-        placed.append(text.get_window_extent())
+        placed.append(text.get_window_extent().padded(1))
