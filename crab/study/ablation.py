@@ -335,6 +335,11 @@ def rivals_of(result: Ablation) -> dict[str, str]:
     return {row.variant: row.rival for row in result.rows.itertuples() if row.variant in result.against_rival}
 
 
+def _on_all(result: Ablation, name: str) -> float:
+    """Mean difference of a variant to its rival over all slots, those at chance too."""
+    return float(result.slots.loc[result.slots["comparison"] == f"{name} vs {rivals_of(result)[name]}", "difference"].mean())
+
+
 def _difference(values: Mapping | None) -> str:
     if values is None:
         return ""
@@ -355,11 +360,12 @@ def table(result: Ablation) -> pd.DataFrame:
             "learning rate": f"{row.rate:g}" + {True: "", False: " (edge)"}.get(row.inside, " (not swept)"),
             "seeds": row.seeds,
             "passes": row.passes,
-            "mean score": f"{row.score:.3f} [{row.low:.3f}, {row.high:.3f}]",
+            "score, all slots": f"{row.score:.3f} [{row.low:.3f}, {row.high:.3f}]",
             f"less {result.baseline}": _difference(beside),
             "gain / tie / loss": _counts(beside),
             "rival": against and row.rival or "",
             "less its rival": _difference(against),
+            "on all slots": "" if against is None else f"{_on_all(result, row.variant):+.3f}",
             "gain / tie / loss ": _counts(against),
             "sign test, Holm": f"{against['sign_test_holm']:.3f}" if against and against["sign_test_p"] is not None else "",
         })  # fmt: skip
@@ -407,7 +413,7 @@ def finding(result: Ablation, slots_to_win: float = 0.75) -> str:
         )  # fmt: skip
         more = "; being the best of several, it is flattered by the choice" if len(routed) > 1 else ""
         said.append(f"The best of them against its rival is `{best}`, {_difference(routed[best])} "
-                    f"on {routed[best]['slots_counted']} slots above chance{more}.")  # fmt: skip
+                    f"on {routed[best]['slots_counted']} slots above chance ({_on_all(result, best):+.3f} on all){more}.")  # fmt: skip
     for which, words in (("own adapters", "An adapter for each slot, which knows the task,"),
                          ("instruction first", "An adapter that reads the instruction before the media")):  # fmt: skip
         for name, values in result.against_rival.items():
@@ -417,7 +423,8 @@ def finding(result: Ablation, slots_to_win: float = 0.75) -> str:
     edge = result.rows[result.rows["inside"].isin([False])]["variant"].tolist()
     unswept = result.rows[result.rows["inside"].isna()]["variant"].tolist()
     if unswept:
-        said.append(f"The learning rates of {'all' if len(unswept) == len(kind) else len(unswept)} of these were given, not swept.")
+        said.append(f"The learning rates of {'all' if len(unswept) == len(kind) else len(unswept)} of these were given, not swept: what learns "
+                    "best at another rate is held back, and nothing is settled by them.")  # fmt: skip
     if edge:
         said.append(f"The best learning rate of {_names(edge)} lies at the edge of those tried, so a better one may lie beyond.")
     alone = result.rows[result.rows["seeds"] == 1]["variant"].tolist()

@@ -11,14 +11,17 @@ The name is the stage's, with ``-<method>`` where there is one.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,28 @@ class StageError(RuntimeError):
     """A notebook's cell failed, or its kernel died."""
 
 
+#: What a page adds to Jupyter's own looks: a long table scrolls, and leaves what follows in sight.
+_STYLE = "<style>.jp-OutputArea-output.jp-RenderedHTML { max-height: 48em; overflow: auto; }</style>"
+_NO_NAME = "No description has been provided for this image"  # what nbconvert calls every figure
+_PROGRESS = re.compile(r"\d+%\||\d+(it)? \[\d+:\d+")
+
+
 def page(notebook: Any, title: str, inputs: bool = True) -> str:
-    """The notebook as one self-contained HTML page (images embedded); without its code if not ``inputs``."""
+    """The notebook as one self-contained HTML page (images embedded); without its code if not ``inputs``.
+
+    Default parameters that were replaced and progress bars are left out, and a figure is named by the heading it stands under.
+    """
     from nbconvert import HTMLExporter
 
+    notebook, heading, figures = copy.deepcopy(notebook), title, []
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
+        notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        if found := re.findall(r"^#+ (.+)", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []:
+            heading = found[-1]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not (output.output_type == "stream" and _only_progress(output))]
+        figures += [heading for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     exporter = HTMLExporter(
         embed_images=True,
         exclude_input=not inputs,
@@ -45,7 +66,18 @@ def page(notebook: Any, title: str, inputs: bool = True) -> str:
         exclude_output_prompt=not inputs,
     )
     html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title, "path": str(root())}})
-    return html
+    headings = iter(figures)
+    html = re.sub(_NO_NAME, lambda found: escape(next(headings, title)), html)
+    return html.replace("</head>", f"{_STYLE}</head>", 1)
+
+
+def _only_progress(output: Any) -> bool:
+    """Whether a stream holds nothing but progress bars; what else is in it is kept, without them."""
+    lines = [line for line in output.text.splitlines() if line.strip()]
+    kept = [line for line in lines if not _PROGRESS.search(line)]
+    if kept and len(kept) < len(lines):
+        output.text = "\n".join(kept)
+    return not kept
 
 
 class _Meter(threading.Thread):

@@ -338,16 +338,21 @@ def _write(result: Regime, out: str | Path) -> None:
 
 
 def _at(each: Map, row) -> str:
-    return ", ".join(f"{axis} {getattr(row, axis)}" for axis in each.axes)
+    """Where a row lies, by the axes that the map varies."""
+    return ", ".join(f"{axis} {getattr(row, axis)}" for axis in each.axes if len({getattr(p, axis) for p in each.points}) > 1) or "its point"
+
+
+def _interval(row) -> str:
+    return f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
 
 
 def finding(result: Regime) -> str:
     """Of each map, in a Markdown list: where joint LoRA loses and where routing helps, by intervals that leave out zero."""
     if not result.maps:
         return "No map is given in this profile, so nothing was tried."
-    words = {LOSS: "joint plain LoRA against own adapters"} | {
-        versus_rival(name): f"`{name}` against joint plain LoRA of its size" for name in result.routed
-    }
+    words = {LOSS: "joint plain LoRA against own adapters"}
+    for name in result.routed:
+        words |= {versus_own(name): f"`{name}` against own adapters", versus_rival(name): f"`{name}` against joint plain LoRA of its size"}
     lines = []
     for each in result.maps:
         lines += [f"Map `{each.name}` ({' and '.join(each.axes)}; {each.seeds} {'seeds' if each.seeds > 1 else 'seed'}):", ""]
@@ -359,12 +364,15 @@ def finding(result: Regime) -> str:
             if not judged:
                 lines.append(f"- {said}: own adapters lift no slot above chance at any point, so nothing can be judged.")
                 continue
+            if len(judged) <= 3:
+                lines.append(f"- {said}: " + "; ".join(f"{_interval(r)} at {_at(each, r)}" for r in judged) + ".")
+                continue
             worse, better = [r for r in judged if r.high < 0], [r for r in judged if r.low > 0]
             text = f"- {said}: clearly worse at {len(worse)} of {len(judged)} points, clearly better at {len(better)}"
             for name, some, pick in (("most below", worse, min), ("most above", better, max)):
                 if some:
                     r = pick(some, key=lambda row: row.mean)
-                    text += f"; {name} at {_at(each, r)}: {r.mean:+.3f} [{r.low:+.3f}, {r.high:+.3f}]"
+                    text += f"; {name} at {_at(each, r)}: {_interval(r)}"
             lines.append(text + ".")
         lines.append("")
     if not result.swept:
@@ -380,8 +388,8 @@ def table(result: Regime) -> pd.DataFrame:
     for row in result.points.itertuples():
         known = not pd.isna(row.mean)
         rows.append({
-            "map": row.map, **{axis: getattr(row, axis) for axis in AXES}, "measure": row.measure,
-            "mean difference": f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" if known else "no slot above chance",
+            "map": row.map, **{axis: getattr(row, axis) for axis in AXES}, "samples": "all" if pd.isna(row.samples) else int(row.samples),
+            "measure": row.measure, "mean difference": _interval(row) if known else "no slot above chance",
             "gain / tie / loss": f"{row.gain} / {row.tie} / {row.loss}",
             "parameters": f"{row.parameters:,} against {row.rival_parameters:,}",
             "rate not inside": row.not_inside,

@@ -25,6 +25,16 @@ ORDER = (
     "transfer", "ablation", "regime", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "sweep", "train", "encode",
     "build",
 )  # fmt: skip
+#: What a reader of results must know of their words.
+WORDS = """\
+A *slot* is one data set's task. A *single* run trains an adapter for one slot, a *joint* run one adapter for all of them, with as
+many passes over each slot's samples. *Bare* answers are the tagged answer alone, in *explicit* ones reasons come first. `lora` is
+plain LoRA of the rank of I-LoRA's heads, `lora_unrouted` one with as many parameters as I-LoRA without its router, `lora_matched` one with
+as many as all of it. A slot *gains* or *loses* where the difference exceeds the margin; a difference is *clear* where its 95 % interval
+leaves out zero. [All findings in words](../README.md).
+"""
+#: First in a page, which lies in a folder of its own.
+BACK = "[The report](../index.html)"
 
 
 def executed(folder: Path, profile: str) -> dict[str, Any]:
@@ -66,22 +76,18 @@ def refreshed(run: Any, now: Any, name: str = "notebook") -> Any:
 
 
 def _stages(notebooks: dict[str, Any]) -> str:
-    rows = ["| notebook | wall time | peak memory |", "|---|---:|---:|"]
-    total = 0.0
+    rows = ["| notebook | last execution | peak memory |", "|---|---:|---:|"]
     for name, notebook in notebooks.items():
         cost = notebook.metadata.get("crab", {})
-        seconds = cost.get("seconds", 0.0)
-        total += seconds
-        rows.append(f"| [{name}](pages/{name}.html) | {seconds:.0f} s | {cost.get('peak_gib', 0):.2f} GiB |")
-    rows.append(f"| all | {total / 60:.1f} min | |")
-    rows += ["", "Times are of the last execution. A notebook that found its results still standing (base, sweep, ablation, regime and the",
-             "answers of evaluate are taken over while what decides them is the same) took only as long as that."]  # fmt: skip
+        rows.append(f"| [{name}](pages/{name}.html) | {cost.get('seconds', 0.0):.0f} s | {cost.get('peak_gib', 0):.2f} GiB |")
+    rows += ["", "A notebook whose results still stood (the base, the sweeps, adapters, answers, rows of the ablation and points of the maps are",
+             "taken over while what decides them is the same) took only as long as it takes to find that; what training took is on its page."]  # fmt: skip
     return "\n".join(rows)
 
 
 def index(notebooks: dict[str, Any], profile: str) -> Any:
     """The front page as a notebook: results of each stage in `ORDER`, then what each stage cost."""
-    cells = [nbformat.v4.new_markdown_cell(f"# The Crab+ study, profile `{profile}`")]
+    cells = [nbformat.v4.new_markdown_cell(f"# The Crab+ study, profile `{profile}`\n\n{WORDS}")]
     for name, notebook in notebooks.items():
         outputs = [
             output
@@ -110,6 +116,7 @@ def write(profile: str | None = None, folder: Path | None = None) -> Path:
             now = folder / FOLDER / "notebooks" / f"{name.partition('-')[0]}.ipynb"
             if now.is_file():
                 notebook = refreshed(notebook, nbformat.read(now, as_version=4), name)
+            notebook.cells.insert(0, nbformat.v4.new_markdown_cell(BACK, id="back"))
             (pages / f"{name}.html").write_text(page(notebook, f"{name} ({profile})"))
     with aside(reports / "index.html") as part:
         part.write_text(page(index(notebooks, profile), f"Crab+ ({profile})", inputs=False))

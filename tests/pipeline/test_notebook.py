@@ -84,6 +84,20 @@ def test_page_shows_the_prose_of_now_around_recorded_outputs(repository):
     assert report.refreshed(run, old) == run
 
 
+def test_a_page_names_its_figures_and_shows_no_bars_and_no_defaults(repository):
+    bars = "import sys\nprint(f'train: {50}%|##  | 1/2 [00:01<00:01]\\npredict: {0}it [00:00, ?it/s]', file=sys.stderr)"
+    write_notebook(
+        repository, "stage", VALUES, new_markdown_cell("text\n\n## Loss by step\n\nmore"),
+        code("import base64\nfrom IPython.display import Image\nprint(profile)"), code(bars),
+        code(bars + "\nprint('something is odd', file=sys.stderr)"), code(PNG),
+    )  # fmt: skip
+    notebook.run("stage", "smoke", "lora", repository)
+    html = (repository / "reports/smoke/pages/stage-lora.html").read_text()
+    assert 'alt="Loss by step"' in html and "No description" not in html
+    assert "something is odd" in html and "50%|" not in html and "0it" not in html
+    assert html.count("passes") == 1  # the default that was replaced is not shown
+
+
 def test_report_without_notebooks_says_what_to_run(repository):
     with pytest.raises(ValueError, match="run dvc repro"):
         report.write("smoke", repository)

@@ -106,7 +106,10 @@ def test_planted_order_is_found_and_every_variant_is_held_against_lora_of_its_si
     said = finding(result)
     assert "Of 2 routed variants 1 score clearly above plain LoRA of their size and 1 clearly below; 1 also gain on 75%" in said
     assert "`sharp`" in said and "flattered by the choice" in said and "given, not swept" in said and "One seed" not in said
+    lead = score["sharp"] - score["plain LoRA r=9"]
+    assert f"on 4 slots above chance ({lead:+.3f} on all)" in said
     shown = tables.table(result)
+    assert shown.set_index("variant")["on all slots"]["sharp"] == f"{lead:+.3f}"
     assert shown["variant"].tolist() == result.rows["variant"].tolist()  # losers stay
     assert shown["parameters"].tolist()[0] == "40 x 4" and shown["rival"].tolist() == ["lora", "", "plain LoRA r=9", "", "plain LoRA r=9"]
     # two of a kind: Holm's rule doubles the smaller p, and the larger is not below it
@@ -449,7 +452,7 @@ def test_versions_of_a_clip_are_one_sample():
 
 def test_maps_come_out_the_other_way_and_can_be_empty(tmp_path):
     said = maps.finding(explore(World(lambda *_: 0.6), {"room": ROOM}, tmp_path))
-    assert said.count("clearly worse at 0 of 4 points, clearly better at 0.") == 2
+    assert said.count("clearly worse at 0 of 4 points, clearly better at 0.") == 3
     low = explore(World(lambda *_: 0.1), {"room": ROOM}, tmp_path / "low")
     assert "no slot above chance at any point, so nothing can be judged" in maps.finding(low)
     assert not any(axes.patches for axes in heat_maps(low, tmp_path / "m.png").axes if axes.images)
@@ -465,6 +468,14 @@ def test_each_map_has_its_own_number_of_seeds(tmp_path):
     for label, cells, _ in world.calls:
         assert {c.run.seed for c in cells} == set(range({"few": 1, "many": 3}[label.split()[0]]))
     assert "With one seed the intervals hold for it alone." in maps.finding(result)
+
+
+def test_a_map_of_few_points_says_each(tmp_path):
+    result = explore(World(lambda *_: 0.6), {"two": ROOM | {"rank": [1]}, "one": ROOM | {"rank": [1], "tasks": [2], "samples": None}}, tmp_path)
+    said = maps.finding(result)
+    assert said.count("+0.000 [+0.000, +0.000] at tasks 2; +0.000 [+0.000, +0.000] at tasks 4.") == 3
+    assert said.count("+0.000 [+0.000, +0.000] at its point.") == 3 and "`ilora` against own adapters" in said
+    assert maps.table(result)["samples"].tolist() == [20] * 6 + ["all"] * 3
 
 
 @pytest.mark.parametrize("size", range(1, 7))

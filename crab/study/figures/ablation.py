@@ -59,7 +59,7 @@ def variant_bars(rows: pd.DataFrame, baseline: str, against_baseline: Mapping, a
 
 
 def slot_map(slots: pd.DataFrame, rivals: Mapping[str, str], path: str | Path) -> Figure:
-    """Difference of each variant (a row) to its rival on each slot (a column); grey where the slot is at chance.
+    """Difference of each variant (a row) to its rival on each slot (a column); on grey where the slot is at chance.
 
     Args:
         slots: of `crab.study.ablation.Ablation`. rivals: by variant, see `crab.study.ablation.rivals_of`; may be empty.
@@ -71,9 +71,11 @@ def slot_map(slots: pd.DataFrame, rivals: Mapping[str, str], path: str | Path) -
     values, clear = np.full((len(rivals), len(columns)), np.nan), np.zeros((len(rivals), len(columns)), bool)
     for i, (name, rival) in enumerate(rivals.items()):
         for row in slots[slots["comparison"] == f"{name} vs {rival}"].itertuples():
-            if not row.at_chance:
-                values[i, columns.index(row.slot)] = row.difference
-                clear[i, columns.index(row.slot)] = row.low > 0 or row.high < 0
+            j = columns.index(row.slot)
+            if row.at_chance:
+                axes.text(j, i, f"{row.difference:+.3f}", ha="center", va="center", fontsize="small", color="0.4")
+            else:
+                values[i, j], clear[i, j] = row.difference, row.low > 0 or row.high < 0
     reach = max(0.05, float(np.nanmax(np.abs(values)))) if not np.isnan(values).all() else 0.05
     image = signed_map(axes, values, clear, list(rivals), columns, reach)
     axes.tick_params(axis="x", rotation=45)

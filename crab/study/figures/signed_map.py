@@ -22,7 +22,7 @@ def signed_map(axes, values: np.ndarray, clear: np.ndarray, rows: Sequence, colu
     image = axes.imshow(values, cmap="RdYlGn", vmin=-reach, vmax=reach, aspect="auto")
     for i, j in zip(*np.nonzero(~np.isnan(values)), strict=True):
         ink = "white" if abs(values[i, j]) > 0.7 * reach else "black"  # the map's ends are dark
-        axes.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize="small", color=ink)
+        axes.text(j, i, f"{values[i, j]:+.3f}", ha="center", va="center", fontsize="small", color=ink)
         if clear[i, j]:
             axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fill=False, edgecolor="black", linewidth=1.5))
     axes.grid(False)
