@@ -292,7 +292,8 @@ def _left_in(out: str | Path, baseline: str, keys: Mapping[str, str], rivals: Ma
         name for name in rows["variant"]
         if (name == baseline or name in before["against_baseline"]) and (name not in rivals or name in before["against_rival"])
     ]  # fmt: skip
-    rows = rows[[name in whole and keys.get(name) == key for name, key in zip(rows["variant"], rows["key"], strict=True)]]
+    holds = [name in whole and keys.get(name) == key for name, key in zip(rows["variant"], rows["key"], strict=True)]
+    rows = rows[pd.Series(holds, dtype=bool)]  # typed, or no rows would pass for no columns
     rows["inside"] = rows["inside"].map({"True": True, "False": False, "": None}).astype(object)
     rows["rival"] = rows["rival"].replace("", None)
     rows["score"] = rows["variant"].map(before["score"])  # to the last digit

@@ -57,7 +57,7 @@ def page(notebook: Any, title: str, inputs: bool = True) -> str:
         if found := re.findall(r"^#+ (.+)", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []:
             heading = found[-1]
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not (output.output_type == "stream" and _only_progress(output))]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or not _only_progress(output)]
         figures += [heading for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     exporter = HTMLExporter(
         embed_images=True,
@@ -65,6 +65,7 @@ def page(notebook: Any, title: str, inputs: bool = True) -> str:
         exclude_input_prompt=not inputs,
         exclude_output_prompt=not inputs,
     )
+    exporter.log.setLevel(logging.ERROR)  # it would warn of the names that figures get below
     html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title, "path": str(root())}})
     headings = iter(figures)
     html = re.sub(_NO_NAME, lambda found: escape(next(headings, title)), html)
@@ -72,7 +73,7 @@ def page(notebook: Any, title: str, inputs: bool = True) -> str:
 
 
 def _only_progress(output: Any) -> bool:
-    """Whether a stream holds nothing but progress bars; what else is in it is kept, without them."""
+    """Whether an error stream holds nothing but progress bars; what else is in it is kept, without them."""
     lines = [line for line in output.text.splitlines() if line.strip()]
     kept = [line for line in lines if not _PROGRESS.search(line)]
     if kept and len(kept) < len(lines):

@@ -1,7 +1,8 @@
 """params.yaml: one section a stage and profile, checked against the parameters cell of the stage's notebook.
 
-``python -m crab.study.params show`` names the chosen profile, ``choose PROFILE`` changes it, and
-``defaults`` writes the tiny profile's values into the parameters cells of the notebooks.
+``python -m crab.study.params show`` names the chosen profile, ``choose PROFILE`` changes it, ``check`` holds all of its
+sections against the notebooks, which ``dvc repro`` does first of all, and ``defaults`` writes the tiny profile's values
+into the parameters cells of the notebooks.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pprint import pformat
 from textwrap import fill
@@ -25,6 +27,12 @@ from crab.study.ipynb import nbformat
 from crab.study.paths import root
 
 DEFAULT_PROFILE = "tiny"  # its values are the defaults in the notebooks
+#: Whole numbers that must be at least 1; of others 0 may mean none.
+COUNTS = (
+    "batch_size", "passes", "seeds", "resamples", "samples", "swap_samples", "gradient_samples", "chunk", "neighbours", "max_new_tokens",
+    "new_tokens", "rank", "heads", "threads",
+)  # fmt: skip
+NULLABLE = ("given",)  # may be null, though its default is not
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -67,8 +75,10 @@ def section(params: Mapping, profile: str, stage: str, method: str | None = None
     """
     check_profile(params, profile)
     sections = params["profiles"][profile]
-    if not isinstance(sections.get(stage), dict):
+    if stage not in sections:
         raise ValueError(f"params.yaml: profiles.{profile} has no section {stage!r}; {_nearest(stage, sections)}")
+    if not isinstance(sections[stage], dict):
+        raise ValueError(f"params.yaml: profiles.{profile}.{stage} is {sections[stage]!r}; give the parameters of {stage}.ipynb")
     values = {"profile": profile, **sections[stage]}
     if method is not None:
         methods = sections.get("methods") or {}
@@ -110,8 +120,8 @@ def check(path: Path, values: Mapping[str, Any]) -> None:
     """Hold ``values`` against the notebook's parameters cell.
 
     Raises:
-        ValueError: naming the notebook, the parameter and the nearest name, when one is unknown, missing
-            or of another kind than its default (papermill only warns, and runs with the default).
+        ValueError: naming the notebook, the parameter and the nearest name, when one is unknown, missing or of another kind
+            than its default (papermill only warns, and runs with the default), or a number or list that nothing can be done with.
     """
     known = defaults(path)
     where = f"{path.name}, profile {values.get('profile')}"
@@ -124,12 +134,47 @@ def check(path: Path, values: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: parameter {name!r} is missing; add it to the notebook's section of params.yaml")
         value = values[name]
         kinds = (int, float) if type(default) is float else type(default)
-        if default is not None and value is not None and (
-            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
-        ):
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+        if default is not None and not fits and not (value is None and name in NULLABLE):
             raise ValueError(
                 f"{where}: parameter {name!r} is {value!r}; expected {type(default).__name__}, such as {default!r}"
             )
+        if value == [] and default:
+            raise ValueError(f"{where}: parameter {name!r} is an empty list; give at least one, such as {default[0]!r}")
+        for place, number in _numbers(name, value):
+            least = int(place in COUNTS)
+            if not least <= number < math.inf:
+                raise ValueError(f"{where}: parameter {place!r} is {number!r}; give a number of at least {least}")
+
+
+def _numbers(place: str, value: Any) -> Iterator[tuple[str, int | float]]:
+    """All numbers in a parameter, however deep, each with its place."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(f"{place}.{key}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(f"{place}[]", inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield place, value
+
+
+def check_all(folder: Path | None = None) -> None:
+    """Hold every section of the chosen profile against its notebook, and each method's too.
+
+    Raises:
+        ValueError: on the first that does not fit, see `check`, or a section that is no notebook's.
+    """
+    folder = folder or root()
+    params = load(folder)
+    profile, sections = params["profile"], params["profiles"][params["profile"]]
+    notebooks = {path.stem: path for path in sorted((folder / "notebooks").glob("*.ipynb"))}
+    for name in sections:
+        if name not in notebooks and name != "methods":
+            raise ValueError(f"params.yaml: profiles.{profile}.{name} is the section of no notebook; {_nearest(name, notebooks)}")
+    for stage, path in notebooks.items():
+        for method in (sections.get("methods") or {}) if "method" in defaults(path) else (None,):
+            check(path, section(params, profile, stage, method))
 
 
 def choose(profile: str, folder: Path | None = None) -> None:
@@ -179,6 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("show", help="name the chosen profile")
     commands.add_parser("choose", help="choose a profile").add_argument("profile")
+    commands.add_parser("check", help="hold the chosen profile against the notebooks")
     commands.add_parser("defaults", help="write the tiny values into the notebooks' parameters cells")
     options = parser.parse_args(arguments)
     try:
@@ -186,6 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
             choose(options.profile)
         if options.command == "defaults":
             print("changed:", ", ".join(write_defaults()) or "nothing")
+        elif options.command == "check":
+            check_all()
         else:
             print(f"profile: {load()['profile']} (params.yaml)")
     except ValueError as error:

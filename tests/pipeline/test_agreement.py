@@ -133,7 +133,7 @@ def test_stage_runs_its_notebook_with_its_section(stage):
 def test_base_is_made_from_the_vocabulary_of_the_data_alone_and_kept_in_git():
     found = read_yaml("dvc.yaml")["stages"]["base"]
     assert found["deps"] == [".stage/base.json", "data/${item.profile}/dataset/vocabulary.json"]
-    assert all(out[next(iter(out))] == {"cache": False} for out in found["outs"])
+    assert all(out[next(iter(out))] == {"cache": False, "persist": True} for out in found["outs"])
 
 
 def project():

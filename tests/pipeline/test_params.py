@@ -9,6 +9,8 @@ from toys import code, write_notebook
 
 from crab.study import params
 
+NULL = object()  # null in the file; None here stands for a parameter that is not there
+
 
 def test_section_joins_stage_method_and_profile(repository):
     values = params.section(params.load(repository), "tiny", "stage", "ilora")
@@ -58,13 +60,19 @@ def test_missing_file_is_refused(tmp_path):
         ({"passes": 8.5}, "expected int"),
         ({"rate": "5e-3"}, "expected float"),
         ({"slots": "ave"}, "expected list"),
+        ({"slots": NULL}, "parameter 'slots' is None; expected list, such as"),
+        ({"slots": []}, "parameter 'slots' is an empty list; give at least one, such as 'ave'"),
+        ({"passes": 0}, "parameter 'passes' is 0; give a number of at least 1"),
+        ({"rate": -0.1}, "parameter 'rate' is -0.1; give a number of at least 0"),
+        ({"rate": float("nan")}, "parameter 'rate' is nan"),
+        ({"size": {"deep": [1, {"r": -4}]}}, r"parameter 'size.deep\[\].r' is -4; give a number of at least 0"),
     ],
 )
 def test_check_refuses(repository, change, said):
-    good = {"profile": "tiny", "passes": 8, "rate": 0.1, "slots": ["ave"]}
+    good = {"profile": "tiny", "passes": 8, "rate": 0.1, "slots": ["ave"], "size": {"r": 1}}
     path = write_notebook(repository, "toy", good)
     params.check(path, good)
-    bad = {k: v for k, v in {**good, **change}.items() if v is not None}
+    bad = {k: None if v is NULL else v for k, v in {**good, **change}.items() if v is not None}
     with pytest.raises(ValueError, match=said):
         params.check(path, bad)
 
@@ -72,6 +80,30 @@ def test_check_refuses(repository, change, said):
 def test_check_takes_a_whole_number_for_a_real_one_and_anything_for_none(repository):
     path = write_notebook(repository, "toy", {"profile": "tiny", "rate": 0.1, "limit": None})
     params.check(path, {"profile": "tiny", "rate": 1, "limit": 5})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("methods: {lora: {r: 4}, ilora: {r: 4, num_heads: 3}}", None),
+        ("methods: {lora: {r: 4}, ilora: null}", "stage.ipynb, profile tiny: parameter 'settings' is None"),
+        ("stag: {}", "profiles.tiny.stag is the section of no notebook; did you mean 'stage'"),
+        ("stage: null", "profiles.tiny.stage is None; give the parameters of stage.ipynb"),
+        ("stage: {passes: 8, rate: -1}", "parameter 'rate' is -1"),
+    ],
+)
+def test_all_sections_of_the_chosen_profile_are_checked(repository, monkeypatch, change, said):
+    write_notebook(repository, "stage", {"profile": "tiny", "passes": 1, "rate": 0.1, "method": "lora", "settings": {"r": 1}})
+    text = (repository / "params.yaml").read_text()
+    head, name = text.partition("  tiny:\n")[0], change.partition(":")[0]
+    lines = {"stage": "stage: {passes: 8, rate: 1}", "methods": "methods: {lora: {r: 4}}", name: change}
+    (repository / "params.yaml").write_text(head + "  tiny:\n" + "".join(f"    {line}\n" for line in lines.values()))
+    monkeypatch.chdir(repository)
+    if said is None:
+        params.main(["check"])
+    else:
+        with pytest.raises(SystemExit, match=said):
+            params.main(["check"])
 
 
 @pytest.mark.parametrize("cells", [[], [code("a = 1", "parameters"), code("b = 1", "parameters")], [code("a = f()", "parameters")], [code("import os", "parameters")]])

@@ -88,15 +88,15 @@ def test_code_and_parameters_run_what_hangs_on_them(settled):
     set_parameter(settled, "smoke", "methods", "ilora", "lora_alpha")
     assert ran(sh(settled, "dvc", "repro", "--dry")) == []
     set_parameter(settled, "tiny", "methods", "ilora", "lora_alpha")
-    assert ran(sh(settled, "dvc", "repro", "--dry", "train")) == ["sweep@tiny-ilora", "train@tiny-ilora"]
+    assert ran(sh(settled, "dvc", "repro", "--dry", "train")) == ["sources", "sweep@tiny-ilora", "train@tiny-ilora"]
     set_parameter(settled, "tiny", "train", "passes")
-    waiting = {"sweep@tiny-ilora"}  # for what was changed just before
+    waiting = {"sources", "sweep@tiny-ilora"}  # for what was changed just before
     assert set(ran(sh(settled, "dvc", "repro", "--dry", "train"))) == {*waiting, *(f"train@tiny-{m}" for m in METHODS)}
 
 
 def test_going_to_another_profile_and_back_runs_nothing_twice(settled):
     choose(settled, "smoke")
-    assert sorted(ran(sh(settled, "dvc", "repro", "base", "build"))) == ["base@smoke", "build@smoke"]
+    assert sorted(ran(sh(settled, "dvc", "repro", "base", "build"))) == ["base@smoke", "build@smoke", "sources"]
     choose(settled, "tiny")
     assert ran(sh(settled, "dvc", "repro")) == []
     choose(settled, "smoke")
@@ -122,7 +122,19 @@ def test_metrics_plots_and_experiments_mean_something(settled):
     sh(settled, "dvc", "plots", "show", "-o", "dvc_plots")
     assert "pixel.png" in (settled / "dvc_plots/index.html").read_text()
     said = sh(settled, "dvc", "exp", "run", "-S", "profiles.tiny.transfer.margin=0.05")
-    assert ran(said) == ["transfer@tiny", "report@tiny"]
+    assert ran(said) == ["sources", "transfer@tiny", "report@tiny"]
+
+
+def test_a_wrong_parameter_stops_all_before_anything_is_cleared_away(settled):
+    made = {path: path.read_bytes() for name in ("models", "reports") for path in (settled / name).rglob("*") if path.is_file()}
+    text = (settled / "params.yaml").read_text()
+    for wrong in (text.replace("held_out: 300", "held_ot: 300"), text.replace("margin: 0.02", "margin: -0.02")):
+        (settled / "params.yaml").write_text(wrong)
+        said = sh(settled, "dvc", "repro", fails=True)
+        assert "did you mean 'held_out'" in said or "parameter 'margin' is -0.02" in said
+        assert {path: path.read_bytes() for path in made} == made
+    (settled / "params.yaml").write_text(text)
+    assert ran(sh(settled, "dvc", "repro")) == []
 
 
 def test_failing_cell_fails_the_stage_and_shows_why(settled):

@@ -267,6 +267,19 @@ def test_what_is_finished_is_on_disk_when_the_rest_fails_and_the_rest_can_follow
     assert go(World(planted), VARIANTS, tmp_path).rows["variant"].tolist() == ["own", "lora", "ilora", "plain LoRA r=9", "sharp"]
 
 
+def test_a_study_of_which_nothing_holds_any_more_can_be_killed_and_go_on(tmp_path):
+    """Tables of a head and no row are then what is on disk."""
+    go(World(planted), VARIANTS, tmp_path)
+
+    def killed(cells, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(killed, VARIANTS, tmp_path, margin=0.1)
+    assert len((tmp_path / "out" / "slots.csv").read_text().splitlines()) == 1
+    assert go(World(planted), VARIANTS, tmp_path, margin=0.1).rows["variant"].tolist() == ["own", "lora", "ilora", "plain LoRA r=9", "sharp"]
+
+
 def test_only_variants_of_one_seed_are_said_to_hold_for_it_alone(tmp_path):
     said = finding(go(World(planted), VARIANTS | {"sharp": VARIANTS["sharp"] | {"seeds": 1}}, tmp_path))
     assert "One seed of `sharp`: these intervals hold for it alone." in said

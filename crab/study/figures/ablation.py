@@ -67,7 +67,7 @@ def slot_map(slots: pd.DataFrame, rivals: Mapping[str, str], path: str | Path) -
     if not rivals:
         return nothing(NOTHING, path)
     columns = list(dict.fromkeys(slots["slot"]))
-    figure, axes = subplots(figsize=(3.5 + 0.62 * max(6, len(columns)), 1.4 + 0.36 * max(3, len(rivals))))
+    figure, axes = subplots(figsize=(3.5 + 0.8 * max(6, len(columns)), 1.4 + 0.36 * max(3, len(rivals))))
     values, clear = np.full((len(rivals), len(columns)), np.nan), np.zeros((len(rivals), len(columns)), bool)
     for i, (name, rival) in enumerate(rivals.items()):
         for row in slots[slots["comparison"] == f"{name} vs {rival}"].itertuples():
