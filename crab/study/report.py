@@ -31,7 +31,8 @@ A *slot* is one data set's task. A *single* run trains an adapter for one slot, 
 many passes over each slot's samples. *Bare* answers are the tagged answer alone, in *explicit* ones reasons come first. `lora` is
 plain LoRA of the rank of I-LoRA's heads, `lora_unrouted` one with as many parameters as I-LoRA without its router, `lora_matched` one with
 as many as all of it. A slot *gains* or *loses* where the difference exceeds the margin; a difference is *clear* where its 95 % interval
-leaves out zero. [All findings in words](../README.md).
+leaves out zero. Where there is one seed, intervals hold for that seed alone, and another may come out on the other side.
+[All findings in words](../README.md).
 """
 #: First in a page, which lies in a folder of its own.
 BACK = "[The report](../index.html)"
