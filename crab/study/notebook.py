@@ -57,7 +57,10 @@ def page(notebook: Any, title: str, inputs: bool = True) -> str:
         if found := re.findall(r"^#+ (.+)", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []:
             heading = found[-1]
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or not _only_progress(output)]
+            for output in cell.outputs:
+                if output.get("name") == "stderr":
+                    output.text = "".join(line for line in output.text.splitlines(True) if not _PROGRESS.search(line))
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text.strip()]
         figures += [heading for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     exporter = HTMLExporter(
         embed_images=True,
@@ -70,15 +73,6 @@ def page(notebook: Any, title: str, inputs: bool = True) -> str:
     headings = iter(figures)
     html = re.sub(_NO_NAME, lambda found: escape(next(headings, title)), html)
     return html.replace("</head>", f"{_STYLE}</head>", 1)
-
-
-def _only_progress(output: Any) -> bool:
-    """Whether an error stream holds nothing but progress bars; what else is in it is kept, without them."""
-    lines = [line for line in output.text.splitlines() if line.strip()]
-    kept = [line for line in lines if not _PROGRESS.search(line)]
-    if kept and len(kept) < len(lines):
-        output.text = "\n".join(kept)
-    return not kept
 
 
 class _Meter(threading.Thread):

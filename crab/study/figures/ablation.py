@@ -68,16 +68,15 @@ def slot_map(slots: pd.DataFrame, rivals: Mapping[str, str], path: str | Path) -
         return nothing(NOTHING, path)
     columns = list(dict.fromkeys(slots["slot"]))
     figure, axes = subplots(figsize=(3.5 + 0.8 * max(6, len(columns)), 1.4 + 0.36 * max(3, len(rivals))))
-    values, clear = np.full((len(rivals), len(columns)), np.nan), np.zeros((len(rivals), len(columns)), bool)
+    values = np.full((len(rivals), len(columns)), np.nan)
+    clear, grey = np.zeros_like(values, bool), np.zeros_like(values, bool)
     for i, (name, rival) in enumerate(rivals.items()):
         for row in slots[slots["comparison"] == f"{name} vs {rival}"].itertuples():
-            j = columns.index(row.slot)
-            if row.at_chance:
-                axes.text(j, i, f"{row.difference:+.3f}", ha="center", va="center", fontsize="small", color="0.4")
-            else:
-                values[i, j], clear[i, j] = row.difference, row.low > 0 or row.high < 0
-    reach = max(0.05, float(np.nanmax(np.abs(values)))) if not np.isnan(values).all() else 0.05
-    image = signed_map(axes, values, clear, list(rivals), columns, reach)
+            at = i, columns.index(row.slot)
+            values[at], grey[at] = row.difference, row.at_chance
+            clear[at] = not row.at_chance and (row.low > 0 or row.high < 0)
+    reach = max(0.05, float(np.nanmax(np.abs(values), where=~grey, initial=0)))
+    image = signed_map(axes, values, clear, list(rivals), columns, reach, grey)
     axes.tick_params(axis="x", rotation=45)
     axes.set(title="Each variant less plain joint LoRA of its size, slot by slot")
     figure.colorbar(image, ax=axes, label="difference in score")
