@@ -279,11 +279,11 @@ def _sounds(match: re.Match, shown: Evidence, before) -> _Said:
 
 def _heard_or_not(shown: Evidence) -> tuple[list[Thing], list[Thing]]:
     """The seen things that are not heard, and those that are."""
-    heard = {(scene.id, t.centre) for scene in shown.heard for t in scene.sounding}
+    heard = {(scene.id, t.centre, t.name) for scene in shown.heard for t in scene.sounding}
     parts: tuple[list[Thing], list[Thing]] = [], []
     for scene in shown.seen:
         for thing in scene.visible:
-            parts[(scene.id, thing.centre) in heard].append(thing)
+            parts[(scene.id, thing.centre, thing.name) in heard].append(thing)
     return parts
 
 

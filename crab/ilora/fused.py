@@ -12,6 +12,10 @@ import torch.nn.functional as F
 
 from .routers import TokenRouter, autocast_off
 
+#: Columns of B from which on its gradient is computed as it is stored. Of fewer, a CPU takes less time for the transpose and
+#: its copy, which is then small: at 24 columns two thirds, at 48 about as much, at 384 half as much again, in bfloat16 more.
+MANY_ROWS = 128
+
 
 class Setting(NamedTuple):
     """What `FusedLinear` needs to know beside its tensors.
@@ -149,14 +153,18 @@ def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
     grad_x = grad_A = grad_R = grad_B = None
     if kernels:
         routed, small_grad = kernels.route_backward(z, logits, torch.mm(B.t(), up_grad.t()), router.temperature, scaling)
-        if need_B:  # not as below: the transpose of a product would be copied into place by autograd
+        if need_B:  # as B lies in memory, see below
             grad_B = torch.mm(up_grad.t(), routed.t())
     else:
         weights = _weigh(logits, router)  # made again: z and logits are one storage, the weights would be a second
         by_head, factor = _by_head(z, R, B), weights * scaling
         scaled = _cast(factor, dtype)
         if need_B:
-            grad_B = torch.mm((scaled * by_head).flatten(0, 1), up_grad).t()
+            routed = (scaled * by_head).flatten(0, 1)
+            if len(routed) < MANY_ROWS:
+                grad_B = torch.mm(routed, up_grad).t()
+            else:  # as B lies in memory: autograd would copy the transpose of a product into place, which is as much again
+                grad_B = torch.mm(up_grad.t(), routed.t())
         if need_x or need_A or need_R:
             routed_grad = _by_head(torch.mm(B.t(), up_grad.t()), R, B)
             # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j); a head left out by top_k has w_i = 0

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from crab.data.files import aside, read_json, write_json
+from crab.study.compare import compare, correct
 from crab.study.deciding import deciding
 from crab.study.grid import run_grid
 from crab.study.keys import key_of
@@ -24,7 +25,6 @@ from crab.study.prompt_order import reordered
 from crab.study.resample import interval
 from crab.study.runs import FORMS, SETTINGS
 from crab.study.sweep import cells_of, slot_draws
-from crab.study.transfer import compare, correct
 from crab.study.tuned import Tuned, Tuning, adapter_parameters, plain_rank, tuned
 
 ORDERS = ("media", "instruction")  # what comes first in a prompt
@@ -33,7 +33,7 @@ ROWS = [
     "key",
 ]  # fmt: skip
 #: Modules that decide, with functions of this one, what comes out for a variant.
-DECIDING = "import crab.study.encode, crab.study.grid, crab.study.prompt_order, crab.study.transfer, crab.study.tuned"
+DECIDING = "import crab.study.compare, crab.study.encode, crab.study.grid, crab.study.prompt_order, crab.study.tuned"
 KINDS = ("routed", "unrouted heads", "plain", "own adapters", "instruction first")
 
 
@@ -167,8 +167,8 @@ class Ablation:
     Attributes:
         rows: a row a variant (`ROWS`), in the order given, each rival where it is first needed; ``inside`` is None where no
             rate was swept, ``rival`` where there is none; ``key``: of what decided the row and its comparisons.
-        slots: a row a comparison and slot, of `crab.study.transfer.compare`; ``comparison`` says which two.
-        against_baseline, against_rival: summaries by variant, of `crab.study.transfer.summarise`, with ``sign_test_holm``.
+        slots: a row a comparison and slot, of `crab.study.compare.compare`; ``comparison`` says which two.
+        against_baseline, against_rival: summaries by variant, of `crab.study.compare.summarise`, with ``sign_test_holm``.
         baseline: the variant that all are compared with.
     """
 

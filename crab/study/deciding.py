@@ -1,4 +1,4 @@
-"""What decides a row of a report, so that a later run can tell whether the row still holds and take it over.
+"""What decides a row of a report or encoded samples, so that a later run can tell whether what was made before still holds.
 
 Unlike the key of a run (:mod:`crab.study.keys`) it is the same on every processor, and with every version of the libraries: rows say what
 came out with those of the time.
@@ -20,6 +20,11 @@ from crab.data.files import file_digest
 from crab.study import sources
 from crab.study.keys import base_digest, code_digest, key_of
 
+#: What decides how media become features: modules with all they import, and files alone. What is asked and answered is encoded as well,
+#: but stands beside the features and counts as it is, so that a change in how a task is scored leaves the samples what they are.
+ENCODING = "import crab.data.media, crab.models.omni"
+ENCODING_ALONE = tuple(Path(__file__).with_name(f"{name}.py") for name in ("encode", "published")) + (Path(records.__file__),)
+
 
 def deciding(encoded: str | Path, dataset: str | Path, base: str | Path, slots: Sequence[str], code: Sequence[Any], *others: Any) -> list:
     """What decides a result beside a method's own settings, to be hashed: samples and records of the slots, the base, and code.
@@ -30,6 +35,17 @@ def deciding(encoded: str | Path, dataset: str | Path, base: str | Path, slots: 
     samples = [_samples_digest(encoded, dataset, slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
     own = [code_digest(each) if isinstance(each, str) else sources.plain(inspect.getsource(each)) for each in code]
     return [list(slots), samples, base_digest(base), own, *others]
+
+
+def provenance(encoded: str | Path, dataset: str | Path, base: str | Path, slots: Sequence[str], **how: Any) -> dict[str, Any]:
+    """What the encoded samples of the slots follow from: records and media, the base, the code that encodes, and ``how`` it is told to.
+
+    The stages after `encode` depend on this in place of the features, so that what was trained on one processor holds on the next.
+    """
+    of_splits = {
+        f"{slot}/{split}": _samples_digest(encoded, dataset, slot, split) for slot in slots for split in tasks.get_slot(slot).splits
+    }
+    return {"base": base_digest(base), "code": code_digest(ENCODING, *ENCODING_ALONE), **how, "samples": of_splits}
 
 
 def _samples_digest(encoded: str | Path, dataset: str | Path, slot: str, split: str) -> str:

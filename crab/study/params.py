@@ -141,21 +141,24 @@ def check(path: Path, values: Mapping[str, Any]) -> None:
             )
         if value == [] and default:
             raise ValueError(f"{where}: parameter {name!r} is an empty list; give at least one, such as {default[0]!r}")
-        for place, number in _numbers(name, value):
+        for place, inner in _leaves(name, value):
             least = int(place in COUNTS)
-            if not least <= number < math.inf:
-                raise ValueError(f"{where}: parameter {place!r} is {number!r}; give a number of at least {least}")
+            if isinstance(inner, int | float) and not isinstance(inner, bool) and not least <= inner < math.inf:
+                raise ValueError(f"{where}: parameter {place!r} is {inner!r}; give a number of at least {least}")
+            if place.rpartition(".")[2] == "segmenter" and inner != "grabcut" and "/" not in str(inner):  # else told after all answers
+                raise ValueError(f"{where}: parameter {place!r} is {inner!r}; give 'grabcut', or a SAM 2 checkpoint by its folder or its name "
+                                 "on the hub, which has a slash, such as 'facebook/sam2.1-hiera-large'")  # fmt: skip
 
 
-def _numbers(place: str, value: Any) -> Iterator[tuple[str, int | float]]:
-    """All numbers in a parameter, however deep, each with its place."""
+def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """All numbers and words in a parameter, however deep, each with its place."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _numbers(f"{place}.{key}", inner)
+            yield from _leaves(f"{place}.{key}", inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _numbers(f"{place}[]", inner)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _leaves(f"{place}[]", inner)
+    else:
         yield place, value
 
 

@@ -45,7 +45,7 @@ class Paths:
 
     @property
     def encoded(self) -> Path:
-        """The frozen encoders' work, a file a slot and split; written by `encode`."""
+        """The frozen encoders' work, a file a slot and split, and ``provenance.json``, on which later stages depend; written by `encode`."""
         return self.root / "data" / self.profile / "encoded"
 
     @property
@@ -63,7 +63,7 @@ class Paths:
 
     @property
     def evaluation(self) -> Path:
-        """Raw answers and per-sample scores; written by `evaluate`."""
+        """Raw answers, with the scores of each; written by `evaluate`, whose report holds all scores in two tables."""
         return self.root / "runs" / self.profile / "evaluate"
 
     def report(self, name: str) -> Path:

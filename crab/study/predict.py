@@ -155,7 +155,7 @@ def predict_all(
             jobs.append((run.name, partial(_predict_marked, key, run, folder, encoded, base, out, of_run, batch_size, max_new_tokens)))
     names = {run.name for run in runs}
     for folder in out.iterdir() if out.is_dir() else ():
-        if folder.name not in names:
+        if folder.is_dir() and folder.name not in names:
             shutil.rmtree(folder)
     run_pool(jobs, workers, "predict")
 

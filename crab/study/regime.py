@@ -36,7 +36,7 @@ COLUMNS = [
     "map", *AXES, "measure", "mean", "low", "high", "gain", "tie", "loss", "slots", "parameters", "rival_parameters", "not_inside", "key",
 ]  # fmt: skip
 #: Modules that decide, with functions of this one, what comes out at a point.
-DECIDING = "import crab.study.conventions, crab.study.encode, crab.study.grid, crab.study.transfer, crab.study.tuned"
+DECIDING = "import crab.study.compare, crab.study.conventions, crab.study.encode, crab.study.grid, crab.study.tuned"
 
 
 @dataclass(frozen=True)

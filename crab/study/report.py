@@ -1,6 +1,6 @@
 """The report of a profile: ``index.html``, which leads with the result, and a page for each notebook.
 
-``python -m crab.study.report [--profile P]`` reads only the executed notebooks. A cell tagged ``result`` is
+``python -m crab.study.report [--profile P]`` reads only the executed notebooks, and the metrics of `transfer`. A cell tagged ``result`` is
 lifted onto the index, outputs only: what the notebook calls its result is shown nowhere else anew. Pages show
 the prose and comments of today's notebooks around the recorded outputs, so that mending a sentence runs nothing.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crab.data.files import aside, aside_folder
+from crab.data.files import aside, aside_folder, read_json, write_json
 from crab.study import params
 from crab.study.ipynb import nbformat
 from crab.study.notebook import page
@@ -106,8 +107,18 @@ def index(notebooks: dict[str, Any], profile: str) -> Any:
     return nbformat.v4.new_notebook(cells=cells)
 
 
+def headline(transfer: Mapping[str, Any]) -> dict[str, float]:
+    """Of each joint run what joint training adds, on average over slots: few enough numbers to be columns of ``dvc exp show``.
+
+    Args:
+        transfer: metrics of that stage.
+    """
+    found = {name: values.get("mean_difference") for name, values in transfer.items() if isinstance(values, dict)}
+    return {name: round(value, 4) for name, value in found.items() if value is not None}
+
+
 def write(profile: str | None = None, folder: Path | None = None) -> Path:
-    """Write ``index.html`` and ``pages``; returns the index's path."""
+    """Write ``index.html``, ``pages`` and ``metrics.json``, the `headline`; returns the index's path."""
     folder = folder or root()
     profile = profile or params.load(folder)["profile"]
     reports = folder / "reports" / profile
@@ -119,6 +130,8 @@ def write(profile: str | None = None, folder: Path | None = None) -> Path:
                 notebook = refreshed(notebook, nbformat.read(now, as_version=4), name)
             notebook.cells.insert(0, nbformat.v4.new_markdown_cell(BACK, id="back"))
             (pages / f"{name}.html").write_text(page(notebook, f"{name} ({profile})"))
+    if (measured := reports / "transfer" / "metrics.json").is_file():
+        write_json(reports / "metrics.json", headline(read_json(measured)))
     with aside(reports / "index.html") as part:
         part.write_text(page(index(notebooks, profile), f"Crab+ ({profile})", inputs=False))
     return reports / "index.html"

@@ -15,6 +15,7 @@ from crab.data.files import aside, write_json
 from crab.ilora import record_routing_means, routing_information
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
 from crab.study.predict import answer, load_adapter
+from crab.study.runs import Run
 from crab.study.spread import spread
 from crab.study.states import last_hidden
 
@@ -111,12 +112,12 @@ def summarise(table: pd.DataFrame) -> dict:
     }
 
 
-def finding(summary: dict, run: str) -> str:
+def finding(summary: dict, run: Run) -> str:
     """How decided the routers of a run are, and what they know of the slot, in a sentence."""
     bits, weights = summary["slot_head_information_bits"], summary["head_weight"]
     knows, heads = max(bits, key=bits.get), len(weights)
     return (
-        f"In `{run}` a token's weights have {summary['mean_entropy']:.0%} of the most entropy they could have, heads get {min(weights):.0%} to "
+        f"In `{run.name}` a token's weights have {summary['mean_entropy']:.0%} of the most entropy they could have, heads get {min(weights):.0%} to "
         f"{max(weights):.0%} of all weight (even: {1 / heads:.0%}), and which head a token is sent to tells at most {bits[knows]:.3f} bits about "
         f"its slot ({knows}; of {math.log2(heads):.2f} that {heads} heads could tell)."
     )

@@ -27,6 +27,8 @@ COLUMNS = [
     "n_expected", "n_found", "n_scored", "n_unparsable",
 ]  # fmt: skip
 SAMPLE_COLUMNS = ["run", "family", "seed", "slot", "id", "score"]
+#: The files of the two tables; that of all samples, whose lines are much alike, is packed to a hundredth, to be kept in git.
+SCORES, SAMPLES = "scores.csv", "samples.csv.xz"
 #: Modules that decide what an answer is worth.
 SCORING = "import crab.study.score, crab.study.segment"
 ORACLE_COLUMNS = ["segmenter", "slot", "metric", "primary", "value", "low", "high", "n_expected"]
@@ -128,7 +130,6 @@ def score_all(
     data: str | Path,
     predictions: str | Path,
     out: str | Path,
-    metrics: str | Path | None = None,
     resamples: int = 2000,
     seed: int = 0,
     segmenter: str = "grabcut",
@@ -143,8 +144,7 @@ def score_all(
         runs: what must be there.
         slots: test slots of the joint runs.
         data: root that holds ``AVUIE_2``.
-        out: folder for ``scores.csv`` and ``samples.csv``, which `crab.study.transfer` reads.
-        metrics: where to write the nested summary for ``dvc metrics show``.
+        out: folder for the two tables, which `load` reads, and for ``metrics.json``, the nested `summary` for ``dvc metrics show``.
         segmenter: what cuts predicted masks, see `crab.study.segment.segmenter`.
         workers: processes that share the work.
 
@@ -164,11 +164,10 @@ def score_all(
     scored = [found[f"{run.name} {slot}"] for run, slot in pairs]
     rows, samples = [row for part, _ in scored for row in part], [row for _, part in scored for row in part]
     table, tidy = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(samples, columns=SAMPLE_COLUMNS)
-    for name, frame in (("scores", table), ("samples", tidy)):
-        with aside(Path(out) / f"{name}.csv") as path:
+    for name, frame in ((SCORES, table), (SAMPLES, tidy)):
+        with aside(Path(out) / name) as path:
             frame.to_csv(path, index=False, float_format="%.6g")
-    if metrics is not None:
-        write_json(metrics, summary(table, tidy, resamples, seed))
+    write_json(Path(out) / "metrics.json", summary(table, tidy, resamples, seed))
     return table, tidy
 
 
@@ -255,8 +254,8 @@ def true_answer(slot: str, record: Mapping) -> str:
 def load(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The two tables `score_all` wrote to ``folder``; a missing one is a ValueError."""
     frames = []
-    for name, columns in (("scores", COLUMNS), ("samples", SAMPLE_COLUMNS)):
-        path = Path(folder) / f"{name}.csv"
+    for name, columns in ((SCORES, COLUMNS), (SAMPLES, SAMPLE_COLUMNS)):
+        path = Path(folder) / name
         if not path.is_file():
             raise ValueError(f"{path}: no such file; run the evaluate stage")
         frame = pd.read_csv(path)
@@ -267,7 +266,7 @@ def load(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def summary(table: pd.DataFrame, samples: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> dict:
-    """Nested metrics, ``{family: {slot: {score, low, high, chance, unparsable}, mean}}``, over the seeds of a family.
+    """Nested metrics, ``{family: {slot: {score, low, high, chance, expected, unparsable}, mean}}``, over the seeds of a family.
 
     The 95 % interval is over samples and, of several seeds, over these too (`crab.study.resample.bootstrap_means`): the mean
     of the intervals of single runs would not know how far apart these lie.
@@ -286,6 +285,7 @@ def summary(table: pd.DataFrame, samples: pd.DataFrame, resamples: int = 2000, s
             "low": round(low, 4),
             "high": round(high, 4),
             "chance": round(float(part["chance"].mean()), 4),
+            "expected": int(part["n_expected"].sum()),
             "unparsable": int(part["n_unparsable"].sum()),
         }
     for values in nested.values():
@@ -304,10 +304,10 @@ def finding(metrics: Mapping[str, Mapping]) -> str:
         slots = {slot: v for slot, v in values.items() if slot != "mean"}
         above = [slot for slot, v in slots.items() if v["low"] > v["chance"]]
         rest = ", ".join(slot for slot in slots if slot not in above)
-        unread = sum(v["unparsable"] for v in slots.values())
+        unread, asked = (sum(v[count] for v in slots.values()) for count in ("unparsable", "expected"))
         lines.append(
             f"- `{family}`: {values['mean']:.3f} on average, clearly above chance on {len(above)} of {len(slots)} slots"
-            + (f" (not on {rest})" if rest else "") + f"; {unread} answers could not be read."
+            + (f" (not on {rest})" if rest else "") + f"; {unread:,} of {asked:,} answers could not be read."
         )  # fmt: skip
     return "\n".join(lines)
 

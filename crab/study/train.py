@@ -39,6 +39,8 @@ NOT_FOR_CONFIG = ("runs", "learning_rate", "router_rate")
 PRECISIONS = ("bf16", "fp32")
 #: What a CPU calls its bf16 arithmetic: AVX-512 and AMX of x86, NEON and SVE of ARM.
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+#: Of a run's record, what is never twice the same.
+COST = ("resumed_from", "seconds", "samples_per_second")
 #: Modules that decide, with this one, what a run results in; the rest only brings runs about.
 DECIDING = "import crab.ilora, crab.models.omni, crab.study.dataset, crab.study.instruction"
 
@@ -351,7 +353,8 @@ def train_all(
             part of this one, are deleted.
 
     Returns:
-        Each run's record (its ``run.json``), in the order of ``runs``.
+        Each run's record in the order of ``runs``: its ``run.json``, and what it cost, which is not kept there, so that adapters
+        trained again are the same files and nothing after them runs.
 
     Raises:
         ValueError: a wrong parameter, or no rate for a run.
@@ -376,11 +379,13 @@ def train_all(
     finals = run_pool(jobs, workers, "train")
     records = []
     for run in runs:
+        record = read_json(finals[run.name] / "run.json")
         with aside_folder(Path(out) / run.name) as temporary:
             shutil.copytree(finals[run.name], temporary, dirs_exist_ok=True)
-        records.append(read_json(Path(out) / run.name / "run.json"))
+            write_json(temporary / "run.json", {name: value for name, value in record.items() if name not in COST})
+        records.append(record)
     for folder in Path(out).iterdir():
-        if folder.name not in finals:
+        if folder.is_dir() and folder.name not in finals:
             shutil.rmtree(folder)
     for run in runs:  # only now that every run of the stage is in place
         shutil.rmtree(Path(checkpoints) / run.name, ignore_errors=True)

@@ -1,200 +1,18 @@
-"""Does joint training help or hurt? Joint runs against single-task runs, slot by slot.
-
-Works on the per-sample scores that `crab.study.score` writes; needs no model.
-"""
+"""Does joint training help or hurt? Joint runs against single-task runs, slot by slot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from crab.data.files import aside, write_json
-from crab.study.resample import bootstrap_means, interval
+from crab.study.compare import COLUMNS, compare, correct
+from crab.study.runs import METHODS
 
 #: Crab+ (arXiv 2603.04128): share of tasks that get worse by joint training with plain LoRA, and better with Crab+.
 PAPER = {"negative": 0.55, "positive": 0.88}
-
-COLUMNS = [
-    "comparison", "slot", "baseline", "joint", "difference", "low", "high", "relative",
-    "chance", "at_chance", "joint_above_chance", "verdict", "samples", "seeds",
-]  # fmt: skip
-
-
-def verdict(difference: float, margin: float) -> str:
-    """``gain`` above +margin, ``loss`` below -margin, else ``tie`` (the margin itself is a tie)."""
-    margin += 1e-9  # .52 - .50 is more than .02 in binary
-    if difference > margin:
-        return "gain"
-    return "loss" if difference < -margin else "tie"
-
-
-def sign_test(gains: int, losses: int) -> float:
-    """Two-sided exact sign test (Dixon and Mood, 1946); ties are left out, as is usual."""
-    return float(binomtest(gains, gains + losses).pvalue) if gains + losses else 1.0
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's (1979) step-down rule, in the order given."""
-    adjusted, least = [0.0] * len(p), 0.0
-    for rank, i in enumerate(np.argsort(p, kind="stable")):
-        least = max(least, min(1.0, (len(p) - rank) * float(p[i])))
-        adjusted[i] = least
-    return adjusted
-
-
-def rate(count: int, of: int) -> tuple[float, float, float]:
-    """A share and its exact 95 % interval (Clopper and Pearson, 1934), the slots taken as drawn from all such tasks."""
-    bounds = binomtest(count, of).proportion_ci(0.95, "exact")
-    return count / of, float(bounds.low), float(bounds.high)
-
-
-def _grid(samples: pd.DataFrame, family: str, slot: str) -> pd.DataFrame:
-    """Per-sample scores of one row of the table: index seed, columns sample id."""
-    part = samples[(samples["family"] == family) & (samples["slot"] == slot)]
-    if part.empty:
-        raise ValueError(f"transfer: no scores of {family} on {slot}; run the evaluate stage with that run")
-    return part.pivot(index="seed", columns="id", values="score").sort_index()
-
-
-def compare_slot(
-    baseline: pd.DataFrame, joint: pd.DataFrame, floor: pd.DataFrame, chance: float, margin: float, resamples: int, seed: int, slot: str
-) -> tuple[dict, np.ndarray, np.ndarray]:
-    """One slot's row of the table, and its resampled differences and relative changes, each [resamples].
-
-    Args:
-        baseline, joint: scores in [0, 1], index seed, columns sample id; both must hold the same ones.
-        floor: scores that tell whether the slot can be learned at all: those of single-task training.
-        chance: score of the best constant answer.
-
-    Raises:
-        ValueError: when the two were not scored on the same samples and seeds.
-    """
-    if list(baseline.columns) != list(joint.columns) or list(baseline.index) != list(joint.index):
-        raise ValueError(
-            f"transfer: {slot}: the runs compared hold different samples or seeds "
-            f"({baseline.shape[1]} and {joint.shape[1]} samples, seeds {list(baseline.index)} and {list(joint.index)}); "
-            "evaluate both on the same test set, and train both with the same seeds"
-        )
-    # equal streams draw equal samples: the draws of the two runs are paired
-    of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))
-    least = interval(bootstrap_means(floor.to_numpy(), resamples, seed, slot))[0]
-    mean, mean_joint = float(baseline.to_numpy().mean()), float(joint.to_numpy().mean())
-    low, high = interval(of_joint - of_baseline)
-    ratio = mean_joint / mean if mean > 0 else float("nan")
-    row = {
-        "baseline": mean,
-        "joint": mean_joint,
-        "difference": mean_joint - mean,
-        "low": low,
-        "high": high,
-        "relative": ratio - 1,
-        "chance": chance,
-        "at_chance": least <= chance,
-        "joint_above_chance": interval(of_joint)[0] > chance,
-        "verdict": verdict(mean_joint - mean, margin),
-        "samples": baseline.shape[1],
-        "seeds": baseline.shape[0],
-    }
-    # the ratio to first order, so that a draw of the baseline near 0 does not run away
-    relative = ratio - 1 + (of_joint - ratio * of_baseline) / mean if mean > 0 else np.full(resamples, np.nan)
-    return row, of_joint - of_baseline, relative
-
-
-def compare(
-    samples: pd.DataFrame,
-    chance: pd.Series,
-    baseline: str,
-    joint: str,
-    margin: float = 0.02,
-    resamples: int = 2000,
-    seed: int = 0,
-    floor: str | None = None,
-) -> tuple[pd.DataFrame, dict]:
-    """Compare one joint row with a baseline on every slot the baseline was scored on.
-
-    Args:
-        samples: columns family, seed, slot, id, score (see `crab.study.score.load`).
-        chance: chance score by slot.
-        baseline, joint: families of runs, e.g. ``single-lora-bare`` and ``joint-ilora-explicit``.
-        margin: differences up to this size, in score, are ties.
-        floor: family that tells whether a slot can be learned; the baseline unless given.
-
-    Returns:
-        The table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not lie
-        above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
-        that every joint run is judged on the same slots.
-    """
-    rows, differences, changes = [], [], []
-    for slot in dict.fromkeys(samples[samples["family"] == baseline]["slot"]):
-        row, difference, change = compare_slot(
-            _grid(samples, baseline, slot),
-            _grid(samples, joint, slot),
-            _grid(samples, floor or baseline, slot),
-            float(chance[slot]),
-            margin,
-            resamples,
-            seed,
-            slot,
-        )
-        rows.append({"comparison": f"{joint} vs {baseline}", "slot": slot, **row})
-        differences.append(difference)
-        changes.append(change)
-    if not rows:
-        raise ValueError(f"transfer: no scores of the baseline {baseline}; known: {sorted(set(samples['family']))}")
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table, summarise(table, np.stack(differences), np.stack(changes), margin)
-
-
-def summarise(table: pd.DataFrame, differences: np.ndarray, changes: np.ndarray, margin: float) -> dict:
-    """Rates and means over the slots above chance.
-
-    Args:
-        differences, changes: resampled differences and relative changes, [slots, resamples].
-
-    Returns:
-        Counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
-        ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative
-        change with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot whose
-        baseline is 0 has no relative change, and is left out of that mean.
-    """
-    counted = ~table["at_chance"].to_numpy(bool)
-    kept = table[counted]
-    count = {name: int((kept["verdict"] == name).sum()) for name in ("gain", "tie", "loss")}
-    summary = {
-        "slots": len(table),
-        "slots_counted": len(kept),
-        "slots_at_chance": int((~counted).sum()),
-        "at_chance": list(table["slot"][~counted]),
-        "learned_only_jointly": list(table["slot"][~counted & table["joint_above_chance"].to_numpy(bool)]),
-        "seeds": int(table["seeds"].min()),
-        **count,
-        "margin": margin,
-        "clear_gain": int(((kept["verdict"] == "gain") & (kept["low"] > 0)).sum()),
-        "clear_loss": int(((kept["verdict"] == "loss") & (kept["high"] < 0)).sum()),
-    }
-    if kept.empty:
-        return summary | {"positive_rate": None, "negative_rate": None, "mean_difference": None,
-                          "mean_relative_change": None, "sign_test_p": None}  # fmt: skip
-    for name, verdicts in (("positive_rate", "gain"), ("negative_rate", "loss")):
-        summary[name], *summary[f"{name}_interval"] = rate(count[verdicts], len(kept))
-    summary["mean_difference"] = float(kept["difference"].mean())
-    summary["mean_difference_interval"] = list(interval(differences[counted].mean(0)))
-    known = counted & (table["baseline"].to_numpy() > 0)
-    summary["mean_relative_change"] = float(table["relative"][known].mean()) if known.any() else None
-    if known.any():
-        summary["mean_relative_change_interval"] = list(interval(changes[known].mean(0)))
-    return summary | {"sign_test_p": sign_test(count["gain"], count["loss"])}
-
-
-def correct(summary: Mapping[str, dict]) -> None:
-    """Add ``sign_test_holm`` to each row of a table: its sign test's p, corrected for the number of rows."""
-    tested = [values for values in summary.values() if values["sign_test_p"] is not None]
-    for values, p in zip(tested, holm([values["sign_test_p"] for values in tested]), strict=True):
-        values["sign_test_holm"] = p
 
 
 def transfer(
@@ -206,10 +24,10 @@ def transfer(
     margin: float = 0.02,
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[pd.DataFrame, dict, pd.DataFrame, dict]:
-    """Compare every joint row with the baseline, and with a joint rival; write both to ``out``.
+) -> tuple[tuple[pd.DataFrame, dict], ...]:
+    """Compare every joint row with the baseline and with a joint rival, and explicit answers with bare ones; write all to ``out``.
 
-    ``transfer.csv`` and ``rival.csv`` hold the tables, ``metrics.json`` the summaries.
+    ``transfer.csv``, ``rival.csv`` and ``forms.csv`` hold the tables, ``metrics.json`` the summaries.
 
     Args:
         samples, scores: as `crab.study.score` writes them.
@@ -217,27 +35,41 @@ def transfer(
         rival: method whose joint runs, on the same form of answers, the other methods' are compared with as well.
 
     Returns:
-        Table and summaries (by joint family) against the baseline, then the same against the rival, which are empty
-        where it has no joint run.
+        Three pairs of table and summaries (by the family compared): joint runs against the baseline, the same against the
+        rival, and runs with explicit answers against their like with bare ones. The last two may be empty.
+
+    Raises:
+        ValueError: no joint run, no baseline, or a rival that is no method.
     """
-    joint = [family for family in dict.fromkeys(samples["family"]) if family.startswith("joint-")]
+    families = list(dict.fromkeys(samples["family"]))
+    joint = [family for family in families if family.startswith("joint-")]
     if not joint:
-        raise ValueError(f"transfer: no joint run among {sorted(set(samples['family']))}; add one to a method's runs")
+        raise ValueError(f"transfer: no joint run among {sorted(families)}; add one to a method's runs")
+    if rival not in METHODS:
+        raise ValueError(f"transfer.rival: {rival!r} is no method; choose one of {', '.join(METHODS)}")
+    rivals = {family: f"joint-{rival}-{family.rpartition('-')[2]}" for family in joint}
+    bare = {family: family.removesuffix("explicit") + "bare" for family in families if family.endswith("-explicit")}
+    asked = {
+        "transfer": dict.fromkeys(joint, baseline),
+        "rival": {family: other for family, other in rivals.items() if other in joint and other != family},
+        "forms": {family: other for family, other in bare.items() if other in families},
+    }
     chance = scores[scores["primary"]].groupby("slot", sort=False)["chance"].first()
-    against = {family: "-".join(["joint", rival, family.rpartition("-")[2]]) for family in joint}
-    made = []
-    for pairs in ([(baseline, family) for family in joint], [(r, f) for f, r in against.items() if r in joint and r != f]):
+    made = {}
+    for name, pairs in asked.items():
         tables, summary = [], {}
-        for first, second in pairs:
-            table, summary[second] = compare(samples, chance, first, second, margin, resamples, seed, baseline)
+        for family, other in pairs.items():
+            table, summary[family] = compare(samples, chance, other, family, margin, resamples, seed, baseline)
             tables.append(table)
         correct(summary)
-        made += [pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS), summary]
-    for name, table in (("transfer", made[0]), ("rival", made[2])):
+        made[name] = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS), summary
         with aside(Path(out) / f"{name}.csv") as path:
-            table.to_csv(path, index=False, float_format="%.6g")
-    write_json(Path(out) / "metrics.json", {"baseline": baseline, **made[1], "rival": rival, "against_rival": made[3]})
-    return tuple(made)
+            made[name][0].to_csv(path, index=False, float_format="%.6g")
+    against, explicit = made["rival"][1], made["forms"][1]
+    write_json(Path(out) / "metrics.json", {
+        "baseline": baseline, **made["transfer"][1], "rival": rival, "against_rival": against, "explicit_against_bare": explicit,
+    })  # fmt: skip
+    return tuple(made.values())
 
 
 def summary_table(summary: Mapping[str, Mapping]) -> pd.DataFrame:
@@ -284,6 +116,9 @@ def finding(
 ) -> str:
     """The result in two sentences: whether ``plain`` loses, and whether ``routed`` gains and beats its rival.
 
+    What the method of ``routed`` does against its rival with bare answers stands beside it: the better of two forms alone would
+    be a choice made after the fact.
+
     Args:
         summary, against: against the baseline and against the rival, of `transfer`.
     """
@@ -306,8 +141,12 @@ def finding(
 
     first = one(plain, "loss", "negative", "loses")
     second = one(routed, "gain", "positive", "gains")
-    beside = against.get(routed)
-    if beside is not None and beside["mean_difference"] is not None:
-        sense = _sense(beside, "in its favour", "against it", "which favours neither")
-        second += f"; against plain joint LoRA of its size the difference is {sense}"
+    beside = [family for family in dict.fromkeys((routed, routed.removesuffix("explicit") + "bare")) if family in against]
+    said = [
+        f"that of `{family}` is " + _sense(against[family], "in its favour", "against it", "which favours neither")
+        for family in beside
+        if against[family]["mean_difference"] is not None
+    ]
+    if said:
+        second += f"; of the differences from plain joint LoRA of its size {', and '.join(said)}"
     return f"Of the slots that single-task training lifts above chance, {first}. {second[0].upper()}{second[1:]}."

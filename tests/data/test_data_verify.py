@@ -197,6 +197,13 @@ def test_two_videos_and_a_still():
     assert [v.verdict for v in verify(said, Evidence((at_nine,), (at_nine,)))] == [FALSE, FALSE, TRUE, TRUE, TRUE]
 
 
+def test_of_two_things_at_one_place_the_silent_one_does_not_sound():
+    """What only sounds lies at a place as well."""
+    scene = Scene(7, 0, (BLUE, replace(HORN, centre=BLUE.centre)))
+    said = "the blue drum is silent . the blue drum sounds . zero seen and heard ."
+    assert [v.verdict for v in verify(said, Evidence((scene,), (scene,)))] == [TRUE, FALSE, TRUE]
+
+
 def test_the_chain_ends_where_the_answer_begins():
     assert chain("ks", "i see it . <answer>a</answer> more .") == "i see it . "
     assert chain("s4", "i see it . [1,2,3,4] [1,2]") == "i see it . "

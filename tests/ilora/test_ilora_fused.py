@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from crab.ilora import ILoraConfig, record_routing
+from crab.ilora.fused import MANY_ROWS
 
 
 class Single(nn.Module):
@@ -124,6 +125,23 @@ def test_no_second_tensor_of_the_outputs_or_inputs_size(grad):
         with Sizes() as backward:
             torch.autograd.grad(y, (x, *parts(model)[1:]), torch.ones_like(y))
         assert backward.made.count(tokens * wide_in) == 1 and backward.made.count(tokens * wide_out) == 1  # ones_like
+
+
+@pytest.mark.parametrize("columns", [64, 128, 160])
+def test_gradient_of_wide_heads_is_made_once_and_right(columns):
+    """From some width on it is computed as B is stored: the copy of a transpose would be a second tensor of B's size."""
+    wide_out, tokens = 384, 12
+    model = adapted(torch.float64, Single(24, wide_out), r=columns // 4, num_heads=4)
+    layer, _, B, _ = parts(model)
+    x, target = torch.randn(tokens, 24, dtype=torch.float64), torch.randn(tokens, wide_out, dtype=torch.float64)
+    layer.fused = False
+    (expected,) = torch.autograd.grad(model(x), B, target)
+    layer.fused = True
+    y = model(x)
+    with Sizes() as backward:
+        y.backward(target)
+    torch.testing.assert_close(B.grad, expected, rtol=1e-11, atol=1e-12)
+    assert B.grad.is_contiguous() and backward.made.count(B.numel()) == (1 if columns >= MANY_ROWS else 2)
 
 
 def kept_bytes(model, x):

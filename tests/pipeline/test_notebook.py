@@ -111,3 +111,9 @@ def test_report_leaves_out_what_a_killed_stage_left(repository):
     half.write_bytes(target.read_bytes())
     assert "partial" not in report.write("smoke", repository).read_text()
     assert not [name for name in left(repository) if "partial" in name and name.endswith(".html")]
+
+
+def test_headline_is_what_joint_training_adds_by_run():
+    transfer = {"baseline": "single-lora-bare", "joint-lora-bare": {"mean_difference": 0.025649, "gain": 6}, "joint-ilora-bare": {"mean_difference": None},
+                "rival": "lora_matched", "against_rival": {"joint-lora-bare": {"mean_difference": -0.01}}}  # fmt: skip
+    assert report.headline(transfer) == {"joint-lora-bare": 0.0256}

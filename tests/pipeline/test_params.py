@@ -65,6 +65,7 @@ def test_missing_file_is_refused(tmp_path):
         ({"passes": 0}, "parameter 'passes' is 0; give a number of at least 1"),
         ({"rate": -0.1}, "parameter 'rate' is -0.1; give a number of at least 0"),
         ({"rate": float("nan")}, "parameter 'rate' is nan"),
+        ({"size": {"segmenter": "grabcat"}}, "parameter 'size.segmenter' is 'grabcat'; give 'grabcut', or a SAM 2 checkpoint"),
         ({"size": {"deep": [1, {"r": -4}]}}, r"parameter 'size.deep\[\].r' is -4; give a number of at least 0"),
     ],
 )
@@ -77,9 +78,10 @@ def test_check_refuses(repository, change, said):
         params.check(path, bad)
 
 
-def test_check_takes_a_whole_number_for_a_real_one_and_anything_for_none(repository):
-    path = write_notebook(repository, "toy", {"profile": "tiny", "rate": 0.1, "limit": None})
-    params.check(path, {"profile": "tiny", "rate": 1, "limit": 5})
+def test_check_takes_a_whole_number_for_a_real_one_anything_for_none_and_checkpoints_by_name_or_folder(repository):
+    path = write_notebook(repository, "toy", {"profile": "tiny", "rate": 0.1, "limit": None, "segmenter": "grabcut"})
+    for name in ("grabcut", "facebook/sam2.1-hiera-large", "/data/sam2"):
+        params.check(path, {"profile": "tiny", "rate": 1, "limit": 5, "segmenter": name})
 
 
 @pytest.mark.parametrize(

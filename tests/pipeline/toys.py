@@ -37,7 +37,12 @@ name = {name}
 write_json({out} / "made.json", {{"by": name, "toy": {toy}}})
 if name == "build":
     write_json(paths.vocabulary, {{"words": [], "tags": []}})
-write_json(paths.report(name) / "metrics.json", {{"score": 0.5}})
+if name == "encode":
+    write_json(paths.encoded / "provenance.json", {{"toy": {toy}}})
+if name == "evaluate":
+    for table in "scores.csv", "samples.csv.xz":
+        write_json(paths.report(name) / table, {{"toy": {toy}}})
+write_json(paths.report(name) / "metrics.json", {{"score": 0.5, "joint-toy-bare": {{"mean_difference": 0.12345}}}})
 """
 FIGURE = """
 import base64

@@ -16,8 +16,6 @@ from crab.study import ablation as tables
 from crab.study import params
 from crab.study import regime as maps
 from crab.study.ablation import ablation, expand, finding, rivals_of, with_rivals
-from crab.study.dataset import write_slot
-from crab.study.deciding import deciding
 from crab.study.figures.ablation import slot_map, variant_bars
 from crab.study.figures.regime import heat_maps
 from crab.study.regime import LOSS, OWN, Map, groups, regime, versus_own, versus_rival
@@ -423,18 +421,6 @@ def test_a_map_whose_data_or_base_changed_is_made_anew(tmp_path, file):
     again = World(hurts)
     explore(again, {"room": ROOM | {"rank": [1]}}, tmp_path)
     assert again.calls
-
-
-def test_rounding_of_the_encoders_does_not_part_a_row_from_its_key(tmp_path):
-    def encode(features, positions):
-        sample = {"input_ids": torch.arange(3), "position_ids": torch.full((3, 3), positions), "features": torch.full((2, 4), features)}
-        write_slot(tmp_path / "encoded", "ks", "test", [sample], ["a"], ["what"], {"bare": []})
-
-    keys = []
-    for features, positions in ((0.5, 1), (0.75, 1), (0.5, 2)):
-        encode(features, positions)
-        keys.append(deciding(tmp_path / "encoded", tmp_path / "dataset", some_base(tmp_path), ["ks"], []))
-    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_map_of_all_samples_is_taken_over_beside_one_that_varies_them(tmp_path):

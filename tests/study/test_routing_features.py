@@ -44,8 +44,8 @@ def test_entropy_and_information_by_hand():
 
 def test_findings_by_hand():
     summary = {"mean_entropy": 0.5, "head_weight": [0.2, 0.8], "slot_head_information_bits": {"text": 0.25, "video": 0.0}}
-    said = routing.finding(summary, "joint-ilora-explicit")
-    assert "50% of the most entropy" in said and "20% to 80% of all weight (even: 50%)" in said
+    said = routing.finding(summary, Run("joint", "ilora", "explicit"))
+    assert said.startswith("In `joint-ilora-explicit` a token") and "50% of the most entropy" in said and "20% to 80% of all weight (even: 50%)" in said
     assert "at most 0.250 bits about its slot (text; of 1.00 that 2 heads" in said
     assert routing.information_table(summary).to_numpy().tolist() == [["text", 0.25], ["video", 0.0]]
     near, far, none = ({"silhouette_slot": v, "silhouette_family": None} for v in (0.1, 0.4, None))

@@ -44,7 +44,7 @@ def write(root, texts, names=None):
 
 
 def go(root, runs=(RUN,)):
-    return score.score_all(list(runs), ["ks"], root, root / "predictions", root / "out", root / "metrics.json")
+    return score.score_all(list(runs), ["ks"], root, root / "predictions", root / "out")
 
 
 def test_hand_worked(world):
@@ -54,7 +54,7 @@ def test_hand_worked(world):
     assert (row["n_expected"], row["n_found"], row["n_scored"], row["n_unparsable"]) == (4, 4, 4, 1)
     assert samples["score"].tolist() == [1, 1, 0, 0]
     assert row["low"] < 0.5 < row["high"]
-    nested = json.loads((world / "metrics.json").read_text())
+    nested = json.loads((world / "out" / "metrics.json").read_text())
     assert nested["single-lora-bare"]["ks"]["score"] == nested["single-lora-bare"]["mean"] == 0.5
     again, of_samples = score.load(world / "out")
     assert again["run"].tolist() == table["run"].tolist() and of_samples.to_numpy().tolist() == samples.to_numpy().tolist()
@@ -69,15 +69,15 @@ def test_interval_of_a_family_knows_how_far_apart_its_seeds_lie(world):
         row["text"] = f"<answer>{action}</answer>"
     file.write_text("".join(json.dumps(row) + "\n" for row in right))
     go(world, [RUN, other])
-    found = json.loads((world / "metrics.json").read_text())["single-lora-bare"]["ks"]
+    found = json.loads((world / "out" / "metrics.json").read_text())["single-lora-bare"]["ks"]
     # seeds score .5 and 1: Student's t with one degree of freedom alone makes it wider than all scores there are
     assert found["score"] == 0.75 and found["low"] < 0 and found["high"] > 1
 
 
 def test_finding_counts_the_slots_that_are_clear_of_chance():
-    slots = {name: {"score": 0.5, "low": low, "high": 0.7, "chance": 0.3, "unparsable": 1} for name, low in (("ks", 0.31), ("ave", 0.3))}
+    slots = {name: {"score": 0.5, "low": low, "high": 0.7, "chance": 0.3, "expected": 1200, "unparsable": 1} for name, low in (("ks", 0.31), ("ave", 0.3))}
     assert score.finding({"joint-lora-bare": slots | {"mean": 0.5}}) == (
-        "- `joint-lora-bare`: 0.500 on average, clearly above chance on 1 of 2 slots (not on ave); 2 answers could not be read."
+        "- `joint-lora-bare`: 0.500 on average, clearly above chance on 1 of 2 slots (not on ave); 2 of 2,400 answers could not be read."
     )
 
 

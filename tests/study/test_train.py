@@ -134,8 +134,21 @@ def test_runs_of_another_plan_are_not_left_to_be_evaluated(encoded, base, tmp_pa
     plans = [[Run("single", "lora", "bare", "ks", seed) for seed in seeds] for seeds in ((0, 1), (0,))]
     for runs in plans:
         train.train_all(runs, section, rates, encoded, base, tmp_path / "out", tmp_path / "work", SLOTS, 1, 8, workers=1)
+        (tmp_path / "out" / "notes.txt").write_text("a file of somebody's own is left alone")
     shutil.copytree(tmp_path / "out" / plans[1][0].name, tmp_path / "out" / ".single-lora-bare-ks-seed1.12.partial")  # as a kill leaves
     assert list(predict.find_runs({"lora": tmp_path / "out"})) == plans[1]
+
+
+def test_adapters_trained_again_are_the_same_files(encoded, base, tmp_path):
+    """Else all that depends on them would run again: what training took is told, but not kept beside them."""
+    run, places = Run("single", "lora", "bare", "ks"), []
+    for place in (tmp_path / "a", tmp_path / "b"):
+        (record,) = train.train_all(
+            [run], {"r": 2, "lora_alpha": 4}, {"single-bare": 1e-3}, encoded, base, place, tmp_path / "work", SLOTS, 1, 8, workers=1
+        )
+        assert record["seconds"] > 0 and train.cost_table([record])["resumed from"].tolist() == [0]
+        places.append({path.name: path.read_bytes() for path in (place / run.name).iterdir()})
+    assert places[0] == places[1] and {"run.json", predict.WEIGHTS, "adapter_config.json"} <= set(places[0])
 
 
 def test_answers_are_kept_by_what_decided_them(encoded, base, tmp_path):
@@ -149,6 +162,7 @@ def test_answers_are_kept_by_what_decided_them(encoded, base, tmp_path):
         return {run.slot: (texts / run.name / f"{run.slot}.jsonl").stat().st_mtime_ns for run in found}
 
     first = go_on(found)
+    (texts / "notes.txt").write_text("a file of somebody's own is left alone")
     assert go_on(found) == first
     killed, whole = SLOTS[:2]
     (texts / f"single-lora-bare-{killed}" / predict.ANSWERED).unlink()
@@ -159,7 +173,7 @@ def test_answers_are_kept_by_what_decided_them(encoded, base, tmp_path):
     third = go_on(found, tokens=5)
     assert not set(third.values()) & set(second.values())
     go_on({run: folder for run, folder in found.items() if run.slot == whole})
-    assert [folder.name for folder in texts.iterdir()] == [f"single-lora-bare-{whole}"]
+    assert sorted(path.name for path in texts.iterdir()) == ["notes.txt", f"single-lora-bare-{whole}"]
 
 
 def test_routers_that_read_the_instruction_train_and_answer(encoded, base, tmp_path, monkeypatch):

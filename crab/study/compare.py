@@ -1,0 +1,193 @@
+"""One row of a table of scores against another, slot by slot and over slots: differences, intervals, verdicts.
+
+Works on the per-sample scores that `crab.study.score` writes; needs no model. Runs that are told apart here may be joint and
+single ones, or variants of the ablation; what is made of it in words and figures stands elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from crab.study.resample import bootstrap_means, interval
+
+COLUMNS = [
+    "comparison", "slot", "baseline", "joint", "difference", "low", "high", "relative",
+    "chance", "at_chance", "joint_above_chance", "verdict", "samples", "seeds",
+]  # fmt: skip
+
+
+def verdict(difference: float, margin: float) -> str:
+    """``gain`` above +margin, ``loss`` below -margin, else ``tie`` (the margin itself is a tie)."""
+    margin += 1e-9  # .52 - .50 is more than .02 in binary
+    if difference > margin:
+        return "gain"
+    return "loss" if difference < -margin else "tie"
+
+
+def sign_test(gains: int, losses: int) -> float:
+    """Two-sided exact sign test (Dixon and Mood, 1946); ties are left out, as is usual."""
+    return float(binomtest(gains, gains + losses).pvalue) if gains + losses else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's (1979) step-down rule, in the order given."""
+    adjusted, least = [0.0] * len(p), 0.0
+    for rank, i in enumerate(np.argsort(p, kind="stable")):
+        least = max(least, min(1.0, (len(p) - rank) * float(p[i])))
+        adjusted[i] = least
+    return adjusted
+
+
+def rate(count: int, of: int) -> tuple[float, float, float]:
+    """A share and its exact 95 % interval (Clopper and Pearson, 1934), the slots taken as drawn from all such tasks."""
+    bounds = binomtest(count, of).proportion_ci(0.95, "exact")
+    return count / of, float(bounds.low), float(bounds.high)
+
+
+def _grid(samples: pd.DataFrame, family: str, slot: str) -> pd.DataFrame:
+    """Per-sample scores of one row of the table: index seed, columns sample id."""
+    part = samples[(samples["family"] == family) & (samples["slot"] == slot)]
+    if part.empty:
+        raise ValueError(f"transfer: no scores of {family} on {slot}; run the evaluate stage with that run")
+    return part.pivot(index="seed", columns="id", values="score").sort_index()
+
+
+def compare_slot(
+    baseline: pd.DataFrame, joint: pd.DataFrame, floor: pd.DataFrame, chance: float, margin: float, resamples: int, seed: int, slot: str
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """One slot's row of the table, and its resampled differences and relative changes, each [resamples].
+
+    Args:
+        baseline, joint: scores in [0, 1], index seed, columns sample id; both must hold the same ones.
+        floor: scores that tell whether the slot can be learned at all: those of single-task training.
+        chance: score of the best constant answer.
+
+    Raises:
+        ValueError: when the two were not scored on the same samples and seeds.
+    """
+    if list(baseline.columns) != list(joint.columns) or list(baseline.index) != list(joint.index):
+        raise ValueError(
+            f"transfer: {slot}: the runs compared hold different samples or seeds "
+            f"({baseline.shape[1]} and {joint.shape[1]} samples, seeds {list(baseline.index)} and {list(joint.index)}); "
+            "evaluate both on the same test set, and train both with the same seeds"
+        )
+    # equal streams draw equal samples: the draws of the two runs are paired
+    of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))
+    least = interval(bootstrap_means(floor.to_numpy(), resamples, seed, slot))[0]
+    mean, mean_joint = float(baseline.to_numpy().mean()), float(joint.to_numpy().mean())
+    low, high = interval(of_joint - of_baseline)
+    ratio = mean_joint / mean if mean > 0 else float("nan")
+    row = {
+        "baseline": mean,
+        "joint": mean_joint,
+        "difference": mean_joint - mean,
+        "low": low,
+        "high": high,
+        "relative": ratio - 1,
+        "chance": chance,
+        "at_chance": least <= chance,
+        "joint_above_chance": interval(of_joint)[0] > chance,
+        "verdict": verdict(mean_joint - mean, margin),
+        "samples": baseline.shape[1],
+        "seeds": baseline.shape[0],
+    }
+    # the ratio to first order, so that a draw of the baseline near 0 does not run away
+    relative = ratio - 1 + (of_joint - ratio * of_baseline) / mean if mean > 0 else np.full(resamples, np.nan)
+    return row, of_joint - of_baseline, relative
+
+
+def compare(
+    samples: pd.DataFrame,
+    chance: pd.Series,
+    baseline: str,
+    joint: str,
+    margin: float = 0.02,
+    resamples: int = 2000,
+    seed: int = 0,
+    floor: str | None = None,
+) -> tuple[pd.DataFrame, dict]:
+    """Compare one joint row with a baseline on every slot the baseline was scored on.
+
+    Args:
+        samples: columns family, seed, slot, id, score (see `crab.study.score.load`).
+        chance: chance score by slot.
+        baseline, joint: families of runs, e.g. ``single-lora-bare`` and ``joint-ilora-explicit``.
+        margin: differences up to this size, in score, are ties.
+        floor: family that tells whether a slot can be learned; the baseline unless given.
+
+    Returns:
+        The table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not lie
+        above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
+        that every joint run is judged on the same slots.
+    """
+    rows, differences, changes = [], [], []
+    for slot in dict.fromkeys(samples[samples["family"] == baseline]["slot"]):
+        row, difference, change = compare_slot(
+            _grid(samples, baseline, slot),
+            _grid(samples, joint, slot),
+            _grid(samples, floor or baseline, slot),
+            float(chance[slot]),
+            margin,
+            resamples,
+            seed,
+            slot,
+        )
+        rows.append({"comparison": f"{joint} vs {baseline}", "slot": slot, **row})
+        differences.append(difference)
+        changes.append(change)
+    if not rows:
+        raise ValueError(f"transfer: no scores of the baseline {baseline}; known: {sorted(set(samples['family']))}")
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table, summarise(table, np.stack(differences), np.stack(changes), margin)
+
+
+def summarise(table: pd.DataFrame, differences: np.ndarray, changes: np.ndarray, margin: float) -> dict:
+    """Rates and means over the slots above chance.
+
+    Args:
+        differences, changes: resampled differences and relative changes, [slots, resamples].
+
+    Returns:
+        Counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
+        ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative
+        change with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot whose
+        baseline is 0 has no relative change, and is left out of that mean.
+    """
+    counted = ~table["at_chance"].to_numpy(bool)
+    kept = table[counted]
+    count = {name: int((kept["verdict"] == name).sum()) for name in ("gain", "tie", "loss")}
+    summary = {
+        "slots": len(table),
+        "slots_counted": len(kept),
+        "slots_at_chance": int((~counted).sum()),
+        "at_chance": list(table["slot"][~counted]),
+        "learned_only_jointly": list(table["slot"][~counted & table["joint_above_chance"].to_numpy(bool)]),
+        "seeds": int(table["seeds"].min()),
+        **count,
+        "margin": margin,
+        "clear_gain": int(((kept["verdict"] == "gain") & (kept["low"] > 0)).sum()),
+        "clear_loss": int(((kept["verdict"] == "loss") & (kept["high"] < 0)).sum()),
+    }
+    if kept.empty:
+        return summary | {"positive_rate": None, "negative_rate": None, "mean_difference": None,
+                          "mean_relative_change": None, "sign_test_p": None}  # fmt: skip
+    for name, verdicts in (("positive_rate", "gain"), ("negative_rate", "loss")):
+        summary[name], *summary[f"{name}_interval"] = rate(count[verdicts], len(kept))
+    summary["mean_difference"] = float(kept["difference"].mean())
+    summary["mean_difference_interval"] = list(interval(differences[counted].mean(0)))
+    known = counted & (table["baseline"].to_numpy() > 0)
+    summary["mean_relative_change"] = float(table["relative"][known].mean()) if known.any() else None
+    if known.any():
+        summary["mean_relative_change_interval"] = list(interval(changes[known].mean(0)))
+    return summary | {"sign_test_p": sign_test(count["gain"], count["loss"])}
+
+
+def correct(summary: Mapping[str, dict]) -> None:
+    """Add ``sign_test_holm`` to each row of a table: its sign test's p, corrected for the number of rows."""
+    tested = [values for values in summary.values() if values["sign_test_p"] is not None]
+    for values, p in zip(tested, holm([values["sign_test_p"] for values in tested]), strict=True):
+        values["sign_test_holm"] = p
