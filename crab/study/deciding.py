@@ -32,9 +32,8 @@ def deciding(encoded: str | Path, dataset: str | Path, base: str | Path, slots: 
     Args:
         code: imports of modules, and functions. others: anything else.
     """
-    samples = [_samples_digest(encoded, dataset, slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
     own = [code_digest(each) if isinstance(each, str) else sources.plain(inspect.getsource(each)) for each in code]
-    return [list(slots), samples, base_digest(base), own, *others]
+    return [list(slots), list(_samples(encoded, dataset, slots).values()), base_digest(base), own, *others]
 
 
 def provenance(encoded: str | Path, dataset: str | Path, base: str | Path, slots: Sequence[str], **how: Any) -> dict[str, Any]:
@@ -42,10 +41,13 @@ def provenance(encoded: str | Path, dataset: str | Path, base: str | Path, slots
 
     The stages after `encode` depend on this in place of the features, so that what was trained on one processor holds on the next.
     """
-    of_splits = {
-        f"{slot}/{split}": _samples_digest(encoded, dataset, slot, split) for slot in slots for split in tasks.get_slot(slot).splits
-    }
-    return {"base": base_digest(base), "code": code_digest(ENCODING, *ENCODING_ALONE), **how, "samples": of_splits}
+    samples = _samples(encoded, dataset, slots)
+    return {"base": base_digest(base), "code": code_digest(ENCODING, *ENCODING_ALONE), **how, "samples": samples}
+
+
+def _samples(encoded: str | Path, dataset: str | Path, slots: Sequence[str]) -> dict[str, str]:
+    """`_samples_digest` by slot and split."""
+    return {f"{slot}/{split}": _samples_digest(encoded, dataset, slot, split) for slot in slots for split in tasks.get_slot(slot).splits}
 
 
 def _samples_digest(encoded: str | Path, dataset: str | Path, slot: str, split: str) -> str:

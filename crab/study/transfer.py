@@ -15,6 +15,11 @@ from crab.study.runs import METHODS
 PAPER = {"negative": 0.55, "positive": 0.88}
 
 
+def bare(family: str) -> str:
+    """The same runs with bare answers, e.g. ``joint-ilora-bare`` of ``joint-ilora-explicit``; of a bare family itself."""
+    return family.rpartition("-")[0] + "-bare"
+
+
 def transfer(
     samples: pd.DataFrame,
     scores: pd.DataFrame,
@@ -48,11 +53,10 @@ def transfer(
     if rival not in METHODS:
         raise ValueError(f"transfer.rival: {rival!r} is no method; choose one of {', '.join(METHODS)}")
     rivals = {family: f"joint-{rival}-{family.rpartition('-')[2]}" for family in joint}
-    bare = {family: family.removesuffix("explicit") + "bare" for family in families if family.endswith("-explicit")}
     asked = {
         "transfer": dict.fromkeys(joint, baseline),
         "rival": {family: other for family, other in rivals.items() if other in joint and other != family},
-        "forms": {family: other for family, other in bare.items() if other in families},
+        "forms": {family: bare(family) for family in families if bare(family) != family and bare(family) in families},
     }
     chance = scores[scores["primary"]].groupby("slot", sort=False)["chance"].first()
     made = {}
@@ -141,11 +145,10 @@ def finding(
 
     first = one(plain, "loss", "negative", "loses")
     second = one(routed, "gain", "positive", "gains")
-    beside = [family for family in dict.fromkeys((routed, routed.removesuffix("explicit") + "bare")) if family in against]
     said = [
         f"that of `{family}` is " + _sense(against[family], "in its favour", "against it", "which favours neither")
-        for family in beside
-        if against[family]["mean_difference"] is not None
+        for family in dict.fromkeys((routed, bare(routed)))
+        if family in against and against[family]["mean_difference"] is not None
     ]
     if said:
         second += f"; of the differences from plain joint LoRA of its size {', and '.join(said)}"
