@@ -33,6 +33,8 @@ COUNTS = (
     "new_tokens", "rank", "heads", "threads",
 )  # fmt: skip
 NULLABLE = ("given",)  # may be null, though its default is not
+#: Maps whose keys the user chooses; what these hold is checked by the stage, before its work. All others have their default's keys.
+CHOSEN_KEYS = ("settings", "given", "gates", "variants", "maps", "routed", "raw")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -125,20 +127,9 @@ def check(path: Path, values: Mapping[str, Any]) -> None:
     """
     known = defaults(path)
     where = f"{path.name}, profile {values.get('profile')}"
-    for name in values:
-        if name not in known:
-            missing = [k for k in known if k not in values]
-            raise ValueError(f"{where}: parameter {name!r} is unknown; {_nearest(name, missing or known)}")
+    _check_keys(where, "", known, values)
     for name, default in known.items():
-        if name not in values:
-            raise ValueError(f"{where}: parameter {name!r} is missing; add it to the notebook's section of params.yaml")
         value = values[name]
-        kinds = (int, float) if type(default) is float else type(default)
-        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-        if default is not None and not fits and not (value is None and name in NULLABLE):
-            raise ValueError(
-                f"{where}: parameter {name!r} is {value!r}; expected {type(default).__name__}, such as {default!r}"
-            )
         if value == [] and default:
             raise ValueError(f"{where}: parameter {name!r} is an empty list; give at least one, such as {default[0]!r}")
         for place, inner in _leaves(name, value):
@@ -148,6 +139,26 @@ def check(path: Path, values: Mapping[str, Any]) -> None:
             if place.rpartition(".")[2] == "segmenter" and inner != "grabcut" and "/" not in str(inner):  # else told after all answers
                 raise ValueError(f"{where}: parameter {place!r} is {inner!r}; give 'grabcut', or a SAM 2 checkpoint by its folder or its name "
                                  "on the hub, which has a slash, such as 'facebook/sam2.1-hiera-large'")  # fmt: skip
+
+
+def _check_keys(where: str, inside: str, known: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """ValueError unless ``values`` has the keys of ``known``, the defaults, and under each the same kind of thing."""
+    for name in values:
+        if name not in known:
+            missing = [k for k in known if k not in values]
+            raise ValueError(f"{where}: parameter {inside + str(name)!r} is unknown; {_nearest(name, missing or known)}")
+    for name, default in known.items():
+        if name not in values:
+            raise ValueError(f"{where}: parameter {inside + name!r} is missing; add it to the notebook's section of params.yaml")
+        value = values[name]
+        kinds = (int, float) if type(default) is float else type(default)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+        if default is not None and not fits and not (value is None and name in NULLABLE):
+            raise ValueError(
+                f"{where}: parameter {inside + name!r} is {value!r}; expected {type(default).__name__}, such as {default!r}"
+            )
+        if isinstance(default, dict) and name not in CHOSEN_KEYS:
+            _check_keys(where, f"{inside}{name}.", default, value)
 
 
 def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:

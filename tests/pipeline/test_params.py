@@ -65,14 +65,18 @@ def test_missing_file_is_refused(tmp_path):
         ({"passes": 0}, "parameter 'passes' is 0; give a number of at least 1"),
         ({"rate": -0.1}, "parameter 'rate' is -0.1; give a number of at least 0"),
         ({"rate": float("nan")}, "parameter 'rate' is nan"),
-        ({"size": {"segmenter": "grabcat"}}, "parameter 'size.segmenter' is 'grabcat'; give 'grabcut', or a SAM 2 checkpoint"),
-        ({"size": {"deep": [1, {"r": -4}]}}, r"parameter 'size.deep\[\].r' is -4; give a number of at least 0"),
+        ({"evaluate": {"segmenter": "grabcat"}}, "parameter 'evaluate.segmenter' is 'grabcat'; give 'grabcut', or a SAM 2 checkpoint"),
+        ({"evaluate": {"segmentor": "grabcut"}}, "parameter 'evaluate.segmentor' is unknown; did you mean 'segmenter'"),
+        ({"evaluate": {}}, "parameter 'evaluate.segmenter' is missing"),
+        ({"evaluate": {"segmenter": 2}}, "parameter 'evaluate.segmenter' is 2; expected str"),
+        ({"settings": {"deep": [1, {"r": -4}]}}, r"parameter 'settings.deep\[\].r' is -4; give a number of at least 0"),
     ],
 )
 def test_check_refuses(repository, change, said):
-    good = {"profile": "tiny", "passes": 8, "rate": 0.1, "slots": ["ave"], "size": {"r": 1}}
+    good = {"profile": "tiny", "passes": 8, "rate": 0.1, "slots": ["ave"], "settings": {"r": 1}, "evaluate": {"segmenter": "grabcut"}}
     path = write_notebook(repository, "toy", good)
     params.check(path, good)
+    params.check(path, good | {"settings": {"rank": 1}})  # its keys are the user's
     bad = {k: None if v is NULL else v for k, v in {**good, **change}.items() if v is not None}
     with pytest.raises(ValueError, match=said):
         params.check(path, bad)
