@@ -33,7 +33,7 @@ COUNTS = (
     "new_tokens", "rank", "heads", "threads",
 )  # fmt: skip
 NULLABLE = ("given",)  # may be null, though its default is not
-#: Maps whose keys the user chooses; what these hold is checked by the stage, before its work. All others have their default's keys.
+#: Maps whose keys the user chooses and the stage checks; all others have their default's keys.
 CHOSEN_KEYS = ("settings", "given", "gates", "variants", "maps", "routed", "raw")
 
 
@@ -123,7 +123,8 @@ def check(path: Path, values: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: naming the notebook, the parameter and the nearest name, when one is unknown, missing or of another kind
-            than its default (papermill only warns, and runs with the default), or a number or list that nothing can be done with.
+            than its default, also inside a map (papermill only warns, and runs with the default), or a number or list that nothing
+            can be done with.
     """
     known = defaults(path)
     where = f"{path.name}, profile {values.get('profile')}"
