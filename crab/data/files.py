@@ -1,4 +1,4 @@
-"""Writing aside, then renaming: a file that bears its final name is whole. And what is in a file, as a digest."""
+"""Files that are either whole or not there, JSON, and digests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 
 @contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``. It is renamed to ``path`` if the block succeeds, else deleted.
 
-    The temporary name keeps the suffix, since some writers choose a format by it.
+    The temporary name keeps the suffix, because some writers choose a format by it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,8 +29,8 @@ def aside(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def aside_folder(path: str | Path) -> Iterator[Path]:
-    """Like `aside` for a folder; an older folder of that name is replaced."""
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Like `atomic_file`, for a folder. An older folder of that name is replaced as a whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -44,25 +44,30 @@ def aside_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal, or a word where there is none: whoever reads it then says what is wrong."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else "none"
-
-
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; NaN and infinity are refused (ValueError)."""
-    with aside(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Write ``value`` as indented JSON. NaN and infinity are refused (ValueError)."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; a missing or malformed file is a ValueError that names it and its mend."""
+    """Read JSON. A missing or malformed file is a ValueError that names the file and how to fix it."""
     path = Path(path)
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; run the stage that writes it (dvc repro)") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: malformed JSON at line {error.lineno}; delete it and run its stage again"
         ) from None
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal, or ``"none"`` if there is no such file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else "none"
+
+
+def digest_of(value: Any) -> str:
+    """Short digest (16 hexadecimal digits) of anything JSON can hold; other objects count by their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

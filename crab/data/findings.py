@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from crab.data.files import aside
+from crab.data.files import atomic_file
 from crab.tasks.registry import PUBLISHED_SAMPLES
 
 #: What may be wrong, and what that means.
@@ -160,7 +160,7 @@ class Report:
 
     def write(self, path: str | os.PathLike) -> None:
         """All findings as csv, a row each."""
-        with aside(path) as part, open(part, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        with atomic_file(path) as part, open(part, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             rows = csv.writer(file, lineterminator="\n")
             names = [f.name for f in fields(Finding)]
             rows.writerow(names)

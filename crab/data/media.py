@@ -23,7 +23,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.signal import resample_poly
 
-from crab.data.files import aside
+from crab.data.files import atomic_file
 
 SIZE = 224  # side of every frame, image and mask, pixels
 RATE = 16_000  # sample rate of every sound handed to a model, Hz
@@ -280,7 +280,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     shape = np.shape(first)
     if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
         raise ValueError(f"{path}: the first frame has shape {shape}; give at least one of [even H, even W, 3]")
-    with aside(path) as part, av.open(str(part), "w", format=form, options={"fflags": "+bitexact"}) as container:
+    with atomic_file(path) as part, av.open(str(part), "w", format=form, options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=dict(options))
         stream.height, stream.width, stream.pix_fmt = *shape[:2], "yuv420p"
         stream.codec_context.thread_count = 1
@@ -300,7 +300,7 @@ def write_audio(path: str | os.PathLike, wave: np.ndarray, rate: int = RATE) -> 
     suffix = Path(path).suffix
     if suffix not in (".wav", ".mp3"):
         raise ValueError(f"{path}: sound is written as .wav or .mp3, not {suffix!r}")
-    with aside(path) as part:
+    with atomic_file(path) as part:
         if suffix == ".wav":
             soundfile.write(part, pcm, rate, subtype="PCM_16", format="WAV")
         else:
@@ -321,11 +321,11 @@ def _write_mp3(path: Path, pcm: np.ndarray, rate: int) -> None:
 def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Write uint8 [H, W, 3] RGB as .jpg (quality 92, full chroma) or .png."""
     options = {"quality": 92, "subsampling": 0} if Path(path).suffix in (".jpg", ".jpeg") else {}
-    with aside(path) as part:
+    with atomic_file(path) as part:
         Image.fromarray(np.asarray(picture, dtype=np.uint8)).save(part, **options)
 
 
 def write_mask(path: str | os.PathLike, mask: np.ndarray) -> None:
     """Write bool [H, W] as a black and white .png."""
-    with aside(path) as part:
+    with atomic_file(path) as part:
         Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("1").save(part)

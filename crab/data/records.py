@@ -5,7 +5,7 @@ prompt's media in order, their paths resolved) and, for slots scored on masks, `
 nothing is to be found, no file lies there).  The same code reads a generated tree and the real one.
 
 The media lie beside the records, or under the folder that ``<root>/root.json`` names: a data root may hold checked
-record lists alone (:mod:`crab.data.assemble`) while hundreds of gigabytes stay where they are.
+record lists alone (:mod:`crab.study.build`) while hundreds of gigabytes stay where they are.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from crab.data.files import aside, read_json, write_json
+from crab.data.files import atomic_file, read_json, write_json
 from crab.study.compare import compare, correct
 from crab.study.deciding import deciding
 from crab.study.grid import run_grid
@@ -323,7 +323,7 @@ def _in_order(result: Ablation, names: Sequence[str]) -> None:
 def _write(result: Ablation, out: str | Path) -> None:
     """``variants.csv``, ``slots.csv`` and ``metrics.json``."""
     for name, table in (("variants", result.rows), ("slots", result.slots)):
-        with aside(Path(out) / f"{name}.csv") as path:
+        with atomic_file(Path(out) / f"{name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.6g")
     write_json(Path(out) / "metrics.json", {
         "baseline": result.baseline, "against_baseline": result.against_baseline, "against_rival": result.against_rival,

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from crab.data.files import aside, write_json
+from crab.data.files import atomic_file, write_json
 from crab.study.train import native_bf16
 
 Step = Callable[[int], Iterator[None]]
@@ -242,7 +242,7 @@ def write(folder: str | Path, facts: Mapping[str, Any], tables: Mapping[str, pd.
     """Write ``<name>.csv`` of each table, ``machine.json``, and ``metrics.json`` with median and worst ratio of each target."""
     folder = Path(folder)
     for name, table in tables.items():
-        with aside(folder / f"{name}.csv") as path:
+        with atomic_file(folder / f"{name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.6g")
     write_json(folder / "machine.json", dict(facts))
     metrics: dict[str, Any] = {"reached": int(held["reached"].sum()), "of": len(held)}

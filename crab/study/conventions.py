@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from crab import tasks
 from crab.data import records
-from crab.data.files import aside_folder, file_digest
+from crab.data.files import atomic_folder, file_digest
 from crab.models import checkpoint
 from crab.study.dataset import Sample, read_slot, write_slot
 from crab.study.grid import truths
@@ -125,7 +125,7 @@ def conventions(
         return tree
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.resolve(base) or base)
     which, tokens = marks(tokenizer), [word_token(tokenizer, word) for word in words]
-    with aside_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         for slot in slots:
             of_split = {split: truths(dataset, slot, split, data[slot, split].ids) for split in tasks.SPLITS}
             names = permutations([tasks.truth(slot, r) for found in of_split.values() for r in found], len(words), seed)

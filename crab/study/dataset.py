@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from crab.data.files import aside, read_json, write_json
+from crab.data.files import atomic_file, read_json, write_json
 from crab.models import checkpoint, omni
 
 SEGMENTS = ("text", "video", "audio", "answer")
@@ -76,7 +76,7 @@ def write_slot(
         "features": torch.cat([s["features"] for s in samples]).to(torch.float16),
         "lengths": torch.tensor([[len(s["input_ids"]), len(s["features"])] for s in samples], dtype=torch.int32),
     }
-    with aside(folder / f"{split}.safetensors") as path:
+    with atomic_file(folder / f"{split}.safetensors") as path:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     meta = {"ids": list(ids), "instructions": list(instructions), "targets": {k: list(v) for k, v in targets.items()}}
     write_json(folder / f"{split}.json", meta)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from crab import tasks
 from crab.data import records
 from crab.data.files import file_digest
-from crab.study import sources
+from crab.study import code as sources
 from crab.study.keys import base_digest, code_digest, key_of
 
 #: What decides how media become features: modules with all they import, and files alone. What is asked and answered is encoded as well,

@@ -9,14 +9,14 @@ from pathlib import Path
 from crab import tasks
 from crab.data import records
 from crab.models import omni
-from crab.study import published
+from crab.models import published
 from crab.study.dataset import load_base, write_slot
 from crab.study.pool import run_pool
 
 #: Samples that go through the encoders together; their decoded media are in memory at once.
 BATCH = 16
 _LEAST_FRAMES = 3  # of a spectrogram, for a token: the encoder halves their number twice
-#: How media are shown: as they are, or as the published loader does (`crab.study.published`).
+#: How media are shown: as they are, or as the published loader does (`crab.models.published`).
 COMPATIBILITY = ("none", "published")
 
 

@@ -1,7 +1,7 @@
 """Are right answers given for right reasons? Chains of explicit answers checked against the scene graph.
 
 An answer is *right* when its primary score says so (`is_right`), and its reasons are right when it states something
-and every statement of its chain is true of what the prompt shows and plays (`crab.data.verify`). Whether true
+and every statement of its chain is true of what the prompt shows and plays (`crab.world.verify`). Whether true
 statements suffice for the answer is not asked. Everything follows from prediction files, per-sample scores and the
 test records; scene graphs are known of generated data only.
 """
@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from crab import tasks
-from crab.data import records, verify
-from crab.data.files import aside
+from crab.data import records
+from crab.world import verify
+from crab.data.files import atomic_file
 from crab.study.resample import bootstrap_means, interval
 from crab.study.runs import Run
 from crab.study.score import read_predictions
@@ -127,7 +128,7 @@ def faithfulness(
             rows += [{"family": family, "slot": slot, **row} for row in made]
     table = pd.DataFrame(rows, columns=COLUMNS)
     if out is not None:
-        with aside(out) as path:
+        with atomic_file(out) as path:
             table.to_csv(path, index=False, float_format="%.6g")
     return table
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from crab.data.files import aside, write_json
+from crab.data.files import atomic_file, write_json
 from crab.study.dataset import batch, load_base, read_slot
 from crab.study.predict import load_adapter
 from crab.study.spread import spread
@@ -102,7 +102,7 @@ def features(
         )
         summary[name] = {"silhouette_slot": silhouette(states, names), "silhouette_family": silhouette(states, kinds)}
     table = pd.concat(tables, ignore_index=True)
-    with aside(Path(out) / "features.csv") as path:
+    with atomic_file(Path(out) / "features.csv") as path:
         table.to_csv(path, index=False, float_format="%.5g")
     write_json(Path(out) / "metrics.json", summary)
     return table, summary

@@ -20,7 +20,7 @@ import pandas as pd
 from crab import tasks
 from crab.data import records
 from crab.data.files import read_json, write_json
-from crab.study import sources
+from crab.study import code as sources
 from crab.study.dataset import read_slot
 from crab.study.keys import code_digest, key_of
 from crab.study.pool import run_pool

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import crab
-from crab.study.sources import modules, plain
+from crab.study.code import modules, plain
 
 
 def key_of(what: Any) -> str:

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from crab import tasks
 from crab.data import records
-from crab.data.files import aside, write_json
+from crab.data.files import atomic_file, write_json
 from crab.ilora import ILoraLayer, fixed_routing, record_routing_means
 from crab.models import omni
 from crab.study.conflict import ALL, last_reliable
@@ -494,7 +494,7 @@ def write(
 ) -> None:  # fmt: skip
     """Write the tables as ``effects.csv``, ``gradients.csv`` and ``heads.csv``, and ``metrics.json``."""
     for name, table in (("effects", effects), ("gradients", pairs), ("heads", heads)):
-        with aside(Path(out) / f"{name}.csv") as path:
+        with atomic_file(Path(out) / f"{name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.5g")
 
     found: dict = {}

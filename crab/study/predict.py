@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
 from crab import tasks
-from crab.data.files import aside, file_digest, read_json, write_json
+from crab.data.files import atomic_file, file_digest, read_json, write_json
 from crab.models import omni
 from crab.study.dataset import Sample, batch, load_base, read_slot
 from crab.study.instruction import instruction_shown
@@ -104,7 +104,7 @@ def predict_run(
         data = read_slot(encoded, slot, "train" if held_out else "test")
         ids, samples = data.ids[-held_out:], data.samples[-held_out:]  # all of them where it is 0
         texts = answer(peft_model, processor.tokenizer, samples, batch_size, max_new_tokens)
-        with aside(Path(out) / run.name / f"{slot}.jsonl") as path, path.open("w") as file:
+        with atomic_file(Path(out) / run.name / f"{slot}.jsonl") as path, path.open("w") as file:
             for name, text in zip(ids, texts, strict=True):
                 file.write(json.dumps({"id": name, "slot": slot, "text": text}) + "\n")
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from crab import tasks
-from crab.data.files import aside_folder
+from crab.data.files import atomic_folder
 from crab.models import checkpoint
 from crab.models.omni import END, SPECIAL
 from crab.study.dataset import Sample, read_slot, write_slot
@@ -72,7 +72,7 @@ def reordered(encoded: str | Path, base: str | Path, out: str | Path, slots: Seq
     folder = Path(out) / f"instruction_first-{key}"
     if not folder.is_dir():
         which = marks(AutoTokenizer.from_pretrained(checkpoint.resolve(base) or base))
-        with aside_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             for (slot, split), d in data.items():
                 samples = [instruction_first(sample, *which) for sample in d.samples]
                 write_slot(temporary, slot, split, samples, d.ids, d.instructions, d.targets)

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from crab import tasks
-from crab.data.files import aside, read_json, write_json
+from crab.data.files import atomic_file, read_json, write_json
 from crab.study.ablation import Variant, judge
 from crab.study.conventions import Tree, check_slots, conventions
 from crab.study.deciding import deciding
@@ -329,7 +329,7 @@ def _check(each: Map, words: Sequence[str], tuning: Tuning, encoded: str | Path)
 
 def _write(result: Regime, out: str | Path) -> None:
     """``points.csv``, and ``metrics.json`` with the mean over points of each measure."""
-    with aside(Path(out) / "points.csv") as path:
+    with atomic_file(Path(out) / "points.csv") as path:
         result.points.to_csv(path, index=False, float_format="%.6g")
     means = result.points.dropna(subset=["mean"]).groupby(["map", "measure"], sort=False)["mean"].mean()
     write_json(Path(out) / "metrics.json", {

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from crab.data.files import aside, write_json
+from crab.data.files import atomic_file, write_json
 from crab.ilora import record_routing_means, routing_information
 from crab.study.dataset import SEGMENTS, batch, load_base, read_slot, segments
 from crab.study.predict import answer, load_adapter
@@ -92,7 +92,7 @@ def routing(
         rows += [{"slot": slot, **row} for row in found]
     table = pd.DataFrame(rows, columns=COLUMNS)
     summary = summarise(table)
-    with aside(Path(out) / "routing.csv") as path:
+    with atomic_file(Path(out) / "routing.csv") as path:
         table.to_csv(path, index=False, float_format="%.6g")
     write_json(Path(out) / "metrics.json", summary)
     return table, summary

@@ -15,7 +15,7 @@ import pandas as pd
 
 from crab import tasks
 from crab.data import media, records
-from crab.data.files import aside, file_digest, read_json, write_json
+from crab.data.files import atomic_file, file_digest, read_json, write_json
 from crab.study.keys import code_digest, key_of
 from crab.study.pool import run_pool
 from crab.study.resample import bootstrap_means, interval
@@ -30,7 +30,7 @@ SAMPLE_COLUMNS = ["run", "family", "seed", "slot", "id", "score"]
 #: The files of the two tables; that of all samples, whose lines are much alike, is packed to a hundredth, to be kept in git.
 SCORES, SAMPLES = "scores.csv", "samples.csv.xz"
 #: Modules that decide what an answer is worth.
-SCORING = "import crab.study.score, crab.study.segment"
+SCORING = "import crab.study.score, crab.models.segment"
 ORACLE_COLUMNS = ["segmenter", "slot", "metric", "primary", "value", "low", "high", "n_expected"]
 
 
@@ -67,7 +67,7 @@ def _true_mask(record: Mapping) -> Any:
 
 
 def _cut_mask(segmenter: str, record: Mapping, box, points) -> Any:
-    from crab.study import segment  # OpenCV is loaded only where a slot needs a mask
+    from crab.models import segment  # OpenCV is loaded only where a slot needs a mask
 
     (image,) = (item for item in record["media"] if item.kind == "image")
     return segment.segmenter(segmenter)(media.read_image(image.path), box, points)
@@ -77,7 +77,7 @@ def masks_of(slot: str, segmenter: str = "grabcut") -> dict[str, tasks.Masks]:
     """Keyword arguments that `crab.tasks.score` needs for a slot: ``masks`` for the pixel-level ones, else none.
 
     Args:
-        segmenter: what cuts predicted masks, see `crab.study.segment.segmenter`.
+        segmenter: what cuts predicted masks, see `crab.models.segment.segmenter`.
     """
     return {"masks": tasks.Masks(_true_mask, partial(_cut_mask, segmenter))} if tasks.get_slot(slot).masks else {}
 
@@ -145,7 +145,7 @@ def score_all(
         slots: test slots of the joint runs.
         data: root that holds ``AVUIE_2``.
         out: folder for the two tables, which `load` reads, and for ``metrics.json``, the nested `summary` for ``dvc metrics show``.
-        segmenter: what cuts predicted masks, see `crab.study.segment.segmenter`.
+        segmenter: what cuts predicted masks, see `crab.models.segment.segmenter`.
         workers: processes that share the work.
 
     Returns:
@@ -165,7 +165,7 @@ def score_all(
     rows, samples = [row for part, _ in scored for row in part], [row for _, part in scored for row in part]
     table, tidy = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(samples, columns=SAMPLE_COLUMNS)
     for name, frame in ((SCORES, table), (SAMPLES, tidy)):
-        with aside(Path(out) / name) as path:
+        with atomic_file(Path(out) / name) as path:
             frame.to_csv(path, index=False, float_format="%.6g")
     write_json(Path(out) / "metrics.json", summary(table, tidy, resamples, seed))
     return table, tidy
@@ -212,7 +212,7 @@ def oracle(
     Args:
         data: root that holds ``AVUIE_2``.
         slots: test slots; those not scored on masks are passed over.
-        segmenter: see `crab.study.segment.segmenter`.
+        segmenter: see `crab.models.segment.segmenter`.
         workers: processes that share the work.
 
     Returns:

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
-from crab.data.files import aside_folder, read_json, write_json
+from crab.data.files import atomic_folder, read_json, write_json
 from crab.ilora import ILoraConfig, parameter_groups
 from crab.models import omni
 from crab.study.dataset import SlotData, batch, load_base, read_slot
@@ -244,7 +244,7 @@ def train_run(
         "samples_per_second": round(done * batch_size / max(seconds, 1e-9), 1),
         "loss": [[h["step"], h["loss"]] for h in trainer.state.log_history if "loss" in h],
     }
-    with aside_folder(final) as temporary:
+    with atomic_folder(final) as temporary:
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = Path(base).name  # no path of this machine in a result
         # never embeddings: to decide on them, PEFT would look the base up on the network
@@ -380,7 +380,7 @@ def train_all(
     records = []
     for run in runs:
         record = read_json(finals[run.name] / "run.json")
-        with aside_folder(Path(out) / run.name) as temporary:
+        with atomic_folder(Path(out) / run.name) as temporary:
             shutil.copytree(finals[run.name], temporary, dirs_exist_ok=True)
             write_json(temporary / "run.json", {name: value for name, value in record.items() if name not in COST})
         records.append(record)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from crab.data.files import aside, write_json
+from crab.data.files import atomic_file, write_json
 from crab.study.compare import COLUMNS, compare, correct
 from crab.study.runs import METHODS
 
@@ -67,7 +67,7 @@ def transfer(
             tables.append(table)
         correct(summary)
         made[name] = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS), summary
-        with aside(Path(out) / f"{name}.csv") as path:
+        with atomic_file(Path(out) / f"{name}.csv") as path:
             made[name][0].to_csv(path, index=False, float_format="%.6g")
     against, explicit = made["rival"][1], made["forms"][1]
     write_json(Path(out) / "metrics.json", {

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from crab.data import probe
-from crab.data.generate import build
+from crab.world.generate import build
 
 PROBE_ALL = probe.probe_all
 

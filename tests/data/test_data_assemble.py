@@ -11,8 +11,9 @@ from test_data_generate import digests
 from test_data_probe import holed
 
 from crab import tasks
-from crab.data import generate, records
-from crab.data.assemble import assemble
+from crab.world import generate
+from crab.data import records
+from crab.study.build import assemble
 from crab.data.findings import ValidationError
 from crab.data.records import RecordError
 from crab.data.validate import validate

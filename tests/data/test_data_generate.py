@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from crab import tasks
-from crab.data import generate, media, records, render
-from crab.data.views import VIEWS, view
+from crab.world import generate, render
+from crab.data import media, records
+from crab.world.views import VIEWS, view
 from crab.tasks.referring import NULL
 
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crab import tasks
-from crab.data import chains, records
-from crab.data.generate import SUMMARY
-from crab.data.verify import (
+from crab.world import chains
+from crab.data import records
+from crab.world.generate import SUMMARY
+from crab.world.verify import (
     FALSE,
     TRUE,
     UNREADABLE,
@@ -26,8 +27,8 @@ from crab.data.verify import (
     verify,
     verify_answer,
 )
-from crab.data.views import VIEWS, view
-from crab.data.world import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, Scene, Thing
+from crab.world.views import VIEWS, view
+from crab.world.scene import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, Scene, Thing
 
 SEED = 3
 # Words that can stand in each other's place.

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crab import tasks
-from crab.data import render
-from crab.data.questions import QUESTIONS
-from crab.data.references import REFERENCES
-from crab.data.staging import BASE_IDS, apart, around, scene_id
-from crab.data.views import VIEWS, view
-from crab.data.world import CLASSES, EMOTIONS, MOTIONS, QUADRANTS
+from crab.world import render
+from crab.world.questions import QUESTIONS
+from crab.world.references import REFERENCES
+from crab.world.staging import BASE_IDS, apart, around, scene_id
+from crab.world.views import VIEWS, view
+from crab.world.scene import CLASSES, EMOTIONS, MOTIONS, QUADRANTS
 from crab.tasks.segmentation import points_inside
 
 NUMBER = dict(zip("zero one two three four".split(), range(5), strict=True))

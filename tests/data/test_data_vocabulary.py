@@ -4,10 +4,11 @@ import time
 import pytest
 
 from crab import tasks
-from crab.data import generate, records
-from crab.data.views import VIEWS, view
-from crab.data.vocabulary import check, split, vocabulary, words
-from crab.data.world import CLASSES, COLOURS, EMOTIONS, MOTIONS
+from crab.world import generate
+from crab.data import records
+from crab.world.views import VIEWS, view
+from crab.world.vocabulary import check, split, vocabulary, words
+from crab.world.scene import CLASSES, COLOURS, EMOTIONS, MOTIONS
 
 
 @pytest.mark.parametrize("text, pieces", [

@@ -3,8 +3,8 @@ from itertools import combinations
 
 import numpy as np
 
-from crab.data import render
-from crab.data.world import CLASSES, EMOTIONS, FACE, Scene, Thing, sample_scene
+from crab.world import render
+from crab.world.scene import CLASSES, EMOTIONS, FACE, Scene, Thing, sample_scene
 
 FACES = {e: Thing(FACE, "red", "still", (56, 56), (40, 40), (0, 10), (0, 10), emotion=e) for e in EMOTIONS}
 

@@ -1,6 +1,7 @@
 import pytest
 
-from crab.models import omni, probes
+from crab.models import omni
+from crab.models.base import probes
 
 SIZE = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crab.data import verify
-from crab.data.world import FACE, QUADRANTS, SECONDS, Scene, Thing, sample_scene
-from crab.models import base, curriculum, omni, packing, perception, probes
-from crab.models.bank import Bank
+from crab.world import verify
+from crab.world.scene import FACE, QUADRANTS, SECONDS, Scene, Thing, sample_scene
+from crab.models.base import train as base, curriculum, packing, perception, probes
+from crab.models import omni
+from crab.models.base.bank import Bank
 
 BELL = Thing("bell", "red", "still", (56, 56), (24, 32), (2, 8), (3, 5))
 DRUM = Thing("drum", "blue", "swaying", (168, 56), (32, 24), (0, 10), None)
@@ -188,7 +189,7 @@ def test_packed_questions_see_what_each_alone_sees(model, processor, bank, text)
 def test_a_packed_question_is_the_prompt_the_tasks_use(model, processor, bank, text):
     """The curriculum's template and the task prompts must be one and the same sequence and positions."""
     scene = bank.scenes[1]
-    from crab.data import render
+    from crab.world import render
 
     media = [omni.Media("video", render.frames(scene)[1::2], fps=1.0), omni.Media("audio", render.waveform(scene))]
     (sample,) = omni.encode(model, [omni.prepare(processor, media, f"{text} is the bell visible ?".strip())])
@@ -327,7 +328,7 @@ def test_pair_probes_name_what_only_one_of_two_scenes_holds():
 
 
 def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(model):
-    from crab.models.optimize import MuonAdamW
+    from crab.models.base.optimize import MuonAdamW
 
     lm = model.model.language_model
     optimizer = MuonAdamW(lm.layers, [*lm.embed_tokens.parameters()], 0.1, lambda step: 0.5**step)
@@ -338,7 +339,7 @@ def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(model):
 
 @pytest.mark.parametrize("step, factor", [(0, 0.01), (49, 0.5), (100, 1.0), (200, 1.0), (250, 0.5), (300, 0.02)])
 def test_schedule(step, factor):
-    from crab.models.optimize import warm_up_then_decay
+    from crab.models.base.optimize import warm_up_then_decay
 
     assert warm_up_then_decay(300)(step) == pytest.approx(factor)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from crab.models import base, checkpoint, omni
+from crab.models.base import train as base
+from crab.models import checkpoint, omni
 from crab.study.dataset import load_base
 
 

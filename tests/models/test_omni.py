@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from crab.data import render
-from crab.data.world import Scene, sample_scene, sample_thing
+from crab.world import render
+from crab.world.scene import Scene, sample_scene, sample_thing
 from crab.models import omni
 
 SCENE = sample_scene(3)

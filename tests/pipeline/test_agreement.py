@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from toys import A_METHOD, REPOSITORY, STAGES
 
 from crab.data.files import read_json
-from crab.study import params
+from crab.pipeline import params
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 LOADED = params.load(REPOSITORY)
@@ -89,7 +89,7 @@ def test_tiny_and_study_differ_in_length_only():
 def test_defaults_are_the_tiny_profile(path):
     found = params.defaults(path)
     expected = params.section(LOADED, params.DEFAULT_PROFILE, path.stem, found.get("method"))
-    assert found == expected, "run: python -m crab.study.params defaults"
+    assert found == expected, "run: python -m crab.pipeline.params defaults"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -120,7 +120,7 @@ def test_reports_name_no_path_of_the_machine_that_made_them():
 def test_stage_runs_its_notebook_with_its_section(stage):
     found = read_yaml("dvc.yaml")["stages"][stage]
     assert found["matrix"]["profile"] == ["${profile}"]
-    assert found["cmd"].startswith(f"python -m crab.study.notebook {stage} --profile ${{item.profile}}")
+    assert found["cmd"].startswith(f"python -m crab.pipeline.stage {stage} --profile ${{item.profile}}")
     assert f".stage/{stage}.json" in found["deps"]
     wanted = {f"profiles.${{item.profile}}.{stage}"}
     if stage in A_METHOD:

@@ -7,8 +7,9 @@ import pytest
 from nbformat.v4 import new_markdown_cell
 from toys import code, write_notebook
 
-from crab.study import notebook, report, sources
-from crab.study.paths import Paths, root
+from crab.pipeline import stage as notebook, report
+from crab.study import code as sources
+from crab.pipeline.paths import Paths, root
 
 VALUES = {"profile": "tiny", "passes": 8, "rate": 1.0, "method": "lora", "settings": {"r": 4}}
 PNG = 'Image(data=base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="))'

@@ -7,7 +7,7 @@ import pytest
 from nbformat.v4 import new_notebook
 from toys import code, write_notebook
 
-from crab.study import params
+from crab.pipeline import params
 
 NULL = object()  # null in the file; None here stands for a parameter that is not there
 

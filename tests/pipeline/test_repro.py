@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from toys import A_METHOD, STAGES, clone, ran, sh, toy_clone
 
 from crab.data.files import write_json
-from crab.data.vocabulary import vocabulary
+from crab.world.vocabulary import vocabulary
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def set_parameter(folder: Path, *keys: str, value: float = 0.125) -> None:
 
 
 def choose(folder: Path, profile: str) -> None:
-    sh(folder, "python", "-m", "crab.study.params", "choose", profile)
+    sh(folder, "python", "-m", "crab.pipeline.params", "choose", profile)
 
 
 @pytest.fixture(scope="module")

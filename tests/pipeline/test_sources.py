@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_markdown_cell, new_output
 from toys import REPOSITORY, code, environment, write_notebook
 
-from crab.study import sources
+from crab.study import code as sources
 
 FILES = {
     "crab/__init__.py": "",

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from crab.study import params
+from crab.pipeline import params
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = (
@@ -31,7 +31,7 @@ OUTS = {
 
 WORK = """
 from crab.data.files import write_json
-from crab.study.paths import Paths
+from crab.pipeline.paths import Paths
 paths = Paths(profile)
 name = {name}
 write_json({out} / "made.json", {{"by": name, "toy": {toy}}})

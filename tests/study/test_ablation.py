@@ -13,7 +13,7 @@ import torch
 from crab import tasks
 from crab.data.files import write_json
 from crab.study import ablation as tables
-from crab.study import params
+from crab.pipeline import params
 from crab.study import regime as maps
 from crab.study.ablation import ablation, expand, finding, rivals_of, with_rivals
 from crab.study.figures.ablation import slot_map, variant_bars

@@ -9,7 +9,8 @@ import torch
 
 from crab import tasks
 from crab.data import records
-from crab.models import omni, probes
+from crab.models import omni
+from crab.models.base import probes
 from crab.study import conventions as module
 from crab.study.conventions import Tree, conventions, permutations, prefixed, word_token
 from crab.study.dataset import read_slot, write_slot

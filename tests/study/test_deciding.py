@@ -11,8 +11,8 @@ from crab.data.files import write_json
 from crab.study import deciding as asked
 from crab.study.dataset import write_slot
 from crab.study.deciding import ENCODING, ENCODING_ALONE, deciding, provenance
-from crab.study.paths import root
-from crab.study.sources import modules
+from crab.pipeline.paths import root
+from crab.study.code import modules
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from crab import tasks
-from crab.data import generate, records
+from crab.world import generate
+from crab.data import records
 from crab.data.media import MediaError, write_audio, write_video
 from crab.models import omni
 from crab.study.dataset import benchmarks, examples, load_base, overview, read_slot, write_slot
-from crab.study import published
+from crab.models import published
 from crab.study.encode import encode_all, encode_slot, load_media, prepared
 
 SLOTS = ["s4", "cremad", "a2v"]

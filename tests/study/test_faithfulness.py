@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 from crab import tasks  # noqa: E402
 from crab.data import records  # noqa: E402
-from crab.data.generate import build  # noqa: E402
+from crab.world.generate import build  # noqa: E402
 from crab.study import faithfulness as faith  # noqa: E402
 from crab.study import score  # noqa: E402
 from crab.study.figures.faithfulness import faithfulness_bars  # noqa: E402

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from crab.data.generate import build
+from crab.world.generate import build
 from crab.data.media import MediaError
 from crab.data.validate import validate
-from crab.data.views import VIEWS
+from crab.world.views import VIEWS
 from crab.study import gallery
 
 

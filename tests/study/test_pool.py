@@ -111,7 +111,7 @@ run_pool([(n, partial(exec, work % f"{sys.argv[1]}/{n}", {})) for n in "ab"], 2,
 """,
     "build": """
 import sys
-from crab.data.generate import build
+from crab.world.generate import build
 build(sys.argv[1] + "/world", train=4000, test=1, workers=2, slots=["arig"], progress=False)
 """,
 }

@@ -244,7 +244,7 @@ def test_oracle_cuts_from_the_true_box(pixels):
 
 
 def test_oracle_costs_what_the_segmenter_costs(pixels, monkeypatch):
-    from crab.study import segment
+    from crab.models import segment
 
     def left_half(image, box, points):
         assert tuple(box) == BOX and all(48 <= x < 104 and 40 <= y < 96 for x, y in points) and len(points) == 3

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import Sam2Config, Sam2Model, Sam2Processor
 from transformers.models.sam2.configuration_sam2 import Sam2HieraDetConfig, Sam2VisionConfig
 
-from crab.study.segment import Sam2, grabcut, segmenter
+from crab.models.segment import Sam2, grabcut, segmenter
 
 
 def disc(noise=8):
@@ -155,6 +155,6 @@ def test_sam2_that_is_none(checkpoint, tmp_path):
 
 
 def test_no_torch_for_grabcut_and_never_torchvision(checkpoint):
-    code = "import sys; from crab.study.segment import segmenter; segmenter('grabcut'); assert 'torch' not in sys.modules; "
+    code = "import sys; from crab.models.segment import segmenter; segmenter('grabcut'); assert 'torch' not in sys.modules; "
     code += f"segmenter({str(checkpoint)!r}); assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import crab
 from crab.models import omni
-from crab.study import instruction, predict, sources, train
+from crab.study import instruction, predict, code as sources, train
 from crab.study.dataset import batch, load_base, read_slot, segments
 from crab.study.runs import Run
 

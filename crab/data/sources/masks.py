@@ -10,7 +10,7 @@ import numpy as np
 
 from crab.data import media
 from crab.data.sources.raw import Draft, LeftOut, Raw, SourceError, one_of, plain, whole
-from crab.data.views.where import points_inside
+from crab.world.views.where import points_inside
 from crab.tasks.referring import NULL
 from crab.tasks.segmentation import Prompt, bounding_box
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from crab.data import media
-from crab.data.files import aside
+from crab.data.files import atomic_file
 from crab.data.sources.raw import AUDIO, SourceError
 
 LINKS = ("hardlink", "symlink", "copy")
@@ -30,7 +30,7 @@ def place(source: Path, target: Path, link: str = "hardlink") -> None:
         return
     if target.exists() and (target.samefile(source) if link != "copy" else target.stat().st_size == source.stat().st_size):
         return
-    with aside(target) as part:
+    with atomic_file(target) as part:
         try:
             if link == "copy":
                 shutil.copy2(source, part)

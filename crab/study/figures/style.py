@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from crab.data.files import aside
+from crab.data.files import atomic_file
 
 VERDICTS = {"gain": "#2b8a4b", "tie": "#9a9a9a", "loss": "#c0392b", "at chance": "#dcdcdc"}
 
@@ -29,7 +29,7 @@ def nothing(words: str, path: str | Path) -> Figure:
 
 def save(figure: Figure, path: str | Path) -> Figure:
     """Write a png aside and rename it; without dates or versions, so that equal figures are equal files."""
-    with aside(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
     plt.close(figure)
     return figure
