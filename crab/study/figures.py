@@ -1,0 +1,57 @@
+"""What all figures share: the look, the colours of runs and verdicts, and how a figure is saved.
+
+The figures themselves are drawn in the notebooks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from IPython.display import Image
+from matplotlib.figure import Figure
+
+from crab.data.files import atomic_file
+
+#: Colour of what happens to a slot under joint training.
+VERDICTS = {"gain": "#2b8a4b", "tie": "#9a9a9a", "loss": "#c0392b", "at chance": "#dcdcdc"}
+#: Name for readers and colour by family of runs. The same on every page, and told apart by colour-blind readers.
+FAMILIES = {
+    "single-lora-bare": ("single-task LoRA", "#767676"),
+    "joint-lora-bare": ("joint LoRA", "#e69f00"),
+    "joint-lora-explicit": ("joint LoRA + reasoning", "#b87800"),
+    "joint-lora_matched-bare": ("joint LoRA, I-LoRA's size", "#56b4e9"),
+    "joint-lora_matched-explicit": ("joint LoRA, I-LoRA's size + reasoning", "#0072b2"),
+    "joint-ilora-bare": ("I-LoRA", "#5fc9a3"),
+    "joint-ilora-explicit": ("I-LoRA + reasoning", "#00805c"),
+}
+#: Colour by display name.
+COLOURS = dict(FAMILIES.values())
+
+
+def display_name(family: str) -> str:
+    """Name of a family of runs for readers, e.g. ``I-LoRA + reasoning``; an unknown family keeps its own name."""
+    return FAMILIES.get(family, (family, ""))[0]
+
+
+def subplots(*args, **kwargs):
+    """`plt.subplots` in the study's style. Labels never overlap."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
+    return plt.subplots(*args, layout="constrained", **kwargs)
+
+
+def save(figure: Figure, path: str | Path) -> Image:
+    """Write a PNG without dates or versions, so that equal figures are equal files, and return it for display."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return Image(filename=str(path))
+
+
+def nothing(text: str, path: str | Path) -> Image:
+    """An empty figure that says why there is nothing to draw."""
+    figure, axes = subplots(figsize=(8, 0.8))
+    axes.axis("off")
+    axes.set_title(text)
+    return save(figure, path)
