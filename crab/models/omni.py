@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from crab.tasks.words import PIECE
+from crab.data.words import PIECE
 
 #: The linear layers of the language model; a plain list of names would also hit both encoders.
 LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -19,7 +19,7 @@ from crab import tasks
 from crab.data import records
 from crab.data.findings import Report
 from crab.data.media import RATE, MediaError, read_mask
-from crab.tasks.words import split
+from crab.data.words import split
 from crab.study.figures.style import save, subplots
 from crab.tasks.referring import NULL
 

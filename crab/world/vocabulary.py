@@ -11,7 +11,7 @@ from functools import cache
 
 from crab import tasks
 from crab.world.views import VIEWS, view
-from crab.tasks.words import split
+from crab.data.words import split
 from crab.world.scene import LATTICE, SECONDS, SIZE
 
 # Labels take turns and the rarest word comes once in some 100 records of one slot and oftener in others: twice what
