@@ -1,40 +1,105 @@
-"""A base that is taken, not trained: its folder holds only the name of a published checkpoint.
-
-Tens of gigabytes are then neither copied nor put under version control; the name is what later stages hang on.
-"""
+"""Where a base lies: a folder with its weights, a folder that names a published checkpoint, or a pointer to a folder."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+from functools import cache
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
 from crab.data.files import read_json, write_json
+from crab.models import omni
 
 POINTER = "checkpoint.json"
-#: What its configuration must call itself: the whole Omni model, of which the thinker is loaded, or a thinker alone.
+#: Files of the base that say how it was trained. They are not part of its digest.
+RECORD = "training.json"
+#: Model types that `omni` loads: the whole Omni model, of which the thinker is taken, or a thinker alone.
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
-MEND = "give `checkpoint` of the base section in params.yaml a name on the model hub, or the absolute path of a downloaded copy"
+LARGE = 2**28  # bytes; a larger file counts in the digest by its size and date
+_FIX = "set base.checkpoint in params.yaml to a name on the model hub or to the absolute path of a downloaded copy"
 
 
 def point_to(folder: str | Path, name: str) -> None:
-    """Make ``folder`` stand for the checkpoint ``name``, of which no more than the configuration is read.
+    """Make ``folder`` stand for the published checkpoint ``name``. Only its configuration is read; nothing is copied.
 
     Raises:
-        ValueError: there is no such checkpoint, it is named by a relative path, or it is another kind of model.
+        ValueError: there is no such checkpoint, its path is relative, or it is another kind of model.
     """
     if Path(name).exists() and not Path(name).is_absolute():
-        raise ValueError(f"base: checkpoint is '{name}', which depends on the folder it is read in; {MEND}")
+        raise ValueError(f"base.checkpoint: '{name}' is a relative path, which depends on the working folder; {_FIX}")
     try:
-        found = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
-        raise ValueError(f"base: checkpoint '{name}' cannot be read ({str(error).splitlines()[0]}); {MEND}") from error
-    if found not in MODEL_TYPES:
-        raise ValueError(f"base: checkpoint '{name}' is a {found} model, and must be one of {', '.join(MODEL_TYPES)}; {MEND}")
+        raise ValueError(f"base.checkpoint: '{name}' cannot be read ({str(error).splitlines()[0]}); {_FIX}") from error
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"base.checkpoint: '{name}' is a {kind} model, not one of {', '.join(MODEL_TYPES)}; {_FIX}")
     write_json(Path(folder) / POINTER, {"checkpoint": str(name)})
 
 
 def resolve(folder: str | Path) -> str | None:
-    """The checkpoint that ``folder`` stands for; None where it holds a base itself."""
+    """The published checkpoint that ``folder`` stands for; None if the folder holds the weights itself."""
     path = Path(folder) / POINTER
     return read_json(path)["checkpoint"] if path.exists() else None
+
+
+def load_base(path: str | Path):
+    """A fresh copy of the frozen base, on the GPU if there is one, and its processor: ``(model, processor)``.
+
+    It is fresh each time because PEFT puts adapters into the model that it gets. A published checkpoint is loaded in
+    bfloat16 on a GPU, for half the memory; everything else in float32.
+
+    Args:
+        path: a folder, as `read_pointer` returns it.
+    """
+    gpu = torch.cuda.is_available()
+    published = resolve(path)
+    model, processor = omni.load(published or path, torch.bfloat16 if published and gpu else torch.float32)
+    model.requires_grad_(False)
+    return model.eval().to("cuda" if gpu else "cpu"), processor
+
+
+def base_digest(folder: str | Path) -> str:
+    """SHA-256 of the weights and the configuration of a base. ValueError if the folder holds no base."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".safetensors", ".json") and p.name != RECORD)
+    if not files:
+        raise ValueError(f"{folder}: this folder holds no base; run `dvc repro base`")
+    return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache  # every cell asks for it
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, size, changed in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes() if size < LARGE else f"{size} {changed}".encode())
+    return digest.hexdigest()
+
+
+def write_pointer(path: str | Path, folder: str | Path) -> None:
+    """Write ``path``, a JSON file that names the ``folder`` of a base, relative to the file, and its digest."""
+    relative = os.path.relpath(folder, Path(path).parent)
+    write_json(path, {"folder": Path(relative).as_posix(), "digest": base_digest(folder)})
+
+
+def read_pointer(path: str | Path) -> Path:
+    """The folder of the base that ``path`` names.
+
+    Raises:
+        ValueError: there is no such file or folder, or the folder holds another base than when the file was written.
+    """
+    pointer = read_json(path)
+    if not isinstance(pointer, dict) or not {"folder", "digest"} <= set(pointer):
+        raise ValueError(f"{path}: must hold the fields folder and digest; run `dvc repro base` to write it again")
+    folder = Path(os.path.normpath(Path(path).parent / pointer["folder"]))
+    if not folder.is_dir():
+        raise ValueError(f"{path}: folder is '{pointer['folder']}', and {folder} does not exist; run `dvc repro base`")
+    digest = base_digest(folder)
+    if digest != pointer["digest"]:
+        raise ValueError(
+            f"{path}: digest is {pointer['digest'][:12]}, but the base in {folder} has {digest[:12]}; "
+            "run `dvc repro base`, or restore the folder from git"
+        )
+    return folder
