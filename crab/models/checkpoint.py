@@ -1,4 +1,7 @@
-"""Where a base lies: a folder with its weights, a folder that names a published checkpoint, or a pointer to a folder."""
+"""Where a base lies: a folder with weights, a folder that names a published checkpoint, or a pointer to such a folder.
+
+torch and transformers are imported where a model is loaded, so that paths can be resolved quickly.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig
-
 from crab.data.files import read_json, write_json
-from crab.models import omni
 
 POINTER = "checkpoint.json"
 #: Files of the base that say how it was trained. They are not part of its digest.
@@ -28,6 +27,8 @@ def point_to(folder: str | Path, name: str) -> None:
     Raises:
         ValueError: there is no such checkpoint, its path is relative, or it is another kind of model.
     """
+    from transformers import AutoConfig
+
     if Path(name).exists() and not Path(name).is_absolute():
         raise ValueError(f"base.checkpoint: '{name}' is a relative path, which depends on the working folder; {_FIX}")
     try:
@@ -54,6 +55,10 @@ def load_base(path: str | Path):
     Args:
         path: a folder, as `read_pointer` returns it.
     """
+    import torch
+
+    from crab.models import omni
+
     gpu = torch.cuda.is_available()
     published = resolve(path)
     model, processor = omni.load(published or path, torch.bfloat16 if published and gpu else torch.float32)
