@@ -1,23 +1,70 @@
-"""One row of a table of scores against another, slot by slot and over slots: differences, intervals, verdicts.
+"""Two rows of a table of scores against each other: differences, intervals and verdicts, slot by slot and over slots.
 
-Works on the per-sample scores that `crab.study.score` writes; needs no model. Runs that are told apart here may be joint and
-single ones, or variants of the ablation; what is made of it in words and figures stands elsewhere.
+Works on the score of every sample (:mod:`crab.study.ledger`); needs no model. Intervals over samples come from the
+bootstrap (percentile method, Efron 1979), intervals over seeds from Student's t.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from crab.study.resample import bootstrap_means, interval
-
 COLUMNS = [
     "comparison", "slot", "baseline", "joint", "difference", "low", "high", "relative",
     "chance", "at_chance", "joint_above_chance", "verdict", "samples", "seeds",
 ]  # fmt: skip
+
+
+def bootstrap_means(
+    values: np.ndarray, resamples: int, seed: int, stream: str | None = None, chunk: int = 500
+) -> np.ndarray:
+    """Means as they would come out with other samples and, where there are several, other seeds.
+
+    Samples are drawn again with replacement, the same ones for every seed: all seeds were tested on one test set, so
+    drawing for each seed apart would let what is hard about a sample cancel out. Seeds are too few to be drawn again:
+    draws from three never leave the range of the three, which misses the truth one time in four. Their part is the
+    standard error of the seeds' means times Student's t with seeds - 1 degrees of freedom. With one seed there is no
+    such part, and the interval does not know what another seed would change.
+
+    Args:
+        values: [samples], or [seeds, samples].
+        resamples: number of draws.
+        seed: of the generators; equal seed, stream and shape draw equal samples, so that calls can be paired.
+        stream: names what is drawn. Calls with equal seed and different streams draw their samples apart and their
+            seeds together, as for one joint run that is tested on several slots.
+
+    Returns:
+        float [resamples].
+
+    Raises:
+        ValueError: when there is nothing to draw from.
+    """
+    values = np.atleast_2d(np.asarray(values, float))
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"bootstrap: expected non-empty [samples] or [seeds, samples], got {list(values.shape)}")
+    seeds, samples = values.shape
+    rng = np.random.default_rng(seed if stream is None else [seed, zlib.crc32(stream.encode())])
+    each = values.mean(0)
+    means = np.empty(resamples)
+    for start in range(0, resamples, chunk):
+        stop = min(start + chunk, resamples)
+        means[start:stop] = each[rng.integers(samples, size=(stop - start, samples))].mean(1)
+    if seeds > 1:
+        rng = np.random.default_rng([seed, seeds])
+        normal, square = rng.normal(size=(resamples, seeds)), rng.chisquare(seeds - 1, size=resamples)
+        # sum_k g_k c_k of the centred means c has variance (seeds - 1) s^2: over all streams one multivariate t
+        means += normal @ (values.mean(1) - values.mean()) / np.sqrt(seeds * square)
+    return means
+
+
+def interval(means: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval that holds ``level`` of the resampled ``means``."""
+    low, high = np.quantile(np.asarray(means, float), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def verdict(difference: float, margin: float) -> str:
@@ -57,7 +104,14 @@ def _grid(samples: pd.DataFrame, family: str, slot: str) -> pd.DataFrame:
 
 
 def compare_slot(
-    baseline: pd.DataFrame, joint: pd.DataFrame, floor: pd.DataFrame, chance: float, margin: float, resamples: int, seed: int, slot: str
+    baseline: pd.DataFrame,
+    joint: pd.DataFrame,
+    floor: pd.DataFrame,
+    chance: float,
+    margin: float,
+    resamples: int,
+    seed: int,
+    slot: str,
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """One slot's row of the table, and its resampled differences and relative changes, each [resamples].
 
@@ -75,7 +129,7 @@ def compare_slot(
             f"({baseline.shape[1]} and {joint.shape[1]} samples, seeds {list(baseline.index)} and {list(joint.index)}); "
             "evaluate both on the same test set, and train both with the same seeds"
         )
-    # equal streams draw equal samples: the draws of the two runs are paired
+    # Equal streams draw equal samples, so the draws of the two are paired.
     of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))
     least = interval(bootstrap_means(floor.to_numpy(), resamples, seed, slot))[0]
     mean, mean_joint = float(baseline.to_numpy().mean()), float(joint.to_numpy().mean())
@@ -95,7 +149,7 @@ def compare_slot(
         "samples": baseline.shape[1],
         "seeds": baseline.shape[0],
     }
-    # the ratio to first order, so that a draw of the baseline near 0 does not run away
+    # The ratio to first order, so that a draw of the baseline near 0 does not explode.
     relative = ratio - 1 + (of_joint - ratio * of_baseline) / mean if mean > 0 else np.full(resamples, np.nan)
     return row, of_joint - of_baseline, relative
 

@@ -1,0 +1,175 @@
+"""Other prompts for the same encoded media: the instruction first, or incompatible labelling conventions.
+
+**Instruction first.** A causal model that is asked after the media reads them without knowing for what. With the
+question in front, it reads every token of sight and sound in the light of the question. Plain LoRA with such prompts
+is the rival of a router that reads the instruction: in both, the task decides how the media are read.
+
+**Conventions** make a conflict of known strength. Each clip is asked k times. Under convention c the word
+``words[c]`` stands before the instruction, and label number i means label number i + c (in a fixed shuffled order,
+counted round). Two conventions disagree on every clip, and each keeps the balance of the classes. Only bare answers
+exist: no reasoning fits an exchanged label.
+
+The frozen encoders are not run again: samples are changed as they are read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crab import tasks
+from crab.models.batches import Sample
+from crab.models.omni import END, SPECIAL
+from crab.study.samples import SlotData
+
+#: Task families whose answers are one label of a fixed set, and metrics that are the mean of right answers.
+LABEL_FAMILIES, LABEL_METRICS = ("emotion recognition", "action recognition"), ("accuracy", "WAR")
+OPENING, CLOSING = ("vision_bos_token", "audio_bos_token"), ("vision_eos_token", "audio_eos_token")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Token numbers that open media, that close media, and that end a turn."""
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer) -> Marks:
+        token = tokenizer.convert_tokens_to_ids
+        opening, closing = (tuple(token(SPECIAL[name]) for name in names) for names in (OPENING, CLOSING))
+        return cls(opening, closing, token(END))
+
+    def instruction_span(self, ids: torch.Tensor) -> tuple[int, int, int]:
+        """Index of the first media token, of the first instruction token, and of the end of the instruction.
+
+        Args:
+            ids: int [L], a prompt of `crab.models.omni.prompt_text`: head, media, instruction, end of turn, tail.
+
+        Raises:
+            ValueError: the prompt has another order.
+        """
+        opens, closes, ends = (
+            torch.isin(ids, torch.tensor(tokens)).nonzero().flatten()
+            for tokens in (self.opening, self.closing, [self.end])
+        )
+        if not (len(opens) and len(closes) and len(ends) and opens[0] < closes[-1] < ends[-1] - 1):
+            raise ValueError("prompts: a prompt is not media, instruction, end of turn; run the encode stage again")
+        return int(opens[0]), int(closes[-1]) + 1, int(ends[-1])
+
+
+def instruction_first(sample: Sample, marks: Marks) -> Sample:
+    """The sample with its instruction before its media, and the positions that the model counts in that order.
+
+    Text counts up by one and media keep their layout. So the media move by the length of the instruction, the
+    instruction moves by the extent of the media, and the tail stays.
+
+    Args:
+        sample: input_ids [L], position_ids [3, L], features [media, hidden].
+    """
+    ids, positions = sample["input_ids"], sample["position_ids"]
+    media, text, stop = marks.instruction_span(ids)
+    extent = positions[0, text] - positions[0, media]  # positions that the media take up
+    order = torch.cat([
+        torch.arange(media), torch.arange(text, stop), torch.arange(media, text), torch.arange(stop, len(ids)),
+    ])  # fmt: skip
+    moved = positions.clone()
+    moved[:, text:stop] -= extent
+    moved[:, media:text] += stop - text
+    return {**sample, "input_ids": ids[order], "position_ids": moved[:, order]}
+
+
+def prefixed(sample: Sample, token: int, marks: Marks) -> Sample:
+    """The sample with one more token at the head of its instruction. What follows moves on by one position."""
+    ids, positions = sample["input_ids"], sample["position_ids"]
+    _, text, _ = marks.instruction_span(ids)
+    return {
+        **sample,
+        "input_ids": torch.cat([ids[:text], ids.new_tensor([token]), ids[text:]]),
+        "position_ids": torch.cat([positions[:, : text + 1], positions[:, text:] + 1], 1),
+    }
+
+
+def permutations(labels: Sequence[str], conventions: int, seed: int = 0) -> list[dict[str, str]]:
+    """For each convention, the new name of each label.
+
+    Raises:
+        ValueError: more conventions than labels; two of them would agree somewhere.
+    """
+    order = sorted(set(labels))
+    if not 1 <= conventions <= len(order):
+        raise ValueError(
+            f"{conventions} conventions of {len(order)} labels ({', '.join(order)}); give 1 to {len(order)}"
+        )
+    random.Random(seed).shuffle(order)
+    return [{label: order[(i + shift) % len(order)] for i, label in enumerate(order)} for shift in range(conventions)]
+
+
+def renamed(slot: str, record: Mapping[str, Any], names: Mapping[str, str], word: str) -> dict[str, Any]:
+    """A record under one convention: its truth and its answer are the new name, its ``id`` ends in the word."""
+    entry = tasks.get_slot(slot)
+    label = names[tasks.truth(slot, record)]
+    return {
+        **record,
+        "id": f"{record['id']}/{word}",
+        entry.truth_fields[0]: label,
+        entry.answer_field: tasks.answer(slot, label),
+    }
+
+
+def word_token(tokenizer, word: str) -> int:
+    """The token of a convention's word. Raises ValueError if the word is not one known token."""
+    tokens = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"experiments.words: {word!r} is not one known token of this base; take a word of its vocabulary"
+        )
+    return tokens[0]
+
+
+def check_conventions(slots: Sequence[str], words: Sequence[str]) -> None:
+    """ValueError on repeated words, or a slot whose answers are not one label of a fixed set."""
+    if len(set(words)) != len(words):
+        raise ValueError(f"experiments.words: {list(words)}; give different ones")
+    fit = [
+        entry.name for entry in tasks.SLOTS.values() if entry.family in LABEL_FAMILIES and entry.metric in LABEL_METRICS
+    ]
+    for slot in slots:
+        if slot not in fit:
+            raise ValueError(
+                f"experiments.maps: slot {slot} takes no conventions, because its answers are not one label of a fixed "
+                f"set; use some of {', '.join(fit)}"
+            )
+
+
+def with_conventions(
+    data: SlotData, records: Sequence[Mapping], names: Sequence[Mapping[str, str]], words: Sequence[str],
+    convention: int | None, tokenizer,
+) -> tuple[SlotData, list[dict]]:  # fmt: skip
+    """Samples and records of a slot under all conventions, or under one. The versions of a clip stand side by side.
+
+    Args:
+        records: of the samples, in their order. names: of `permutations`. words: one per convention.
+        convention: keep this one alone; None for all.
+    """
+    marks, tokens = Marks.of(tokenizer), [word_token(tokenizer, word) for word in words]
+    numbers = list(range(len(words))) if convention is None else [convention]
+    versions = [(sample, record, c) for sample, record in zip(data.samples, records, strict=True) for c in numbers]
+    renamed_records = [renamed(data.slot, record, names[c], words[c]) for _, record, c in versions]
+    answers = [tasks.answer(data.slot, tasks.truth(data.slot, record)) for record in renamed_records]
+    return (
+        SlotData(
+            data.slot,
+            data.split,
+            [prefixed(sample, tokens[c], marks) for sample, _, c in versions],
+            [record["id"] for record in renamed_records],
+            [f"{words[c]} {tasks.instruction(data.slot, record)}" for _, record, c in versions],
+            {"bare": answers if data.split == "train" else []},
+        ),
+        renamed_records,
+    )

@@ -1,0 +1,318 @@
+"""Train, answer and score cells, and keep what comes out. Nothing that is finished is done twice.
+
+A cell has one key with two scopes. The *training key* covers what decides its weights: options, data, base and code. The
+*score key* covers what decides its scores: test data, answer settings and code. Keys are the same on every machine,
+because data count by what they are made from, and not by how features are rounded.
+
+Results lie in three places:
+
+- ``runs/<profile>/cells/<training key>/``: adapter, answers and scores, on this machine. Safe to delete.
+- the *ledger*, ``reports/<profile>/cells.json.xz``, in git: the score of every sample of every finished cell. A fresh
+  clone trains only what is not in it.
+- ``models/<profile>/adapters/<name>``, in git for some profiles: the adapters that the analyses show.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from crab import tasks
+from crab.data.files import atomic_folder, digest_of, read_json, write_json
+from crab.models.checkpoint import base_digest, load_base, resolve
+from crab.study import prompts
+from crab.study.answer import answer, load_adapter
+from crab.study.cells import Cell
+from crab.study.code import code_digest
+from crab.study.faithfulness import statement_counts
+from crab.study.ledger import Ledger
+from crab.study.pool import run_pool
+from crab.study.samples import SlotData, read_manifest, read_slot
+from crab.study.score import reference, score_slot, truths
+from crab.study.train import RECORD, WARMUP, adapter_config, train, warn_of_emulation
+
+ANSWERS, SCORES = "answers.json", "scores.json"
+#: Modules that decide the weights of an adapter, its answers, and what these are worth.
+TRAINING = ("crab.study.train", "crab.study.samples")
+ANSWERING = ("crab.study.answer", "crab.study.samples")
+SCORING = ("crab.study.score", "crab.models.segment")
+REASONING = ("crab.study.faithfulness",)
+PROMPTS = ("crab.study.prompts",)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where cells find their data, and where their results are kept.
+
+    Args:
+        encoded, dataset, base: outputs of the encode, build and base stages.
+        cells: folder for results on this machine. ledger: file of scores. published: folder of published adapters.
+        batch_size: samples per training step. precision: ``fp32`` or ``bf16``.
+        answer: ``batch_size`` and ``max_new_tokens`` of generation, and ``segmenter``, which cuts predicted masks.
+        workers: processes.
+    """
+
+    encoded: Path
+    dataset: Path
+    base: Path
+    cells: Path
+    ledger: Path
+    published: Path
+    batch_size: int
+    precision: str
+    answer: Mapping[str, Any]
+    workers: int = 2
+
+    @classmethod
+    def of(cls, paths, **settings: Any) -> Store:
+        """A store in the folders of `crab.pipeline.paths.Paths`."""
+        return cls(paths.encoded, paths.dataset, paths.base, paths.cells, paths.ledger, paths.adapters, **settings)
+
+    @cached_property
+    def manifest(self) -> dict[str, dict]:
+        return read_manifest(self.encoded)
+
+    @cached_property
+    def _base(self) -> str:
+        return base_digest(self.base)
+
+    # ---- keys
+
+    def _data(self, slot: str, split: str) -> str:
+        try:
+            return self.manifest[f"{slot}/{split}"]["digest"]
+        except KeyError:
+            raise ValueError(
+                f"{self.encoded}: {slot}/{split} is not encoded; add {slot} to encode.slots and run the encode stage"
+            ) from None
+
+    def key(self, cell: Cell) -> str:
+        """Digest of all that decides the weights of the cell's adapter."""
+        changed = cell.order != "media" or cell.words
+        return digest_of({
+            **cell.training,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+            "warmup": WARMUP,
+            "data": [self._data(slot, "train") for slot in cell.slots],
+            "base": self._base,
+            "code": code_digest(*TRAINING, *(PROMPTS if changed else ())),
+        })  # fmt: skip
+
+    def answer_key(self, cell: Cell) -> str:
+        """Digest of all that decides the cell's answers, given its adapter."""
+        data = [self._data(slot, cell.split) for slot in cell.scored_slots]
+        return digest_of([data, self.answer["batch_size"], self.answer["max_new_tokens"], code_digest(*ANSWERING)])
+
+    def score_key(self, cell: Cell) -> str:
+        """Digest of all that decides the cell's scores, given its adapter."""
+        code = code_digest(*SCORING, *(REASONING if cell.form == "explicit" else ()))
+        return digest_of([self.answer_key(cell), self.answer["segmenter"], code])
+
+    def keyed(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells, each with its training key."""
+        return [replace(cell, key=self.key(cell)) for cell in cells]
+
+    def folder(self, cell: Cell) -> Path:
+        """Where the cell's results lie on this machine."""
+        return Path(self.cells) / (cell.key or self.key(cell))
+
+    def adapter(self, cell: Cell) -> Path | None:
+        """The folder of the cell's trained adapter: here, or among the published ones. None if there is none."""
+        key = cell.key or self.key(cell)
+        published = Path(self.published) / cell.name
+        if (published / RECORD).is_file() and read_json(published / RECORD).get("key") == key:
+            return published
+        local = self.folder(cell) / "adapter"
+        return local if (local / RECORD).is_file() else None
+
+    # ---- work
+
+    def run(self, cells: Sequence[Cell], label: str, need: str = "scores") -> list[Cell]:
+        """Do whatever is missing of the cells, the longest first, and return them with their keys.
+
+        Args:
+            label: stands before the progress bar.
+            need: ``scores`` (the ledger is enough), ``answers`` (texts are wanted too) or ``adapter`` (weights are).
+
+        Raises:
+            ValueError: before anything is trained, on an option or slot that cannot be.
+            RuntimeError: naming the cell that failed.
+        """
+        for cell in cells:
+            adapter_config(cell.method, cell.options)
+            if cell.words:
+                prompts.check_conventions(cell.slots, cell.words)
+        cells = self.keyed(cells)
+        ledger = Ledger(self.ledger)
+        missing = {cell.key: cell for cell in cells if not self._finished(cell, ledger, need)}
+        if any(self.adapter(cell) is None for cell in missing.values()):
+            warn_of_emulation(self.precision)
+
+        def cost(cell: Cell) -> int:
+            return -cell.passes * sum(self.manifest[f"{slot}/train"]["samples"] for slot in cell.slots)
+
+        jobs = [
+            (f"{number}: {cell.name}", partial(run_cell, self, cell))
+            for number, cell in enumerate(sorted(missing.values(), key=cost), 1)
+        ]
+        try:
+            if jobs:
+                run_pool(jobs, self.workers, label)
+        finally:  # what is finished is in the ledger even if a later cell fails
+            entries = {cell.key: self._local(cell) for cell in cells}
+            ledger.add({key: entry for key, entry in entries.items() if entry})
+        return cells
+
+    def _local(self, cell: Cell) -> dict | None:
+        """The ledger entry of a cell whose scores are on this machine and still hold."""
+        path = self.folder(cell) / SCORES
+        entry = read_json(path) if path.is_file() else None
+        return entry if entry and entry["score_key"] == self.score_key(cell) else None
+
+    def _finished(self, cell: Cell, ledger: Ledger, need: str) -> bool:
+        if need == "adapter" and self.adapter(cell) is None:
+            return False
+        if need == "answers" and self._answers(cell) is None:
+            return False
+        entry = ledger.cells.get(cell.key)
+        return (entry is not None and entry["score_key"] == self.score_key(cell)) or self._local(cell) is not None
+
+    def _answers(self, cell: Cell) -> dict[str, dict[str, str]] | None:
+        path = self.folder(cell) / ANSWERS
+        content = read_json(path) if path.is_file() else None
+        return content["texts"] if content and content["key"] == self.answer_key(cell) else None
+
+    # ---- results
+
+    def answers(self, cell: Cell, slot: str) -> dict[str, str]:
+        """Raw answers by sample id. Raises ValueError unless the cell was run with ``need="answers"``."""
+        texts = self._answers(cell)
+        if texts is None:
+            raise ValueError(f"{cell.name}: no answers here; run it with need='answers'")
+        return texts[slot]
+
+    def publish(self, cells: Sequence[Cell]) -> None:
+        """Copy the adapters of these cells to the folder of published ones, and delete any others there."""
+        names = {cell.name for cell in cells}
+        for cell in cells:
+            source, target = self.adapter(cell), Path(self.published) / cell.name
+            if source is None:
+                raise ValueError(f"{cell.name}: no adapter here; run it with need='adapter'")
+            if source != target:
+                with atomic_folder(target) as temporary:
+                    shutil.copytree(source, temporary, dirs_exist_ok=True)
+                    record = {"key": cell.key, "name": cell.name, **cell.training}
+                    write_json(temporary / RECORD, record)  # without times, so that equal adapters are equal files
+        for folder in Path(self.published).iterdir():
+            if folder.is_dir() and folder.name not in names:
+                shutil.rmtree(folder)
+
+    def references(self, slots: Sequence[str], held_out: int = 0) -> dict[str, dict]:
+        """By slot, chance and oracle (`crab.study.score.reference`) on what cells with this ``held_out`` are scored on."""
+        ledger, split = Ledger(self.ledger), "train" if held_out else "test"
+        slots = [slot for slot in slots if tasks.get_slot(slot).test]
+        code = code_digest(*SCORING)
+        keys = {slot: digest_of([self._data(slot, split), held_out, self.answer["segmenter"], code]) for slot in slots}
+        jobs = [
+            (slot, partial(_reference, self, slot, split, held_out))
+            for slot in sorted(slots, key=lambda slot: not tasks.get_slot(slot).masks)  # the slow ones first
+            if keys[slot] not in ledger.references
+        ]
+        if jobs:
+            results = run_pool(jobs, self.workers, "chance and oracle")
+            ledger.add({}, {keys[slot]: {"slot": slot, **result} for slot, result in results.items()})
+        return {slot: ledger.references[keys[slot]] for slot in slots}
+
+    def data(self, cell: Cell, slot: str, split: str) -> tuple[SlotData, list[dict]]:
+        """Samples of a slot as the cell sees them, and their records where these are needed (else an empty list)."""
+        samples = read_slot(self.encoded, slot, split)
+        if not cell.words and cell.order == "media":
+            return samples, []
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.base) or self.base)
+        if cell.order == "instruction":
+            marks = prompts.Marks.of(tokenizer)
+            samples = replace(samples, samples=[prompts.instruction_first(s, marks) for s in samples.samples])
+        if not cell.words:
+            return samples, []
+        both = {name: read_slot(self.encoded, slot, name).ids for name in tasks.SPLITS}
+        rows = {name: truths(self.dataset, slot, name, ids) for name, ids in both.items()}
+        labels = [tasks.truth(slot, row) for part in rows.values() for row in part]
+        names = prompts.permutations(labels, len(cell.words))
+        return prompts.with_conventions(samples, rows[split], names, cell.words, cell.convention, tokenizer)
+
+    def versions(self, cell: Cell) -> int:
+        """Samples that stand for each clip: one per convention."""
+        return len(cell.words) if cell.words and cell.convention is None else 1
+
+
+def run_cell(store: Store, cell: Cell) -> None:
+    """Do what is missing of one cell: train, answer, score. Runs in a worker."""
+    folder, adapter = store.folder(cell), store.adapter(cell)
+    if adapter is None:
+        pairs = [pair for slot in cell.slots for pair in training_pairs(store, cell, slot)]
+        adapter = train(
+            pairs, cell.method, cell.options, store.base, folder, learning_rate=cell.learning_rate, passes=cell.passes,
+            batch_size=store.batch_size, seed=cell.seed, precision=store.precision,
+        )  # fmt: skip
+    parts = {slot: _scored_part(store, cell, slot) for slot in cell.scored_slots}
+    texts = store._answers(cell)
+    if texts is None:
+        model, processor = load_base(store.base)
+        model = load_adapter(model, adapter)
+        size, tokens = store.answer["batch_size"], store.answer["max_new_tokens"]
+        texts = {
+            slot: dict(zip(part.ids, answer(model, processor.tokenizer, part.samples, size, tokens), strict=True))
+            for slot, (part, _) in parts.items()
+        }
+        write_json(folder / ANSWERS, {"key": store.answer_key(cell), "texts": texts})
+    slots = {}
+    for slot, (part, rows) in parts.items():
+        rows = rows or truths(store.dataset, slot, cell.split, part.ids)
+        slots[slot] = score_slot(slot, rows, texts[slot], store.answer["segmenter"])
+        if cell.form == "explicit" and not cell.held_out:
+            counts = statement_counts(store.dataset, slot, rows, texts[slot])
+            slots[slot] |= {"statements": counts} if counts else {}
+    record = read_json(adapter / RECORD)
+    path = folder / "adapter" / RECORD  # the record of a published adapter is without costs
+    cost = read_json(path) if path.is_file() else record
+    names = ("samples", "trainable_parameters", "steps", "seconds", "samples_per_second", "resumed_from", "loss")
+    write_json(folder / SCORES, {
+        "cell": cell.training, "score_key": store.score_key(cell), "cost": {n: cost[n] for n in names if n in cost},
+        "slots": slots,
+    })  # fmt: skip
+
+
+def training_pairs(store: Store, cell: Cell, slot: str) -> list[tuple]:
+    """Pairs of sample and answer of a slot, without those held out, and no more than the cell asks for.
+
+    Raises:
+        ValueError: too few training samples.
+    """
+    data, _ = store.data(cell, slot, "train")
+    versions = store.versions(cell)
+    left = len(data) // versions - cell.held_out
+    if left < 1 or (cell.samples is not None and cell.samples > left):
+        raise ValueError(
+            f"{slot}: of {len(data) // versions} training samples {cell.held_out} are held out and {cell.samples or 1} are "
+            "wanted; hold out fewer, or build more (build.train_samples)"
+        )
+    return data.part(None, (cell.samples or left) * versions).answered(cell.form)
+
+
+def _scored_part(store: Store, cell: Cell, slot: str) -> tuple[SlotData, list[dict]]:
+    """The samples that a cell is scored on, and their records where these differ from the ones on disk."""
+    data, rows = store.data(cell, slot, cell.split)
+    first = -cell.held_out * store.versions(cell)  # 0 means all
+    return data.part(first, None), rows[first:]
+
+
+def _reference(store: Store, slot: str, split: str, held_out: int) -> dict:
+    ids = read_slot(store.encoded, slot, split).ids[-held_out:]
+    return reference(slot, truths(store.dataset, slot, split, ids), store.answer["segmenter"])

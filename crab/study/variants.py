@@ -1,0 +1,269 @@
+"""Variants of the method, each against plain LoRA of its size and against single-task LoRA.
+
+A *variant* is a set of options of the adapter, given in params.yaml. Its *rival* is made for it: joint plain LoRA of the
+smallest rank that has at least as many parameters, with the same form of answer and passes. All variants get the same
+tries for their learning rate, and all stay in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from crab.models import checkpoint
+from crab.study.cells import FORMS, METHODS, ORDERS, SETTINGS, Cell, cells_of
+from crab.study.compare import compare, correct
+from crab.study.ledger import cost_table, sample_scores
+from crab.study.rates import Grid, Rates, choose_rates
+from crab.study.store import Store
+from crab.study.train import adapted
+
+#: Fields of a variant that are no options of its adapter.
+_FIELDS = ("method", "passes", "seeds", "setting", "form", "order")
+Size = Callable[[str, Mapping[str, Any]], int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Args:
+        name: unique.
+        method: ``lora`` or ``ilora``.
+        options: of its PEFT config, and ``router_rate``; ``lora_alpha`` is 2 r unless given.
+        passes: over the training samples of every slot. seeds: how many, counted from 0.
+        setting: ``joint``, or ``single``: one adapter per slot, which knows the task (the ceiling of routing).
+        form: of the answers. order: ``media`` first, as the base has learned it, or ``instruction`` first.
+
+    Raises:
+        ValueError: naming the variant and the field.
+    """
+
+    name: str
+    method: str
+    options: Mapping[str, Any]
+    passes: int
+    seeds: int
+    setting: str = "joint"
+    form: str = "bare"
+    order: str = "media"
+
+    def __post_init__(self) -> None:
+        known = (("method", METHODS), ("setting", SETTINGS), ("form", FORMS), ("order", ORDERS))
+        for name, values in known:
+            if getattr(self, name) not in values:
+                value = getattr(self, name)
+                raise ValueError(f"experiments.variants: {self.name}: {name} is {value!r}; use {' or '.join(values)}")
+        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
+            raise ValueError(f"experiments.variants: {self.name}: seeds is {self.seeds!r}; give at least 1")
+
+    @property
+    def kind(self) -> str:
+        """``single-task``, ``instruction first``, ``plain``, ``unrouted heads`` or ``routed``."""
+        if self.setting == "single":
+            return "single-task"
+        if self.order == "instruction":
+            return "instruction first"
+        if self.method == "lora":
+            return "plain"
+        return "unrouted heads" if self.options.get("router") == "uniform" else "routed"
+
+    def cells(
+        self, slots: Sequence[str], rate: float, seeds: Sequence[int] | None, held_out: int, passes: int | None
+    ) -> list[Cell]:
+        """Its cells at a learning rate; by default with its own seeds and passes."""
+        seeds = range(self.seeds) if seeds is None else seeds
+        return cells_of(
+            self.name, self.setting, self.method, self.options, rate, slots, passes or self.passes, seeds,
+            form=self.form, order=self.order, held_out=held_out,
+        )  # fmt: skip
+
+
+def expand(variants: Mapping[str, Mapping[str, Any]], passes: int, seeds: int) -> list[Variant]:
+    """Variants as params.yaml gives them. An option with a list stands for one variant per member; lists are crossed.
+
+    Args:
+        passes, seeds: of variants that do not say.
+
+    Raises:
+        ValueError: on a variant that cannot be, or two of one name.
+    """
+    rows = []
+    for name, section in variants.items():
+        lists = {option: values for option, values in section.items() if isinstance(values, list)}
+        for values in product(*lists.values()):
+            chosen = dict(zip(lists, values, strict=True))
+            options = {"method": None, "passes": passes, "seeds": seeds, **section, **chosen}
+            fields = {key: options.pop(key) for key in _FIELDS if key in options}
+            if isinstance(options.get("r"), int):
+                options.setdefault("lora_alpha", 2 * options["r"])
+            label = " ".join([name, *(f"{option}={value}" for option, value in chosen.items())])
+            rows.append(Variant(label, options=options, **fields))
+    names = [row.name for row in rows]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"experiments.variants: two are called {twice[0]!r}; rename one")
+    return rows
+
+
+def adapter_parameters(base: str | Path, method: str, options: Mapping[str, Any]) -> int:
+    """Trainable parameters of an adapter on a base, counted without loading a weight."""
+    config = Qwen2_5OmniThinkerConfig.from_pretrained(checkpoint.resolve(base) or base)
+    with torch.device("meta"):
+        model = adapted(Qwen2_5OmniThinkerForConditionalGeneration(config), method, options)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def plain_rank(size: Size, method: str, options: Mapping[str, Any]) -> int:
+    """Rank of the smallest plain LoRA with at least as many parameters: in doubt, the rival is the larger one."""
+    return -(-size(method, options) // size("lora", {"r": 1, "lora_alpha": 2}))
+
+
+def with_rivals(variants: Sequence[Variant], size: Size) -> tuple[list[Variant], dict[str, str]]:
+    """The variants, each followed by its rival unless that is among them; and the rival of each by name.
+
+    Plain joint LoRA has none: the others are compared with it.
+
+    Args:
+        size: parameters of an adapter, by method and options.
+    """
+    plain = {
+        (row.options["r"], row.form, row.passes): row
+        for row in variants
+        if row.kind == "plain" and dict(row.options) == {"r": row.options["r"], "lora_alpha": 2 * row.options["r"]}
+    }
+    several = len({row.passes for row in variants}) > 1
+    rows: dict[str, Variant] = {}
+    rivals: dict[str, str] = {}
+    for row in variants:
+        rows.setdefault(row.name, row)
+        if row.kind == "plain":
+            continue
+        rank = plain_rank(size, row.method, row.options)
+        key = (rank, row.form, row.passes)
+        if key not in plain:
+            more = [row.form] * (row.form != "bare") + [f"passes={row.passes}"] * several
+            name = " ".join([f"plain LoRA r={rank}", *more])
+            options = {"r": rank, "lora_alpha": 2 * rank}
+            plain[key] = Variant(name, "lora", options, row.passes, row.seeds, form=row.form)
+        rival = plain[key]
+        if rival.name not in rows or rows[rival.name].seeds < row.seeds:
+            plain[key] = rival = replace(rival, seeds=max(rival.seeds, row.seeds))
+            rows[rival.name] = rival
+        rivals[row.name] = rival.name
+    return list(rows.values()), rivals
+
+
+def judge(
+    samples: pd.DataFrame,
+    chance: Mapping[str, float],
+    pairs: Mapping[str, str],
+    floor: str,
+    margin: float,
+    resamples: int,
+) -> tuple[pd.DataFrame, dict[str, dict]]:
+    """Compare families with others, slot by slot, on the seeds that both and the floor have.
+
+    Args:
+        samples: columns family, seed, slot, id, score. pairs: by family, the one it is compared with.
+        floor: family that tells which slots can be learned. Slots that it leaves at chance do not count.
+
+    Returns:
+        The table of `crab.study.compare.compare` over all pairs, and the summaries by family.
+    """
+    tables, summaries = [], {}
+    for name, other in pairs.items():
+        part = samples[samples["family"].isin([name, other, floor])]
+        seeds = part.groupby("family")["seed"].nunique().min()
+        table, summaries[name] = compare(
+            part[part["seed"] < seeds], pd.Series(chance), other, name, margin, resamples, 0, floor
+        )
+        tables.append(table)
+    correct(summaries)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), summaries
+
+
+def train_families(store: Store, families: Mapping[str, Callable], rates: Rates, label: str) -> dict[str, list[Cell]]:
+    """Keyed cells of each family at its chosen rate, on all training samples, finished."""
+    cells = [cell for family, of in families.items() for cell in of(rates.chosen[family], None, 0, None)]
+    groups: dict[str, list[Cell]] = {family: [] for family in families}
+    for cell in store.run(cells, label):
+        groups[cell.family].append(cell)
+    return groups
+
+
+def family_costs(store: Store, groups: Mapping[str, Sequence[Cell]], rates: Rates) -> pd.DataFrame:
+    """One row per family: parameters of one adapter, adapters per seed, rate, whether it lies inside the grid, seconds."""
+    rows = []
+    for family, cells in groups.items():
+        cost = cost_table(store.ledger, cells)
+        rows.append({
+            "family": family,
+            "parameters": int(cost["trainable_parameters"].iloc[0]),
+            "adapters": len({(cell.slots, cell.convention) for cell in cells}),
+            "rate": rates.chosen[family],
+            "tries": max(1, int((rates.points["family"] == family).sum())),
+            "inside": rates.inside(family),
+            "passes": cells[0].passes,
+            "seeds": len({cell.seed for cell in cells}),
+            "seconds": float(cost["seconds"].sum()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the variants.
+
+    Attributes:
+        rows: one row per variant and rival: kind, parameters, rate, score over all slots with interval, rival.
+        slots: one row per comparison and slot (`crab.study.compare.COLUMNS`).
+        against_baseline, against_rival: summaries by variant (`crab.study.compare.summarise`).
+        points: held-out scores of all rates tried (`crab.study.rates.COLUMNS`).
+    """
+
+    rows: pd.DataFrame
+    slots: pd.DataFrame
+    against_baseline: dict[str, dict]
+    against_rival: dict[str, dict]
+    points: pd.DataFrame
+
+
+def run_variants(
+    variants: Sequence[Variant], baseline: str, slots: Sequence[str], grid: Grid, store: Store, margin: float, resamples: int,
+) -> Outcome:  # fmt: skip
+    """Train and score all variants and rivals, each at its own learning rate, and compare them.
+
+    Args:
+        baseline: the variant that all are compared with. It also tells which slots can be learned.
+        slots: of the joint cells, with or without a test split.
+
+    Raises:
+        ValueError: before anything is trained, on variants that cannot be.
+    """
+    if variants and baseline not in [row.name for row in variants]:
+        raise ValueError(
+            f"experiments.baseline: {baseline!r} is no variant; use one of {', '.join(row.name for row in variants)}"
+        )
+    rows, rivals = with_rivals(variants, partial(adapter_parameters, store.base))
+    families = {row.name: partial(row.cells, slots) for row in rows}
+    rates = choose_rates(families, grid, store, resamples, "rates of variants")
+    groups = train_families(store, families, rates, "variants")
+    if not groups:
+        return Outcome(pd.DataFrame(), pd.DataFrame(), {}, {}, rates.points)
+    samples = sample_scores(store.ledger, [cell for cells in groups.values() for cell in cells])
+    chance = {slot: entry["chance"] for slot, entry in store.references(slots).items()}
+    others = dict.fromkeys((row.name for row in rows if row.name != baseline), baseline)
+    beside, against_baseline = judge(samples, chance, others, baseline, margin, resamples)
+    versus, against_rival = judge(samples, chance, rivals, baseline, margin, resamples)
+    table = family_costs(store, groups, rates).rename(columns={"family": "variant"})
+    table.insert(1, "kind", [row.kind for row in rows])
+    table["rival"] = table["variant"].map(rivals)
+    return Outcome(table, pd.concat([beside, versus], ignore_index=True), against_baseline, against_rival, rates.points)
