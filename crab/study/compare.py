@@ -126,8 +126,8 @@ def compare_slot(
     if list(baseline.columns) != list(joint.columns) or list(baseline.index) != list(joint.index):
         raise ValueError(
             f"transfer: {slot}: the runs compared hold different samples or seeds "
-            f"({baseline.shape[1]} and {joint.shape[1]} samples, seeds {list(baseline.index)} and {list(joint.index)}); "
-            "evaluate both on the same test set, and train both with the same seeds"
+            f"({baseline.shape[1]} and {joint.shape[1]} samples, "
+            f"seeds {list(baseline.index)} and {list(joint.index)}); evaluate both on the same test set, and train both with the same seeds"
         )
     # Equal streams draw equal samples, so the draws of the two are paired.
     of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))
@@ -208,8 +208,8 @@ def summarise(table: pd.DataFrame, differences: np.ndarray, changes: np.ndarray,
     Returns:
         Counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
         ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative
-        change with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot whose
-        baseline is 0 has no relative change, and is left out of that mean.
+        change with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot
+        whose baseline is 0 has no relative change, and is left out of that mean.
     """
     counted = ~table["at_chance"].to_numpy(bool)
     kept = table[counted]
@@ -245,3 +245,41 @@ def correct(summary: Mapping[str, dict]) -> None:
     tested = [values for values in summary.values() if values["sign_test_p"] is not None]
     for values, p in zip(tested, holm([values["sign_test_p"] for values in tested]), strict=True):
         values["sign_test_holm"] = p
+
+
+def judge(
+    samples: pd.DataFrame,
+    chance: Mapping[str, float],
+    pairs: Mapping[str, str],
+    floor: str,
+    margin: float,
+    resamples: int,
+) -> tuple[pd.DataFrame, dict[str, dict]]:
+    """Compare families with others, slot by slot, on the seeds that both and the floor have.
+
+    Args:
+        samples: columns family, seed, slot, id, score. pairs: by family, the one it is compared with.
+        floor: family that tells which slots can be learned. Slots that it leaves at chance do not count.
+
+    Returns:
+        The tables of `compare` below each other, and the summaries by family, with Holm's correction.
+    """
+    tables, summaries = [], {}
+    for family, other in pairs.items():
+        part = samples[samples["family"].isin([family, other, floor])]
+        seeds = set.intersection(*(set(group) for _, group in part.groupby("family")["seed"]))
+        part = part[part["seed"].isin(seeds)]
+        table, summaries[family] = compare(part, pd.Series(chance), other, family, margin, resamples, 0, floor)
+        tables.append(table)
+    correct(summaries)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS), summaries
+
+
+def mean_scores(samples: pd.DataFrame, resamples: int) -> pd.DataFrame:
+    """Mean score of each family on each slot, with its 95 % interval over samples and seeds: one row each."""
+    rows = []
+    for (family, slot), part in samples.groupby(["family", "slot"], sort=False):
+        scores = part.pivot(index="seed", columns="id", values="score").to_numpy()
+        low, high = interval(bootstrap_means(scores, resamples, 0, slot))
+        rows.append([family, slot, scores.mean(), low, high, *scores.shape])
+    return pd.DataFrame(rows, columns=["family", "slot", "score", "low", "high", "seeds", "samples"])

@@ -20,11 +20,12 @@ import pandas as pd
 
 from crab import tasks
 from crab.study.cells import Cell
+from crab.study.compare import judge
 from crab.study.ledger import sample_scores
 from crab.study.prompts import check_conventions
 from crab.study.rates import Grid, choose_rates
 from crab.study.store import Store
-from crab.study.variants import adapter_parameters, family_costs, judge, plain_rank, train_families
+from crab.study.variants import adapter_parameters, family_costs, plain_rank, train_families
 
 AXES = ("rank", "tasks", "passes", "samples", "conventions")
 OWN, JOINT, RIVAL = "single-task LoRA", "joint LoRA", "joint LoRA of its size"
@@ -82,7 +83,7 @@ class Map:
         names = list(routed) if section.get("routed") is None else section["routed"]
         if unknown := [method for method in names if method not in routed]:
             raise ValueError(
-                f"{start}: routed has no method {unknown[0]!r}; known: {', '.join(routed) or 'none'} (experiments.routed)"
+                f"{start}: experiments.routed has no method {unknown[0]!r}; known: {', '.join(routed) or 'none'}"
             )
         for method in names:
             if fixed := {"r", "lora_alpha"} & set(routed[method]):
@@ -102,30 +103,37 @@ def groups_of(slots: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(slots[i::count]) for i in range(count)]
 
 
-def _map_cells(
-    family: str, method: str, options: Mapping[str, Any], groups: Sequence[tuple], point: Mapping[str, Any], own: bool,
-    words: tuple[str, ...], default_seeds: int, rate: float, seeds: Sequence[int] | None, held_out: int, passes: int | None,
-) -> list[Cell]:  # fmt: skip
-    """Cells of one kind of adapter at a point. ``own``: one adapter per slot and convention."""
-    conventions = list(range(len(words))) if own and words else [None]
+def _cells(
+    family: str,
+    method: str,
+    options: Mapping[str, Any],
+    each: Map,
+    point: Mapping[str, Any],
+    words: tuple[str, ...],
+    rate: float,
+    seeds: Sequence[int] | None,
+    held_out: int,
+    passes: int | None,
+) -> list[Cell]:
+    """Cells of one kind of adapter at a point. `OWN` has one adapter per slot and convention."""
+    own = family.startswith(f"{each.name}: {OWN} ")
+    groups = groups_of(each.slots, 1 if own else point["tasks"])
+    fields = {"held_out": held_out, "samples": point["samples"], "words": words}
     return [
-        Cell(
-            family, method, options, rate, group, passes or point["passes"], seed, held_out=held_out,
-            samples=point["samples"], words=words, convention=convention,
-        )
-        for seed in (range(default_seeds) if seeds is None else seeds)
-        for convention in conventions
+        Cell(family, method, options, rate, group, passes or point["passes"], seed, convention=convention, **fields)
+        for seed in (range(each.seeds) if seeds is None else seeds)
+        for convention in (range(len(words)) if own and words else [None])
         for group in groups
-    ]  # fmt: skip
+    ]
 
 
 def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: float, resamples: int) -> pd.DataFrame:
     """Train, score and compare at every point of a map.
 
     Returns:
-        One row per point and pair of methods (``one`` minus ``other``): the axes, the mean difference over the slots that
-        single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of both, and
-        ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
+        One row per point and pair of methods (``one`` minus ``other``): the axes, the mean difference over the slots
+        that single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of both,
+        and ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
     """
     size = partial(adapter_parameters, store.base)
     families, places = {}, []
@@ -134,19 +142,17 @@ def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: f
         used = tuple(words[: point["conventions"]]) if point["conventions"] > 1 else ()
         plain = {"r": point["rank"], "lora_alpha": 2 * point["rank"]}
         methods = {OWN: ("lora", plain), JOINT: ("lora", plain)}
-        pairs = [(JOINT, OWN)]
+        pairs = [(JOINT, OWN, OWN)]  # one, other, and what the other is called in the table
         for name, options in each.routed.items():
             methods[name] = ("ilora", {**plain, **options})
-            rank = plain_rank(size, "ilora", methods[name][1])
+            rank = plain_rank(size, *methods[name])
             rival = f"{JOINT} of rank {rank}"
             methods[rival] = ("lora", {"r": rank, "lora_alpha": 2 * rank})
-            pairs += [(name, OWN), (name, rival)]
-        for name, (method, options) in methods.items():
-            own = name == OWN
-            groups = [(slot,) for slot in each.slots] if own else groups_of(each.slots, point["tasks"])
-            family = f"{each.name}: {name} ({label})"
-            families[family] = partial(_map_cells, family, method, options, groups, point, own, used, each.seeds)
-        places.append((point, {name: f"{each.name}: {name} ({label})" for name in methods}, pairs))
+            pairs += [(name, OWN, OWN), (name, rival, RIVAL)]
+        names = {name: f"{each.name}: {name} ({label})" for name in methods}
+        for name, family in names.items():
+            families[family] = partial(_cells, family, *methods[name], each, point, used)
+        places.append((point, names, pairs))
     rates = choose_rates(families, grid, store, resamples, f"rates of map {each.name}")
     trained = train_families(store, families, rates, f"map {each.name}")
     costs = family_costs(store, trained, rates).set_index("family")
@@ -156,15 +162,22 @@ def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: f
         samples = sample_scores(store.ledger, [cell for family in names.values() for cell in trained[family]])
         if point["conventions"] > 1:
             samples = by_clip(samples)
-        for one, other in pairs:
-            _, summary = judge(samples, chance, {names[one]: names[other]}, names[OWN], margin, resamples)
-            values = summary[names[one]]
-            low, high = values.get("mean_difference_interval", (None, None))
+        for one, other, title in pairs:
+            _, summaries = judge(samples, chance, {names[one]: names[other]}, names[OWN], margin, resamples)
+            summary = summaries[names[one]]
+            low, high = summary.get("mean_difference_interval", (None, None))
             rows.append({
-                "map": each.name, **point, "one": one, "other": RIVAL if other.startswith(f"{JOINT} of") else other,
-                "mean": values["mean_difference"], "low": low, "high": high, "gain": values["gain"], "tie": values["tie"],
-                "loss": values["loss"], "slots": values["slots_counted"],
-                "parameters": costs.loc[names[one], "parameters"], "other_parameters": costs.loc[names[other], "parameters"],
+                "map": each.name,
+                **point,
+                "one": one,
+                "other": title,
+                "mean": summary["mean_difference"],
+                "low": low,
+                "high": high,
+                **{name: summary[name] for name in ("gain", "tie", "loss")},
+                "slots": summary["slots_counted"],
+                "parameters": costs.loc[names[one], "parameters"],
+                "other_parameters": costs.loc[names[other], "parameters"],
                 "not_inside": ", ".join(name for name in (one, other) if not costs.loc[names[name], "inside"]),
             })  # fmt: skip
     return pd.DataFrame(rows)

@@ -1,7 +1,7 @@
 """The learning rate of each family, chosen on training samples that are held out.
 
-All that are compared get the same tries: the same rates, seeds, held-out samples and passes. If the best rate lies at an
-edge of the grid, one rate beyond it is tried, a limited number of times, and the table says when that was not enough.
+All that are compared get the same tries: the same rates, seeds, held-out samples and passes. If the best rate lies at
+an edge of the grid, one rate beyond it is tried, a limited number of times, and the table says if that was not enough.
 """
 
 from __future__ import annotations

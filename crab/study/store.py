@@ -1,8 +1,8 @@
 """Train, answer and score cells, and keep what comes out. Nothing that is finished is done twice.
 
-A cell has one key with two scopes. The *training key* covers what decides its weights: options, data, base and code. The
-*score key* covers what decides its scores: test data, answer settings and code. Keys are the same on every machine,
-because data count by what they are made from, and not by how features are rounded.
+A cell has one key with two scopes. The *training key* covers what decides its weights: options, data, base and code.
+The *score key* covers what decides its scores: test data, answer settings and code. Keys are the same on every
+machine, because data count by what they are made from, and not by how features are rounded.
 
 Results lie in three places:
 
@@ -215,7 +215,7 @@ class Store:
                 shutil.rmtree(folder)
 
     def references(self, slots: Sequence[str], held_out: int = 0) -> dict[str, dict]:
-        """By slot, chance and oracle (`crab.study.score.reference`) on what cells with this ``held_out`` are scored on."""
+        """By slot, chance and oracle (`crab.study.score.reference`) on the samples that such cells are scored on."""
         ledger, split = Ledger(self.ledger), "train" if held_out else "test"
         slots = [slot for slot in slots if tasks.get_slot(slot).test]
         code = code_digest(*SCORING)
@@ -300,8 +300,8 @@ def training_pairs(store: Store, cell: Cell, slot: str) -> list[tuple]:
     left = len(data) // versions - cell.held_out
     if left < 1 or (cell.samples is not None and cell.samples > left):
         raise ValueError(
-            f"{slot}: of {len(data) // versions} training samples {cell.held_out} are held out and {cell.samples or 1} are "
-            "wanted; hold out fewer, or build more (build.train_samples)"
+            f"{slot}: of {len(data) // versions} training samples {cell.held_out} are held out and "
+            f"{cell.samples or 1} are wanted; hold out fewer, or build more (build.train_samples)"
         )
     return data.part(None, (cell.samples or left) * versions).answered(cell.form)
 

@@ -78,7 +78,7 @@ def adapted(model, method: str, options: Mapping[str, Any]):
 
 
 def native_bf16(device: str | None = None) -> bool:
-    """Whether a device (by default the one that trains) computes in bfloat16 itself. Emulation is slower than float32."""
+    """Whether a device (by default the one that trains) computes in bfloat16 itself, without emulation."""
     if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name, False) for name in CPU_BF16)

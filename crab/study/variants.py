@@ -1,8 +1,8 @@
 """Variants of the method, each against plain LoRA of its size and against single-task LoRA.
 
-A *variant* is a set of options of the adapter, given in params.yaml. Its *rival* is made for it: joint plain LoRA of the
-smallest rank that has at least as many parameters, with the same form of answer and passes. All variants get the same
-tries for their learning rate, and all stay in the table.
+A *variant* is a set of options of the adapter, given in params.yaml. Its *rival* is made for it: joint plain LoRA of
+the smallest rank that has at least as many parameters, with the same form of answer and passes. All variants get the
+same tries for their learning rate, and all stay in the table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditio
 
 from crab.models import checkpoint
 from crab.study.cells import FORMS, METHODS, ORDERS, SETTINGS, Cell, cells_of
-from crab.study.compare import compare, correct
+from crab.study.compare import judge
 from crab.study.ledger import cost_table, sample_scores
 from crab.study.rates import Grid, Rates, choose_rates
 from crab.study.store import Store
@@ -161,35 +161,6 @@ def with_rivals(variants: Sequence[Variant], size: Size) -> tuple[list[Variant],
     return list(rows.values()), rivals
 
 
-def judge(
-    samples: pd.DataFrame,
-    chance: Mapping[str, float],
-    pairs: Mapping[str, str],
-    floor: str,
-    margin: float,
-    resamples: int,
-) -> tuple[pd.DataFrame, dict[str, dict]]:
-    """Compare families with others, slot by slot, on the seeds that both and the floor have.
-
-    Args:
-        samples: columns family, seed, slot, id, score. pairs: by family, the one it is compared with.
-        floor: family that tells which slots can be learned. Slots that it leaves at chance do not count.
-
-    Returns:
-        The table of `crab.study.compare.compare` over all pairs, and the summaries by family.
-    """
-    tables, summaries = [], {}
-    for name, other in pairs.items():
-        part = samples[samples["family"].isin([name, other, floor])]
-        seeds = part.groupby("family")["seed"].nunique().min()
-        table, summaries[name] = compare(
-            part[part["seed"] < seeds], pd.Series(chance), other, name, margin, resamples, 0, floor
-        )
-        tables.append(table)
-    correct(summaries)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), summaries
-
-
 def train_families(store: Store, families: Mapping[str, Callable], rates: Rates, label: str) -> dict[str, list[Cell]]:
     """Keyed cells of each family at its chosen rate, on all training samples, finished."""
     cells = [cell for family, of in families.items() for cell in of(rates.chosen[family], None, 0, None)]
@@ -200,7 +171,7 @@ def train_families(store: Store, families: Mapping[str, Callable], rates: Rates,
 
 
 def family_costs(store: Store, groups: Mapping[str, Sequence[Cell]], rates: Rates) -> pd.DataFrame:
-    """One row per family: parameters of one adapter, adapters per seed, rate, whether it lies inside the grid, seconds."""
+    """One row per family: parameters of one adapter, adapters per seed, the rate and where it lies, and seconds."""
     rows = []
     for family, cells in groups.items():
         cost = cost_table(store.ledger, cells)
@@ -237,8 +208,14 @@ class Outcome:
 
 
 def run_variants(
-    variants: Sequence[Variant], baseline: str, slots: Sequence[str], grid: Grid, store: Store, margin: float, resamples: int,
-) -> Outcome:  # fmt: skip
+    variants: Sequence[Variant],
+    baseline: str,
+    slots: Sequence[str],
+    grid: Grid,
+    store: Store,
+    margin: float,
+    resamples: int,
+) -> Outcome:
     """Train and score all variants and rivals, each at its own learning rate, and compare them.
 
     Args:
