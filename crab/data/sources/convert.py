@@ -1,101 +1,82 @@
 """Convert raw data sets to the AV-UIE v2 layout: records, media, and a report of what was left out and why."""
 
-from __future__ import annotations
-
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from crab import tasks
 from crab.data import media
 from crab.data import records as layout
-from crab.data.files import write_json
-from crab.data.findings import CONVERSION as REPORT
-from crab.data.sources import classes, events, masks, matching, questions
-from crab.data.sources.placing import LINKS, place
-from crab.data.sources.raw import Draft, LeftOut, Raw, SourceError
+from crab.data.files import atomic_file, write_json
+from crab.data.findings import CONVERSION
+from crab.data.sources import classes, events, masks, questions
+from crab.data.sources.raw import AUDIO, Draft, Raw, SourceError
 
-
-class Source(NamedTuple):
-    """How a raw set is read.
-
-    Attributes:
-        rows: (raw, slot, split) -> (where, row) of all that its annotation files list for the split.
-        drafts: (raw, slot, split, where, row) -> the drafts of one row; raises LeftOut or SourceError where there is none.
-    """
-
-    rows: Callable[[Raw, str, str], Iterator[tuple[str, dict]]]
-    drafts: Callable[[Raw, str, str, str, dict], Iterator[Draft]]
-
-
-#: Slot -> its raw set.  MER2024, MAFW, DFEW and VALOR are not here: their annotations are not public.
-SOURCES: dict[str, Source] = {
-    "ave": Source(events.ave_rows, events.ave),
-    "unav": Source(events.unav_rows, events.unav),
-    "avvp": Source(events.llp_rows, events.llp),
-    "arig": Source(masks.avs_rows, masks.avs),
-    "s4": Source(masks.avs_rows, masks.avs),
-    "ms3": Source(masks.avs_rows, masks.avs),
-    "ref_avs": Source(masks.ref_rows, masks.ref),
-    "avqa": Source(questions.music_rows, questions.music),
-    "avqa_thu": Source(questions.avqa_rows, questions.avqa),
-    "meld": Source(classes.meld_rows, classes.meld),
-    "cremad": Source(classes.cremad_rows, classes.cremad),
-    "ks": Source(classes.ks_rows, classes.ks),
-    "ucf": Source(classes.ucf_rows, classes.ucf),
-    "a2v": Source(matching.pair_rows, matching.match),
-    "v2a": Source(matching.pair_rows, matching.match),
+LINKS = {"hardlink": os.link, "symlink": os.symlink, "copy": shutil.copy2}
+#: Slot -> converter: (raw, slot, split) -> drafts. The annotations of MER2024, MAFW, DFEW and VALOR are not public.
+SOURCES: dict[str, Callable[[Raw, str, str], Iterator[Draft]]] = {
+    "ave": events.ave,
+    "unav": events.unav,
+    "avvp": events.llp,
+    "arig": masks.avs,
+    "s4": masks.avs,
+    "ms3": masks.avs,
+    "ref_avs": masks.ref_avs,
+    "avqa": questions.music,
+    "avqa_thu": questions.avqa,
+    "meld": classes.meld,
+    "cremad": classes.cremad,
+    "ks": classes.ks,
+    "ucf": classes.ucf,
+    "a2v": events.pairs,
+    "v2a": events.pairs,
 }
 
 
-def _source(slot: str) -> Source:
-    name = tasks.get_slot(slot).name
-    if name not in SOURCES:
-        raise ValueError(f"slot {name}: has no converter, for the annotations of its set are not public plain text; "
-                         f"put its published folder under {tasks.FOLDER}. Converters: {', '.join(SOURCES)}")
-    return SOURCES[name]
+def _check(slot: str) -> None:
+    if tasks.get_slot(slot).name not in SOURCES:
+        fault = "has no converter, because the annotations of its set are not public plain text"
+        fix = f"put its published folder under {tasks.FOLDER}. Converters: {', '.join(SOURCES)}"
+        raise ValueError(f"slot {slot}: {fault}; {fix}")
 
 
 def drafts(slot: str, raw: Raw, split: str) -> Iterator[Draft]:
-    """What a raw set's split holds for a slot; what is left out is in ``raw.left_out``."""
-    source = _source(slot)
-    tasks.get_slot(slot).fields(split)  # that the split exists
-    for where, row in source.rows(raw, slot, split):
-        try:
-            for draft in source.drafts(raw, slot, split, where, row):
-                finished(slot, draft)
-                yield draft
-        except LeftOut as left:
-            raw.leave(left.reason, f"{where}: {left.about}")
-        except SourceError as error:
-            raw.fault(error)
+    """Drafts of all records that a raw set's split has for a slot. What is left out is added to ``raw.left_out``."""
+    _check(slot)
+    tasks.get_slot(slot).fields(split)  # raises if there is no such split
+    for draft in SOURCES[slot](raw, slot, split):
+        with raw.reading(draft):
+            finished(slot, draft)
+            yield draft
 
 
 def finished(slot: str, draft: Draft) -> dict[str, Any]:
-    """A draft's record, with its answer: the chain, then the tagged answer.
+    """A draft's record with its answer: the chain, then the answer in the slot's tags.
 
     Raises:
-        SourceError: the label cannot be said in the slot's tags, or does not read back, or the record is no UTF-8.
+        SourceError: the slot's tags cannot hold the label, or it does not read back, or the record is not UTF-8.
     """
-    entry = tasks.get_slot(slot)
+    field = tasks.get_slot(slot).answer_field
     try:
-        record = {**draft.record, entry.answer_field: f"{draft.chain} {tasks.answer(slot, draft.truth)}"}
+        record = {**draft.record, field: f"{draft.chain} {tasks.answer(slot, draft.truth)}"}
         json.dumps(record, ensure_ascii=False).encode()
-        said, true = tasks.parse(slot, record[entry.answer_field]), tasks.truth(slot, record)
+        answer, truth = tasks.parse(slot, record[field]), tasks.truth(slot, record)
     except UnicodeEncodeError:
-        words = f"{draft.where}: a file's name is not UTF-8, or a text holds half a character (a lone surrogate); rename or correct it"
-        raise SourceError(words.encode(errors="backslashreplace").decode()) from None
+        fault = "a file's name is not UTF-8, or a text holds half a character (a lone surrogate); rename or correct it"
+        raise SourceError(f"{draft.place}: {fault}".encode(errors="backslashreplace").decode()) from None
     except ValueError as error:
-        raise SourceError(f"{draft.where}: {error}; correct the label") from error
-    if said != true:
-        raise SourceError(f"{draft.where}: the answer {record[entry.answer_field]!r:.200} reads {said!r:.80}, not {true!r:.80}; "
-                          "correct the label")
+        raise SourceError(f"{draft.place}: {error}; correct the label") from error
+    if answer != truth:
+        fault = f"the answer {record[field]!r:.200} reads {answer!r:.80}, not {truth!r:.80}"
+        raise SourceError(f"{draft.place}: {fault}; correct the label")
     return record
 
 
@@ -111,84 +92,102 @@ def convert(
     workers: int = 2,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write ``AVUIE_2/<slot>/{train,test}.json`` and the media they name; each file is renamed when it is whole.
+    """Write ``AVUIE_2/<slot>/{train,test}.json`` and their media. Lists are written only if every split has records.
 
     Args:
         raw_root: folder of the raw data set, laid out as its authors ship it.
-        out_root: the data root, which will hold ``AVUIE_2``; other slots there are left alone.
-        link: "hardlink" (one file system), "symlink" or "copy".
-        faults: "error", or "skip-and-record" to leave out the rows at fault.
-        seed: of the pairs of a2v and v2a.
+        out_root: the data root, which holds ``AVUIE_2`` afterwards. Other slots in it are not touched.
+        link: "hardlink" (within one file system), "symlink" or "copy".
+        faults: "error", or "skip-and-record" to leave out rows at fault.
+        seed: for the pairs of a2v and v2a.
         rewrite: gives the training drafts other chains (:class:`crab.data.sources.rewrite.Rewriter`).
         workers: threads that place media.
 
     Returns:
         The report, also in ``AVUIE_2/<slot>/conversion.json``: ``slot``, ``dataset``, ``splits`` (split -> ``records``,
-        ``files`` and ``left_out``: reason -> the place of each), and, if chains were rewritten, ``chains`` (how many were
-        taken, and why others were not).
+        ``files``, and ``left_out``: reason -> places); with `rewrite` also ``chains`` (outcome -> number of chains).
 
     Raises:
-        ValueError: unknown slot or option, or a slot that has no converter.
-        SourceError: a fault of the raw set, or a split of which no record can be made.
+        ValueError: unknown slot or option, or a slot without a converter.
+        SourceError: a fault of the raw set, or a split for which no record can be made.
     """
     entry = tasks.get_slot(slot)
-    _source(slot)
+    _check(slot)
     if link not in LINKS:
         raise ValueError(f"link is {link!r}; give one of {', '.join(LINKS)}")
-    if Path(raw_root).resolve() in (Path(out_root).resolve(), *Path(out_root).resolve().parents):
-        raise ValueError(f"{out_root}: lies in the raw data set {raw_root}, where its files would be taken for the set's own; "
-                         "give another folder")
-    folder = Path(out_root) / tasks.FOLDER / entry.media_slot
+    if Path(out_root).resolve().is_relative_to(Path(raw_root).resolve()):
+        fault = f"lies in the raw data set {raw_root}, where its files would count as the set's own"
+        raise ValueError(f"{out_root}: {fault}; give another folder")
+    folder = Path(out_root) / tasks.FOLDER
     report: dict[str, Any] = {"slot": entry.name, "dataset": entry.dataset, "splits": {}}
-    raw, made = Raw(raw_root, faults, seed), {}
+    raw, records = Raw(raw_root, faults, seed), {}
     for split in entry.splits:
         raw.left_out = {}
-        kept = _placed(list(drafts(slot, raw, split)), folder, link, raw, workers, progress and f"{slot} {split}")
-        if not kept:
-            counts = {reason: len(where) for reason, where in raw.left_out.items()}
-            raise SourceError(f"{raw.root}: no record of {slot}/{split} can be made of it; left out: {counts or 'nothing'}; check "
-                              "that annotations and media are there")
+        title = f"{slot} {split}" if progress else None
+        rows = _placed(list(drafts(slot, raw, split)), folder / entry.media_slot, link, raw, workers, title)
+        if not rows:
+            counts = {reason: len(places) for reason, places in raw.left_out.items()} or "nothing"
+            fault = f"no record of {slot}/{split} can be made of it; left out: {counts}"
+            raise SourceError(f"{raw.root}: {fault}; check that annotations and media are there")
         if rewrite is not None and split == "train":
-            kept, report["chains"] = rewrite(slot, kept)
-        made[split] = [finished(slot, draft) for draft in kept]
-        report["splits"][split] = {
-            "records": len(kept), "files": len({name for draft in kept for name in draft.files}), "left_out": raw.left_out,
-        }
-    for split, found in made.items():  # when all splits are whole
-        layout.write(out_root, slot, split, found)
-    write_json(Path(out_root) / tasks.FOLDER / slot / REPORT, report)
+            rows, report["chains"] = rewrite(slot, rows)
+        records[split] = [finished(slot, draft) for draft in rows]
+        files = {name for draft in rows for name in draft.files}
+        report["splits"][split] = {"records": len(rows), "files": len(files), "left_out": raw.left_out}
+    for split, rows in records.items():
+        layout.write(out_root, slot, split, rows)
+    write_json(folder / slot / CONVERSION, report)
     return report
 
 
-def convert_all(raw_roots: Mapping[str, str | os.PathLike], out_root: str | os.PathLike, **options) -> dict[str, dict[str, Any]]:
+def convert_all(raw_roots: Mapping[str, str | os.PathLike], out_root: str | os.PathLike, **options) -> dict[str, dict]:
     """Convert every slot of `raw_roots` (slot -> its raw folder); options and reports as of :func:`convert`."""
     for slot in raw_roots:
-        _source(slot)  # before hours of work
+        _check(slot)  # fail before hours of work
     return {slot: convert(slot, raw_root, out_root, **options) for slot, raw_root in raw_roots.items()}
 
 
-def _placed(found: Sequence[Draft], folder: Path, link: str, raw: Raw, workers: int, said: str | bool) -> list[Draft]:
-    """The drafts all of whose media could be put in place; each file is placed once."""
-    owners = {name: (source, draft.where) for draft in found for name, source in draft.files.items()}
-    failed: dict[str, media.MediaError] = {}
+def _placed(rows: list[Draft], folder: Path, link: str, raw: Raw, workers: int, title: str | None) -> list[Draft]:
+    """The drafts whose media could all be put in place. Each file is placed once."""
+    files = {name: source for draft in rows for name, source in draft.files.items()}
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = pool.map(partial(_try, folder, link), owners, (source for source, _ in owners.values()))
-        for name, error in tqdm(zip(owners, results, strict=True), total=len(owners), unit="file", desc=said or None, disable=not said):
-            if error is not None:
-                failed[name] = error
-    kept = []
-    for draft in found:
-        broken = next((failed[name] for name in draft.files if name in failed), None)
-        if broken is None:
-            kept.append(draft)
+        results = pool.map(partial(_place, link), files.values(), (folder / name for name in files))
+        bar = tqdm(results, total=len(files), unit="file", desc=title, disable=title is None)
+        failed = {name: error for name, error in zip(files, bar, strict=True) if error is not None}
+    placed = []
+    for draft in rows:
+        error = next((failed[name] for name in draft.files if name in failed), None)
+        if error is None:
+            placed.append(draft)
         else:
-            raw.leave("no sound" if "no sound" in broken.fault else "sound cannot be decoded", f"{draft.where}: {broken}")
-    return kept
+            reason = "no sound" if "no sound" in error.fault else "sound cannot be decoded"
+            raw.leave(reason, f"{draft.place}: {error}")
+    return placed
 
 
-def _try(folder: Path, link: str, name: str, source: Path) -> media.MediaError | None:
-    try:
-        place(source, folder / name, link)
-    except media.MediaError as error:
-        return error
+def _place(link: str, source: Path, target: Path) -> media.MediaError | None:
+    """Put one file in place, unless it is there and not older. Returns the error if a sound cannot be read.
+
+    A sound that comes from a video is decoded once to what a model hears: 16-bit PCM, 16 kHz, mono. No other file is
+    decoded or encoded.
+    """
+    if target.suffix.lower() in AUDIO and source.suffix.lower() not in AUDIO:
+        if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
+            return None
+        try:
+            return media.write_audio(target, media.read_audio(source))
+        except media.MediaError as error:
+            return error
+    same_size = target.exists() and target.stat().st_size == source.stat().st_size
+    if target.exists() and (same_size if link == "copy" else target.samefile(source)):
+        return None
+    with atomic_file(target) as part:
+        try:
+            LINKS[link](source.resolve(), part)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            fault = f"{source}: cannot be hard-linked to {target.parent} ({error.strerror})"
+            fix = "convert to a root on its own file system, or call convert_all with link='symlink' or link='copy'"
+            raise SourceError(f"{fault}; {fix}") from error
     return None

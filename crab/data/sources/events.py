@@ -1,132 +1,182 @@
-"""Events in time: AVE, LLP and UnAV-100."""
-
-from __future__ import annotations
+"""Events in time (AVE, LLP, UnAV-100), and pairs of AVE's clips (a2v, v2a)."""
 
 import math
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from crab.data.sources.raw import Draft, LeftOut, Raw, SourceError, need, one_of, span
+from crab.data.sources.raw import Draft, LeftOut, Raw, Row, SourceError
+from crab.tasks.matching import CHOICES
 from crab.tasks.temporal import EventRange
 from crab.tasks.video_parsing import ModalEvent
 
 AVE = (
-    "Church bell", "Male speech, man speaking", "Bark", "Fixed-wing aircraft, airplane", "Race car, auto racing",
-    "Female speech, woman speaking", "Helicopter", "Violin, fiddle", "Flute", "Ukulele", "Frying (food)", "Truck", "Shofar",
-    "Motorcycle", "Acoustic guitar", "Train horn", "Clock", "Banjo", "Goat", "Baby cry, infant cry", "Bus", "Chainsaw", "Cat",
-    "Horse", "Toilet flush", "Rodents, rats, mice", "Accordion", "Mandolin",
-)
+    "Church bell & Male speech, man speaking & Bark & Fixed-wing aircraft, airplane & Race car, auto racing & "
+    "Female speech, woman speaking & Helicopter & Violin, fiddle & Flute & Ukulele & Frying (food) & Truck & Shofar & "
+    "Motorcycle & Acoustic guitar & Train horn & Clock & Banjo & Goat & Baby cry, infant cry & Bus & Chainsaw & Cat & "
+    "Horse & Toilet flush & Rodents, rats, mice & Accordion & Mandolin"
+).split(" & ")
 LLP = (
-    "Speech", "Car", "Cheering", "Dog", "Cat", "Frying_(food)", "Basketball_bounce", "Fire_alarm", "Chainsaw", "Cello", "Banjo",
-    "Singing", "Chicken_rooster", "Violin_fiddle", "Vacuum_cleaner", "Baby_laughter", "Accordion", "Lawn_mower", "Motorcycle",
-    "Helicopter", "Acoustic_guitar", "Telephone_bell_ringing", "Baby_cry_infant_cry", "Blender", "Clapping",
-)
+    "Speech Car Cheering Dog Cat Frying_(food) Basketball_bounce Fire_alarm Chainsaw Cello Banjo Singing "
+    "Chicken_rooster Violin_fiddle Vacuum_cleaner Baby_laughter Accordion Lawn_mower Motorcycle Helicopter "
+    "Acoustic_guitar Telephone_bell_ringing Baby_cry_infant_cry Blender Clapping"
+).split()
 AVE_COLUMNS = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
+LLP_COLUMNS = ("filename", "onset", "offset", "event_labels")
+SECONDS = 10  # length of a clip of AVE and LLP
+
+
+def span(row: Row, first: str, last: str) -> tuple[int, int]:
+    """Whole seconds [start, end) from two fields. AVE has a few events of no length; they are left out."""
+    start, end = row.whole(first), row.whole(last)
+    if start == end:
+        raise LeftOut("an event of no length", f"{start} to {end}")
+    if not start < end <= SECONDS:
+        raise row.fault(first, f"seconds {start} to {end} must be 0 <= start < end <= {SECONDS}", "correct them")
+    return start, end
 
 
 def listing(events: Sequence[tuple[str, float, float]]) -> str:
-    """"dog from 0 to 3 and dog from 5 to 6"."""
+    """The events in words, e.g. ``dog from 0 to 3 and dog from 5 to 6``."""
     return " and ".join(f"{name} from {start} to {end}" for name, start, end in events)
 
 
-def ave_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Rows of Annotations.txt (`Category&VideoID&Quality&StartTime&EndTime`) that trainSet.txt or testSet.txt lists."""
-    labelled: dict[tuple[str, str], list] = {}
-    for where, row in raw.rows("Annotations.txt", AVE_COLUMNS, "&", header=False):
-        labelled.setdefault((row["VideoID"], row["Category"]), []).append((where, row))
-    for where, row in raw.rows(f"{split}Set.txt", AVE_COLUMNS, "&", header=False):
-        found = labelled.get((row["VideoID"], row["Category"]))
-        if found:
-            yield found.pop(0) if len(found) > 1 else found[0]
+def ave_rows(raw: Raw, split: str) -> Iterator[Row]:
+    """The rows of Annotations.txt that trainSet.txt or testSet.txt lists, in the order of the list."""
+    labelled: dict[tuple[str, str], list[Row]] = {}
+    for row in raw.rows("Annotations.txt", AVE_COLUMNS, "&", header=False):
+        labelled.setdefault((row["VideoID"], row["Category"]), []).append(row)
+    for row in raw.rows(f"{split}Set.txt", AVE_COLUMNS, "&", header=False):
+        rows = labelled.get((row["VideoID"], row["Category"]))
+        if rows:
+            yield rows.pop(0) if len(rows) > 1 else rows[0]
         else:
-            raw.fault(SourceError(f"{where}: video {row['VideoID']!r} with {row['Category']!r} is not in Annotations.txt; "
-                                  "correct the line or add it there"))
+            fault = f"{row['VideoID']!r} with {row['Category']!r} is not in Annotations.txt"
+            raw.fault(row.fault("VideoID", fault, "correct the line or add it there"))
 
 
-def ave(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draft]:
-    """AVE labels when an event is both heard and seen, and nothing of the rest."""
-    event = EventRange(one_of(where, row["Category"], AVE), *span(where, row["StartTime"], row["EndTime"]))
-    fields, files = raw.clip(row["VideoID"])
-    record = {**fields, "vid": row["VideoID"], "event": event.event, "start_time": event.start, "end_time": event.end}
-    yield Draft(where, record, event, f"{listing([event])} is both heard and seen .", files, (event.event,))
+def ave(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """AVE labels when an event is both heard and seen, and says nothing about the rest of the clip."""
+    for row in ave_rows(raw, split):
+        with raw.reading(row):
+            event = EventRange(row.one_of("Category", AVE), *span(row, "StartTime", "EndTime"))
+            vid, chain = row["VideoID"], f"{listing([event])} is both heard and seen ."
+            record = {"vid": vid, "event": event.event, "start_time": event.start, "end_time": event.end}
+            yield raw.clip(Draft(row.place, record, event, chain, (event.event,)), vid)
 
 
-def llp_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Clips of LLP with events of known modality and time.
+def pairs(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """Which of two videos a sound belongs to (a2v), or which of two sounds a video (v2a). AVE's clips, paired.
 
-    The set labels these for its validation and test clips alone.  Of the training clips it says only what occurs, so
-    that no answer can be written; they are left out, unless AVVP_train_audio.csv and AVVP_train_visual.csv, of the form
-    of the AVVP_eval ones, label them.  The validation clips are for training.
+    A clip is in one pair, with a clip of another class. A pair gives two records, one per clip, so that a guess from
+    one side does not help. Clips with several labels are left out: one may show the other's event.
     """
-    names = ["AVVP_eval_audio.csv", "AVVP_eval_visual.csv"]
-    more = ["AVVP_train_audio.csv", "AVVP_train_visual.csv"]
-    if split == "train" and any(map(raw.has, more)):
-        names += more
+    rows = list(ave_rows(raw, split))
+    labels = Counter(row["VideoID"] for row in rows)
+    clips: list[Draft] = []
+    for row in rows:
+        with raw.reading(row):
+            event, vid = row.one_of("Category", AVE), row["VideoID"]
+            if labels[vid] > 1:
+                raise LeftOut("several labels", vid)
+            clips.append(raw.clip(Draft(row.place, {}, event, ""), vid))
+    random.Random(f"{raw.seed} {split}").shuffle(clips)
+    while clips:
+        first = clips.pop()
+        partner = next((i for i in reversed(range(len(clips))) if clips[i].truth != first.truth), None)
+        if partner is None:
+            raw.leave("no clip of another class is left to pair with", first.place)
+        else:
+            pair = (first, clips.pop(partner))
+            yield from (_match(slot, pair, right) for right in (0, 1))
+
+
+def _match(slot: str, pair: tuple[Draft, Draft], right: int) -> Draft:
+    """The record of a pair that asks for its clip number `right`, 0 or 1."""
+    two, one = ("video", "audio") if slot == "a2v" else ("audio", "video")
+    sense, option, verb = ("hear", "video", "shows") if slot == "a2v" else ("see", "sound", "is")
+    asked, events = pair[right], tuple(clip.truth for clip in pair)
+    paths = {f"{two}{n}_path": clip.record[f"{two}_path"] for n, clip in enumerate(pair, 1)}
+    paths[f"{one}_path"] = asked.record[f"{one}_path"]
+    record = paths | {f"correct_{two}": right + 1, f"{one}_event": asked.truth}
+    record |= {f"{two}{n}_event": event for n, event in enumerate(events, 1)}
+    options = [f"{option} {number} {verb} : {event} ." for number, event in zip(CHOICES, events, strict=True)]
+    # of both clips the media of the kind to choose from, of the one asked for also its other medium
+    files = [item for clip in pair for item in clip.files.items() if item[0].startswith(two) or clip is asked]
+    chain = " ".join([f"i {sense} : {asked.truth} .", *options])
+    return Draft(pair[0].place, record, CHOICES[right], chain, events, files=dict(files))
+
+
+def llp(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """LLP labels when each event is heard and when it is seen, separately.
+
+    It does so for its validation and test clips only. The validation clips are for training. For the training clips it
+    says only what occurs, so no answer can be written and they are left out, unless AVVP_train_audio.csv and
+    AVVP_train_visual.csv label them in the form of the AVVP_eval files.
+    """
+    parts = ["eval"]
+    if split == "train" and (raw.has("AVVP_train_audio.csv") or raw.has("AVVP_train_visual.csv")):
+        parts.append("train")
     dense: dict[str, list[ModalEvent | SourceError]] = {}
-    for name in names:
-        for where, row in raw.rows(name, ("filename", "onset", "offset", "event_labels"), "\t"):
+    for part, modality in ((part, modality) for part in parts for modality in ("audio", "visual")):
+        for row in raw.rows(f"AVVP_{part}_{modality}.csv", LLP_COLUMNS, "\t"):
             events = dense.setdefault(row["filename"], [])
             try:
-                modality = "audio" if name.endswith("audio.csv") else "visual"
-                events.append(ModalEvent(modality, one_of(where, row["event_labels"], LLP), *span(where, row["onset"], row["offset"])))
-            except LeftOut as left:  # no segment is marked by it, in the set's own reading
-                raw.leave(left.reason, f"{where}: {left.about}")
-            except SourceError as error:  # to be raised for the clip, which must not be taken for whole
+                events.append(ModalEvent(modality, row.one_of("event_labels", LLP), *span(row, "onset", "offset")))
+            except LeftOut as left:  # the set itself marks no segment for it
+                raw.leave(left.reason, f"{row.place}: {left.about}")
+            except SourceError as error:  # raised below for the whole clip, which is not fully labelled
                 events.append(error)
     for name in ["AVVP_train.csv", "AVVP_val_pd.csv"] if split == "train" else ["AVVP_test_pd.csv"]:
-        for where, row in raw.rows(name, ("filename", "event_labels"), "\t"):
-            events = dense.get(row["filename"])
-            if events:
-                yield where, {**row, "events": events}
-            else:
-                raw.leave("labels without modality and times", f"{where}: {row['filename']}")
+        for row in raw.rows(name, ("filename", "event_labels"), "\t"):
+            with raw.reading(row):
+                if not dense.get(row["filename"]):
+                    raise LeftOut("labels without modality and times", row["filename"])
+                yield _parsing(raw, row, dense[row["filename"]])
 
 
-def llp(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draft]:
-    """LLP labels each event with when it is heard and when it is seen, apart."""
+def _parsing(raw: Raw, row: Row, events: Sequence[ModalEvent | SourceError]) -> Draft:
     for label in row["event_labels"].split(","):
-        one_of(where, label, LLP)
-    for error in (e for e in row["events"] if isinstance(e, SourceError)):
+        Row(row.place, {"event_labels": label}).one_of("event_labels", LLP)
+    for error in (event for event in events if isinstance(event, SourceError)):
         raise error
-    events = sorted(row["events"], key=lambda e: (e.modality, e.start, e.end, e.event))
+    events = sorted(events, key=lambda e: (e.modality, e.start, e.end, e.event))
+    labels, sentences = tuple(sorted({event.event for event in events})), []
+    for modality, verb, participle in (("audio", "hear", "heard"), ("visual", "see", "seen")):
+        part = [event[1:] for event in events if event.modality == modality]
+        sentences.append(f"i {verb} {listing(part)} ." if part else f"none of the events is {participle} .")
     name = row["filename"]
     vid = name.rsplit("_", 2)[0]
-    fields, files = raw.clip(vid, name, name[:11])
-    labels = tuple(sorted({e.event for e in events}))
-    told = []
-    for modality, verb, said in (("audio", "hear", "heard"), ("visual", "see", "seen")):
-        part = [e[1:] for e in events if e.modality == modality]
-        told.append(f"i {verb} {listing(part)} ." if part else f"none of the events is {said} .")
-    record = {**fields, "filename": name, "vid": vid, "event": ",".join(labels)}
-    yield Draft(where, record, tuple(events), " ".join(told), files, labels)
+    record = {"filename": name, "vid": vid, "event": ",".join(labels)}
+    return raw.clip(Draft(row.place, record, tuple(events), " ".join(sentences), labels), vid, name, name[:11])
 
 
-def unav_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Videos of unav100_annotations.json: `database` -> video -> `subset`, `annotations` (`segment`, `label`)."""
-    for where, entry in raw.entries("unav100_annotations.json", "database"):
-        if entry.get("subset") == split:
-            yield where, entry
-        elif entry.get("subset") not in ("validation", "test"):
-            raw.fault(SourceError(f"{where}, field 'subset': is {entry.get('subset')!r:.80}; give train, validation or test"))
+def unav(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """UnAV-100 labels events that are both heard and seen. Times are rounded to a tenth of a second."""
+    for row in raw.entries("unav100_annotations.json", "database"):
+        with raw.reading(row):
+            if row.one_of("subset", ("train", "validation", "test")) != split:
+                continue
+            parts = enumerate(row.need("annotations", list))
+            events = [_event(f"{row.place}, annotation {number}", part) for number, part in parts]
+            if not events:
+                raise LeftOut("no event", "no annotations")
+            events.sort(key=lambda e: (e.start, e.end, e.event))
+            labels = tuple(sorted({event.event for event in events}))
+            chain, vid = f"both heard and seen : {listing(events)} .", row["key"]
+            yield raw.clip(Draft(row.place, {"vid": vid}, tuple(events), chain, labels), vid)
 
 
-def unav(raw: Raw, slot: str, split: str, where: str, entry: dict) -> Iterator[Draft]:
-    """UnAV-100 labels events that are both heard and seen; times to a tenth of a second."""
-    events = []
-    for number, part in enumerate(need(where, entry, "annotations", list)):
-        if not isinstance(part, dict):
-            raise SourceError(f"{where}, annotation {number}: is a {type(part).__name__}; it must be an object with fields")
-        label, segment = need(where, part, "label").strip(), need(where, part, "segment", list)
-        try:
-            start, end = (round(float(t), 1) for t in segment)
-        except (TypeError, ValueError):
-            start = end = math.nan
-        if not 0 <= start < end < 10_000:
-            raise SourceError(f"{where}, annotation {number}, field 'segment': {segment!r:.80} must be [start, end] in seconds, "
-                              "0 <= start < end; correct it")
-        events.append(EventRange(label, *(int(t) if t == int(t) else t for t in (start, end))))
-    if not events:
-        raise LeftOut("no event", "no annotations")
-    fields, files = raw.clip(entry["key"])
-    events.sort(key=lambda e: (e.start, e.end, e.event))
-    yield Draft(where, {**fields, "vid": entry["key"]}, tuple(events), f"both heard and seen : {listing(events)} .", files,
-                tuple(sorted({e.event for e in events})))
+def _event(place: str, part: object) -> EventRange:
+    """One of UnAV-100's `annotations`: a `label` and a `segment` [start, end] in seconds."""
+    if not isinstance(part, dict):
+        raise SourceError(f"{place}: is a {type(part).__name__}; it must be an object with fields")
+    row = Row(place, part)
+    label, segment = row.need("label").strip(), row.need("segment", list)
+    try:
+        start, end = (round(float(time), 1) for time in segment)
+    except (TypeError, ValueError, OverflowError):
+        start = end = math.nan
+    if not 0 <= start < end < 10_000:
+        raise row.fault("segment", f"{segment!r:.80} must be [start, end] in seconds, 0 <= start < end")
+    return EventRange(label, *(int(time) if time == int(time) else time for time in (start, end)))

@@ -1,7 +1,5 @@
 """Boxes and points from masks: AVSBench (s4, ms3, arig) and Ref-AVS."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,127 +7,130 @@ from pathlib import Path
 import numpy as np
 
 from crab.data import media
-from crab.data.sources.raw import Draft, LeftOut, Raw, SourceError, one_of, plain, whole
-from crab.world.views.where import points_inside
+from crab.data.sources.raw import Draft, LeftOut, Raw, Row, SourceError
 from crab.tasks.referring import NULL
-from crab.tasks.segmentation import Prompt, bounding_box
+from crab.tasks.segmentation import Prompt, bounding_box, points_inside
 
 OLDER = "s4_meta_data.csv"
-SETS = {"s4": "v1s", "arig": "v1s", "ms3": "v1m"}  # folders of AVSBench, which metadata.csv calls `label`
-REF_SPLITS = {"train": ("train",), "test": ("test_s", "test_u", "test_n")}
+SETS = {"s4": "v1s", "arig": "v1s", "ms3": "v1m"}  # folders of AVSBench; metadata.csv calls them `label`
+REF_TESTS = ("test_s", "test_u", "test_n")
 
 
-def avs_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Frames of the clips in metadata.csv: five a clip, but of the single-source training clips the labelled first alone.
+def avs(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """AVSBench labels what sounds in a clip (`a_obj`) and where it is, one frame per second.
 
-    The older release has s4_meta_data.csv instead, for single sources; what sounds is there called by its category.
+    A clip has five frames, but of the single-source training clips only the first is labelled. A frame in which nothing
+    is marked has no box and is left out. If there is no metadata.csv, the older release of the single sources is read.
     """
-    if SETS[slot] == "v1s" and raw.has(OLDER) and not raw.has("metadata.csv"):
-        for where, row in raw.rows(OLDER, ("category", "split")):
+    older = SETS[slot] == "v1s" and raw.has(OLDER) and not raw.has("metadata.csv")
+    frames = range(1 if (split, SETS[slot]) == ("train", "v1s") else 5)
+    for clip in _older_clips(raw) if older else _clips(raw):
+        if (clip["split"], clip["label"]) == (split, SETS[slot]):
+            for row in (Row(f"{clip.place}, frame {frame}", {**clip, "frame": frame}) for frame in frames):
+                with raw.reading(row):
+                    yield _sounding(slot, row, *(_older_files(raw, row) if older else _files(raw, row)))
+
+
+def _clips(raw: Raw) -> Iterator[Row]:
+    for row in raw.rows("metadata.csv", ("vid", "uid", "a_obj", "split", "label")):
+        with raw.reading(row):
+            row.one_of("split", ("train", "val", "test"))
+            row.one_of("label", ("v1s", "v1m", "v2"))
+            yield row
+
+
+def _files(raw: Raw, row: Row) -> tuple[Path, Path, Path]:
+    """Image, sound and mask of a frame."""
+    clip = raw.file("metadata.csv").parent / row["label"] / row.name("uid")
+    return clip / f"frames/{row['frame']}.jpg", clip / "audio.wav", clip / f"labels_rgb/{row['frame']}.png"
+
+
+def _older_clips(raw: Raw) -> Iterator[Row]:
+    """Clips of the older release in the fields of the newer. The category of a clip says what sounds in it."""
+    for row in raw.rows(OLDER, ("category", "split")):
+        with raw.reading(row):
             name, *_ = row.values()  # its first column, whatever it is called
-            if row["split"] not in ("train", "val", "test"):
-                raw.fault(SourceError(f"{where}: split {row['split']!r} must be train, val or test; correct it"))
-            elif row["split"] == split:
-                row = {"vid": name, "uid": name, "a_obj": row["category"], "split": split, "label": "v1s"}
-                for frame in range(1 if split == "train" else 5):
-                    yield f"{where}, frame {frame}", {**row, "frame": frame}
-        return
-    for where, row in raw.rows("metadata.csv", ("vid", "uid", "a_obj", "split", "label")):
-        if row["split"] not in ("train", "val", "test") or row["label"] not in ("v1s", "v1m", "v2"):
-            raw.fault(SourceError(f"{where}: split {row['split']!r} of {row['label']!r} must be train, val or test of v1s, v1m "
-                                  "or v2; correct it"))
-        elif (row["split"], row["label"]) == (split, SETS[slot]):
-            for frame in range(1 if (split, row["label"]) == ("train", "v1s") else 5):
-                yield f"{where}, frame {frame}", {**row, "frame": frame}
+            part = row.one_of("split", ("train", "val", "test"))
+            clip = {"vid": name, "uid": name, "a_obj": row["category"], "category": row["category"], "split": part}
+            yield Row(row.place, clip | {"label": "v1s"})
 
 
-def avs(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draft]:
-    """AVSBench labels what sounds in a clip (`a_obj`) and where it is, a second a frame.
+def _older_files(raw: Raw, row: Row) -> tuple[Path, Path, Path]:
+    """As `_files`. The older release has a folder per kind, split and category, and numbers frames from 1."""
+    base, uid = raw.file(OLDER).parent, row.name("uid")
+    base = base / "s4_data" if (base / "s4_data").is_dir() else base
+    folder = f"{row['split']}/{row.name('category')}"
+    frame = f"{folder}/{uid}/{uid}_{row['frame'] + 1}.png"
+    return base / "visual_frames" / frame, base / f"audio_wav/{folder}/{uid}.wav", base / "gt_masks" / frame
 
-    A frame in which nothing is marked has no box and is left out.
-    """
-    frame, uid = row["frame"], plain(where, "uid", row["uid"])
-    image, audio, labels = _newer(raw, row) if raw.has("metadata.csv") else _older(raw, where, row)
-    prompt = _prompt(where, image, audio, labels)
+
+def _sounding(slot: str, row: Row, image: Path, audio: Path, mask: Path) -> Draft:
+    """The record of one frame."""
+    prompt = _prompt(row.place, image, audio, mask)
     if prompt is None:
-        raise LeftOut("nothing is marked in the frame", str(labels))
-    base = f"AVS/{row['label']}/{uid}"
-    shown = f"{base}/frames/{frame}{image.suffix}"
-    files = {shown: image, f"{base}/audio.wav": audio, f"{base}/labels_rgb/{frame}.png": labels}
-    record = {"image_path" if split == "train" else "visual_path": shown,
-              "audio_path": f"{base}/audio.wav", "a_obj": row["a_obj"], "frame_idx": frame}
+        raise LeftOut("nothing is marked in the frame", str(mask))
+    clip, number, a_obj = f"AVS/{row['label']}/{row['uid']}", row["frame"], row["a_obj"]
+    shown, sound = f"{clip}/frames/{number}{image.suffix}", f"{clip}/audio.wav"
+    field = "image_path" if row["split"] == "train" else "visual_path"
+    record = {field: shown, "audio_path": sound, "a_obj": a_obj, "frame_idx": number}
     if slot == "arig":
         truth = prompt.box
         record |= {"top_left": list(truth[:2]), "bottom_right": list(truth[2:])}
     else:
         truth = prompt
-        record |= {"vid": row["vid"], "uid": uid}
-    yield Draft(where, record, truth, f"what sounds in the clip : {row['a_obj']} . what sounds now is seen here .", files,
-                (row["a_obj"],))
+        record |= {"vid": row["vid"], "uid": row["uid"]}
+    chain = f"what sounds in the clip : {a_obj} . what sounds now is seen here ."
+    files = {shown: image, sound: audio, f"{clip}/labels_rgb/{number}.png": mask}
+    return Draft(row.place, record, truth, chain, (a_obj,), files=files)
 
 
-def _newer(raw: Raw, row: dict) -> tuple[Path, Path, Path]:
-    """Image, sound and mask of a frame where metadata.csv lists the clips."""
-    clip = raw.file("metadata.csv").parent / row["label"] / row["uid"]
-    return clip / f"frames/{row['frame']}.jpg", clip / "audio.wav", clip / f"labels_rgb/{row['frame']}.png"
+def ref_avs(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """Ref-AVS labels what an expression means, and its mask in each frame; in the null split, that it means nothing.
 
-
-def _older(raw: Raw, where: str, row: dict) -> tuple[Path, Path, Path]:
-    """Those of the older release: a folder for each kind, split and category; frames are numbered from 1."""
-    base = raw.file(OLDER).parent
-    base = base / "s4_data" if (base / "s4_data").is_dir() else base
-    uid, folder = row["uid"], f"{row['split']}/{plain(where, 'category', row['a_obj'])}"
-    named = f"{folder}/{uid}/{uid}_{row['frame'] + 1}.png"
-    return base / "visual_frames" / named, base / f"audio_wav/{folder}/{uid}.wav", base / "gt_masks" / named
-
-
-def ref_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Frames for the expressions of metadata.csv (`vid,uid,split,fid,exp`): all for test, one an expression, in turn, for training.
-
-    The folder of a clip is named by its `uid` without object and number, as the set's own loader has it; else by its `vid`.
+    For test an expression gives all frames of its clip, for training one frame, in turn. The folder of a clip is its
+    `uid` without object and number, as the set's own loader has it; if there is no such folder, its `vid`.
     """
     frames = Counter(p.parent.parent.name for p in raw.paths if p.parent.name == "frames" and p.suffix == ".jpg")
-    for number, (where, row) in enumerate(raw.rows("metadata.csv", ("vid", "uid", "split", "fid", "exp"))):
-        part = row["split"]
-        if part not in ("train", "val", *REF_SPLITS["test"]):
-            raw.fault(SourceError(f"{where}: split {part!r} must be train, val, test_s, test_u or test_n; correct it"))
-        elif part in REF_SPLITS[split]:
-            clip = row["uid"].rsplit("_", 2)[0]
-            clip = clip if clip in frames else row["vid"]
-            count = max(frames[clip], 1)  # a clip without frames is missed in its first
+    for number, clip in enumerate(raw.rows("metadata.csv", ("vid", "uid", "split", "fid", "exp"))):
+        with raw.reading(clip):
+            if clip.one_of("split", ("train", "val", *REF_TESTS)) not in (REF_TESTS if split == "test" else ("train",)):
+                continue
+            vid = clip["uid"].rsplit("_", 2)[0]
+            vid = vid if vid in frames else clip["vid"]
+            count = max(frames[vid], 1)  # of a clip without frames the first one is reported missing
             for frame in range(count) if split == "test" else [number % count]:
-                yield f"{where}, frame {frame}", {**row, "vid": clip, "frame": frame}
+                row = Row(f"{clip.place}, frame {frame}", {**clip, "vid": vid, "frame": frame})
+                with raw.reading(row):
+                    yield _referred(raw.file("metadata.csv").parent, split, row)
 
 
-def ref(raw: Raw, slot: str, split: str, where: str, row: dict) -> Iterator[Draft]:
-    """Ref-AVS labels what an expression means, and its mask in each frame; in the null split, that it means nothing there."""
-    frame, vid, null = row["frame"], plain(where, "vid", row["vid"]), row["split"] == "test_n"
-    base = raw.file("metadata.csv").parent
-    number = whole(where, "fid", row["fid"] if row["fid"].isdigit() or not null else "0")
-    while null and (base / f"gt_mask/{vid}/fid_{number}").exists():  # a number that names no thing of the clip
+def _referred(base: Path, split: str, row: Row) -> Draft:
+    """The record of one frame."""
+    frame, vid, null = row["frame"], row.name("vid"), row["split"] == "test_n"
+    number = 0 if null and not row["fid"].isdigit() else row.whole("fid")
+    while null and (base / f"gt_mask/{vid}/fid_{number}").exists():  # take a number that no object of the clip has
         number += 1
-    image, audio = base / f"media/{vid}/frames/{frame}.jpg", base / f"media/{vid}/audio.wav"
-    labels = base / f"gt_mask/{vid}/fid_{number}/{frame:05d}.png"
-    truth = _prompt(where, image, audio, None if null else labels) or NULL
+    shown, sound = f"media/{vid}/frames/{frame}.jpg", f"media/{vid}/audio.wav"
+    mask = f"gt_mask/{vid}/fid_{number}/{frame:05d}.png"
+    truth = _prompt(row.place, base / shown, base / sound, None if null else base / mask) or NULL
     if truth == NULL and not null and split == "test":
-        raise LeftOut("nothing is marked in the frame", str(labels))
-    files = {f"media/{vid}/frames/{frame}.jpg": image, f"media/{vid}/audio.wav": audio}
-    said = {"idx": frame, "description": row["exp"]}
-    if split == "test":
-        said = {"frame_idx": frame, "object": row["exp"], "split": one_of(where, row["split"], REF_SPLITS["test"], "split")}
-    record = {"image_path" if split == "train" else "visual_path": f"media/{vid}/frames/{frame}.jpg",
-              "audio_path": f"media/{vid}/audio.wav", "vid": vid, "uid": row["uid"], "fid": number, **said}
+        raise LeftOut("nothing is marked in the frame", str(base / mask))
+    record = {"image_path" if split == "train" else "visual_path": shown}
+    record |= {"audio_path": sound, "vid": vid, "uid": row["uid"], "fid": number}
+    if split == "train":
+        record |= {"idx": frame, "description": row["exp"]}
+    else:
+        record |= {"frame_idx": frame, "object": row["exp"], "split": row["split"]}
+    files = {name: base / name for name in (shown, sound)}
     if truth == NULL:
-        yield Draft(where, record, truth, "what is described is not seen here .", files)
-        return
-    files[f"gt_mask/{vid}/fid_{number}/{frame:05d}.png"] = labels
-    named = row["uid"].removeprefix(f"{vid}_").rpartition("_")[0]  # <vid>_<object>_<number>
-    chain = f"what is described is seen here{f' : {named}' if named else ''} ."
-    yield Draft(where, record, truth, chain, files, (named,) if named else ())
+        return Draft(row.place, record, truth, "what is described is not seen here .", files=files)
+    name = row["uid"].removeprefix(f"{vid}_").rpartition("_")[0]  # <vid>_<object>_<number>
+    chain = f"what is described is seen here{f' : {name}' if name else ''} ."
+    return Draft(row.place, record, truth, chain, (name,) if name else (), files=files | {mask: base / mask})
 
 
-def _prompt(where: str, image: Path, audio: Path, labels: Path | None) -> Prompt | None:
-    """Box and points of a mask; None if it marks nothing, or there is to be none."""
+def _prompt(place: str, image: Path, audio: Path, labels: Path | None) -> Prompt | None:
+    """Box and points of a mask. None if it marks nothing, or if there is no mask to read."""
     for kind, path in (("image", image), ("sound", audio), ("mask", labels)):
         if path is not None and not path.is_file():
             raise LeftOut(f"no {kind} file", str(path))
@@ -138,7 +139,7 @@ def _prompt(where: str, image: Path, audio: Path, labels: Path | None) -> Prompt
     try:
         mask = media.read_mask(labels)
     except media.MediaError as error:
-        raise SourceError(f"{where}: {error}") from error
+        raise SourceError(f"{place}: {error}") from error
     box = bounding_box(mask)
     if box is None:
         return None

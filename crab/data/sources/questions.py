@@ -1,75 +1,68 @@
-"""Questions about clips: MUSIC-AVQA and AVQA.
-
-Both label what a question needs (the sound, the view, or both) and its kind, beside question and answer.
-"""
-
-from __future__ import annotations
+"""Questions about clips: MUSIC-AVQA and AVQA. Both label the kind of a question, and whether it is on sound or view."""
 
 import json
 import re
 from collections.abc import Iterator
 
-from crab.data.sources.raw import Draft, LeftOut, Raw, SourceError, need, one_of, plain
+from crab.data.sources.raw import Draft, LeftOut, Raw, Row
 
-_ATTENDS = {"Audio": "i listen", "Sound": "i listen", "Visual": "i look", "View": "i look",
-            "Audio-Visual": "i listen and look", "Both": "i listen and look"}
-RELATIONS = ("Sound", "View", "Both")
+#: What a question is about, in the words of MUSIC-AVQA and of AVQA -> in the words of the chain.
+MODALITIES = {"Audio": "i listen", "Visual": "i look", "Audio-Visual": "i listen and look"}
+RELATIONS = {"Sound": "i listen", "View": "i look", "Both": "i listen and look"}
+BLANK = re.compile(r"<[^<>]*>")
 
 
-def _list(where: str, entry: dict, name: str) -> list[str]:
-    """A list of text, as JSON or, as MUSIC-AVQA has it, JSON in a text."""
-    value = need(where, entry, name, (str, list))
+def _words(row: Row, field: str) -> list[str]:
+    """A list of words, as JSON or, in MUSIC-AVQA, as JSON inside a text."""
+    value = row.need(field, (str, list))
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         value = None
     words = [str(v).strip() for v in value if type(v) in (str, int, float)] if isinstance(value, list) else None
     if words is None or len(words) != len(value) or not all(words):
-        raise SourceError(f"{where}, field '{name}': {entry[name]!r:.80} is no list of words; correct it")
+        raise row.fault(field, f"{row[field]!r:.80} is not a list of words")
     return words
 
 
-def music_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Entries of avqa-train.json or avqa-test.json."""
-    return raw.entries(f"avqa-{split}.json")
+def music(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """MUSIC-AVQA: a question is a template; `templ_values` fill its `<...>`. The answer is called `anser`."""
+    for row in raw.entries(f"avqa-{split}.json"):
+        with raw.reading(row):
+            if row.get("question_deleted") not in (None, 0):
+                raise LeftOut("deleted by the set's authors", "question_deleted")
+            kind, values = _words(row, "type"), _words(row, "templ_values")
+            if len(kind) != 2:
+                raise row.fault("type", f"{row['type']!r:.80} must be the modality and the kind of the question")
+            attends = MODALITIES[Row(row.place, {"type": kind[0]}).one_of("type", MODALITIES)]
+            question = row.need("question_content").strip()
+            blanks = len(BLANK.findall(question))
+            if blanks > len(values):
+                fault = f"{len(values)} values for {blanks} blanks of {question!r:.120}"
+                raise row.fault("templ_values", fault, "give one for each blank")
+            for value in values:
+                question = BLANK.sub(lambda _, value=value: value, question, count=1)
+            answer = row.need("anser" if "anser" in row else "answer").strip()
+            number, video, _ = row.need("question_id", (int, str)), row.need("video_id"), row.name("video_id")
+            record = {"video_id": video, "question_id": number, "type": json.dumps(kind), "question": question}
+            chain = f"to answer , {attends} : it is a question of kind {kind[1].lower()} ."
+            draft = Draft(row.place, record | {"answer": answer}, answer, chain, (answer, *values))
+            yield raw.clip(draft, video)
 
 
-def music(raw: Raw, slot: str, split: str, where: str, entry: dict) -> Iterator[Draft]:
-    """MUSIC-AVQA: a question is a template, its `<...>` filled from `templ_values`; the answer is spelled `anser`."""
-    if entry.get("question_deleted") not in (None, 0):
-        raise LeftOut("deleted by the set's authors", "question_deleted")
-    kind, values = _list(where, entry, "type"), _list(where, entry, "templ_values")
-    if len(kind) != 2:
-        raise SourceError(f"{where}, field 'type': {entry['type']!r:.80} must be the modality and the kind of the question")
-    modality = one_of(where, kind[0], ("Audio", "Visual", "Audio-Visual"), "modality")
-    template = need(where, entry, "question_content").strip()
-    question, blanks = template, len(re.findall(r"<[^<>]*>", template))
-    if blanks > len(values):
-        raise SourceError(f"{where}, field 'templ_values': {len(values)} values for {blanks} blanks of {template!r:.120}; give each one")
-    for value in values:
-        question = re.sub(r"<[^<>]*>", lambda _: value, question, count=1)
-    answer = need(where, entry, "anser" if "anser" in entry else "answer").strip()
-    number, video = need(where, entry, "question_id", (int, str)), plain(where, "video_id", need(where, entry, "video_id"))
-    fields, files = raw.clip(video)
-    record = {**fields, "video_id": video, "question_id": number, "type": json.dumps(kind), "question": question, "answer": answer}
-    chain = f"to answer , {_ATTENDS[modality]} : it is a question of kind {kind[1].lower()} ."
-    yield Draft(where, record, answer, chain, files, (answer, *values))
-
-
-def avqa_rows(raw: Raw, slot: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Entries of train_qa.json; of val_qa.json for test, since the set has no other."""
-    return raw.entries("train_qa.json" if split == "train" else "val_qa.json")
-
-
-def avqa(raw: Raw, slot: str, split: str, where: str, entry: dict) -> Iterator[Draft]:
-    """AVQA: four choices, the answer by its place from 0."""
-    choices, place = _list(where, entry, "multi_choice"), need(where, entry, "answer", int)
-    relation = one_of(where, need(where, entry, "question_relation"), RELATIONS, "relation")
-    if len(choices) < 2 or not 0 <= place < len(choices):
-        raise SourceError(f"{where}, field 'answer': {place} is no place among {len(choices)} choices; "
-                          f"give 0 to {len(choices) - 1}")
-    texts = {n: need(where, entry, n, (str, int)) for n in ("id", "video_name", "video_id", "question_type", "question_text")}
-    fields, files = raw.clip(plain(where, "video_name", str(texts["video_name"])))
-    record = {**fields, **texts, "question_relation": relation, "multi_choice": choices, "answer": place}
-    chain = f"to answer , {_ATTENDS[relation]} : it is a question of kind {texts['question_type'].lower()} ."
-    yield Draft(where, record, choices[place], chain, files, (choices[place],), tuple(c for c in choices if c != choices[place]))
+def avqa(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
+    """AVQA: several choices; the answer is an index from 0. The set has no test file, so its val file is for test."""
+    for row in raw.entries("train_qa.json" if split == "train" else "val_qa.json"):
+        with raw.reading(row):
+            choices, index = _words(row, "multi_choice"), row.need("answer", int)
+            relation = row.one_of("question_relation", RELATIONS)
+            if len(choices) < 2 or not 0 <= index < len(choices):
+                fault = f"{index} is no place among {len(choices)} choices"
+                raise row.fault("answer", fault, f"give 0 to {len(choices) - 1}")
+            fields = ("id", "video_name", "video_id", "question_type", "question_text")
+            record = {field: row.need(field, (str, int)) for field in fields}
+            record |= {"question_relation": relation, "multi_choice": choices, "answer": index}
+            right, others = choices[index], tuple(choice for choice in choices if choice != choices[index])
+            kind = record["question_type"].lower()
+            chain = f"to answer , {RELATIONS[relation]} : it is a question of kind {kind} ."
+            yield raw.clip(Draft(row.place, record, right, chain, (right,), others), row.name("video_name"))

@@ -1,18 +1,17 @@
-"""A raw data set on disk: its annotation files read row by row, its media found by name, what is left out written down.
+"""A raw data set on disk: its annotation files are read row by row, and its media are found by name.
 
-A *fault* is something that should not be there (a malformed row, an unknown label, two files of one name): an error that
-names file, line and mend, or, where the caller says so, a row left out like any other.  What is *left out* (media that
-are missing, clips without sound, labels that say too little) is kept by reason, with the place of each.
+A *fault* is something that should not be there: a malformed row, an unknown label, two files of one name. It raises an
+error that names file, line and fix, or, with ``faults="skip-and-record"``, its row is left out. What is *left out*
+(missing media, clips without sound, labels that say too little) is recorded by reason, with the place of each row.
 """
-
-from __future__ import annotations
 
 import csv
 import difflib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,46 +21,80 @@ AUDIO = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg")
 
 
 class SourceError(ValueError):
-    """A fault of a raw data set: the message names file, line or record, field, and the mend."""
+    """A fault of a raw data set. The message names file, line or record, field, and fix."""
 
 
 class LeftOut(Exception):
-    """Raised for a row of which no record is made: the reason, then what it is about."""
+    """Raised for a row that cannot become a record, with a reason and what the reason is about."""
 
     def __init__(self, reason: str, about: str) -> None:
         super().__init__(reason, about)
         self.reason, self.about = reason, about
 
 
+class Row(dict[str, Any]):
+    """The fields of one row, and its place (file and line, or record) for messages."""
+
+    def __init__(self, place: str, fields: Any) -> None:
+        super().__init__(fields)
+        self.place = place
+
+    def fault(self, field: str, fault: str, fix: str = "correct it") -> SourceError:
+        """An error about a field."""
+        return SourceError(f"{self.place}, field '{field}': {fault}; {fix}")
+
+    def need(self, field: str, kind: type | tuple[type, ...] = str) -> Any:
+        """A field of this type that is not empty."""
+        value = self.get(field)
+        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise self.fault(field, f"is {value!r:.80}" if field in self else "is missing", f"give a {wanted}")
+        return value
+
+    def one_of(self, field: str, allowed: Collection[str]) -> str:
+        """A field whose value is one of these."""
+        value = str(self.get(field, ""))
+        if value in allowed:
+            return value
+        near = difflib.get_close_matches(value, allowed, n=1)
+        fix = f"did it mean {near[0]!r}?" if near else f"give one of {', '.join(allowed):.200}"
+        raise self.fault(field, f"{value!r:.80} is not among the set's {len(allowed)}", fix)
+
+    def whole(self, field: str) -> int:
+        """A field that is a whole number of at least 0."""
+        try:
+            number = float(self[field])
+            if number >= 0 and number == int(number):
+                return int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise self.fault(field, f"{self[field]!r:.80} is not a whole number of at least 0")
+
+    def name(self, field: str) -> str:
+        """A field that becomes part of a path: text without slashes, or a number."""
+        value = str(self.need(field, (str, int)))
+        if value in (".", "..") or set(value) & set("/\\\0"):
+            raise self.fault(field, f"{value!r:.80} is not a file name")
+        return value
+
+
 class Draft(NamedTuple):
-    """A record before its answer is written and its media are in place.
+    """A record before its answer is written and its media are in place."""
 
-    Attributes:
-        where: the row it comes from, for messages.
-        record: the published fields, but for the answer.
-        truth: the answer, of the type that :func:`crab.tasks.parse` returns.
-        chain: statements before the answer, each supported by the labels.
-        files: path under the media slot's folder -> file of the raw set.  A sound whose file is a video is extracted.
-        labels: the labels that a chain may name.
-        others: labels that it may not name, beside those of other records (the wrong choices of a question).
-    """
-
-    where: str
-    record: dict[str, Any]
-    truth: Any
-    chain: str
-    files: dict[str, Path]
-    labels: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+    place: str  #: of its row
+    record: dict[str, Any]  #: the published fields, without the answer
+    truth: Any  #: the answer, of the type that :func:`crab.tasks.parse` returns
+    chain: str  #: statements before the answer; the labels support each of them
+    labels: Sequence[str] = ()  #: that the chain may name
+    others: Sequence[str] = ()  #: that it may not name, besides those of other records (wrong choices of a question)
+    #: Path under the slot's media folder -> file of the raw set. If a sound's file is a video, its sound is extracted.
+    files: dict[str, Path] = {}
 
 
 class Raw:
-    """A raw data set.
+    """A raw data set: annotation files and media anywhere below the folder `root`. `seed` is for the pairs of a2v, v2a.
 
-    Args:
-        root: its folder; annotation files and media may lie anywhere below.
-        faults: one of :data:`FAULTS`.
-        seed: of what is drawn (the pairs of a2v and v2a).
+    What is left out stands in ``left_out``: reason -> the places of the rows.
     """
 
     def __init__(self, root: str | os.PathLike, faults: str = "error", seed: int = 0) -> None:
@@ -71,27 +104,36 @@ class Raw:
             raise ValueError(f"faults is {faults!r}; give one of {', '.join(FAULTS)}")
         if not self.root.is_dir():
             raise SourceError(f"{self.root}: no such folder; give the one that holds the raw data set")
-        self.paths: list[Path] = []
+        self.paths: list[Path] = []  #: all files that are not hidden
         self._stems: dict[str, list[Path]] = {}
         walked = {os.path.realpath(self.root)}
         for folder, names, files in os.walk(self.root, followlinks=True):
             below = {n: os.path.realpath(os.path.join(folder, n)) for n in sorted(names) if not n.startswith(".")}
-            names[:] = [n for n, real in below.items() if real not in walked and not walked.add(real)]  # links may loop
+            # links may form a loop
+            names[:] = [n for n, real in below.items() if real not in walked and not walked.add(real)]
             self.paths += (Path(folder, name) for name in sorted(files) if not name.startswith("."))
         for path in self.paths:
             self._stems.setdefault(path.stem, []).append(path)
 
-    def leave(self, reason: str, where: str) -> None:
-        """Write down that something is left out."""
-        self.left_out.setdefault(reason, []).append(where)
+    def leave(self, reason: str, place: str) -> None:
+        """Record that something is left out."""
+        self.left_out.setdefault(reason, []).append(place)
 
     def fault(self, error: SourceError) -> None:
-        """Raise the error, or write it down."""
+        """Raise the error, or record it."""
         if self.faults == "error":
             raise error
         self.leave("fault", str(error))
 
-    # ------------------------------------------------------------ annotation files
+    @contextmanager
+    def reading(self, row: Row | Draft) -> Iterator[None]:
+        """Leave the row out if the body raises LeftOut, or treat it as a fault if it raises SourceError."""
+        try:
+            yield
+        except LeftOut as left:
+            self.leave(left.reason, f"{row.place}: {left.about}")
+        except SourceError as error:
+            self.fault(error)
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -99,12 +141,13 @@ class Raw:
 
     def file(self, name: str) -> Path:
         """The annotation file of this name that lies highest."""
-        found = sorted((p for p in self._stems.get(Path(name).stem, ()) if p.name == name), key=lambda p: (len(p.parts), p))
-        if not found:
+        paths = [path for path in self._stems.get(Path(name).stem, ()) if path.name == name]
+        paths.sort(key=lambda path: (len(path.parts), path))
+        if not paths:
             raise SourceError(f"{self.root}: no {name} in it or below; put the data set's own file there")
-        if len(found) > 1 and len(found[0].parts) == len(found[1].parts):
-            raise SourceError(f"{found[0]} and {found[1]}: which is meant? keep one of them under {self.root}")
-        return found[0]
+        if len(paths) > 1 and len(paths[0].parts) == len(paths[1].parts):
+            raise SourceError(f"{paths[0]} and {paths[1]}: which is meant? keep one of them under {self.root}")
+        return paths[0]
 
     def text(self, name: str) -> tuple[Path, str]:
         """An annotation file and its text."""
@@ -115,139 +158,76 @@ class Raw:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise SourceError(f"{path}, line {line}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
-    def lines(self, name: str) -> Iterator[tuple[str, str]]:
-        """(where, line) of a text file, empty lines skipped."""
+    def lines(self, name: str) -> Iterator[Row]:
+        """The lines of a text file that are not empty, as rows with the field `line`."""
         path, text = self.text(name)
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
-                yield f"{path}, line {number}", line.strip()
+                yield Row(f"{path}, line {number}", {"line": line.strip()})
 
-    def rows(self, name: str, columns: Sequence[str], delimiter: str = ",", header: bool = True) -> Iterator[tuple[str, dict]]:
-        """(where, row) of a delimited file, values stripped.
+    def rows(self, name: str, columns: Sequence[str], delimiter: str = ",", header: bool = True) -> Iterator[Row]:
+        """The rows of a file of delimited fields. Quotes have a meaning only in comma-separated files.
 
         Args:
-            columns: those that must be there; without a header, all of them in order (a line that repeats them is skipped).
+            columns: those it must have or, without a header, all of them in order. Lines that repeat them are skipped.
         """
         path, text = self.text(name)
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter,
-                           quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
-        names = list(columns)
+        quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
         try:
-            if header:
-                names = [n.strip() for n in next(lines, [])]
-                for absent in (c for c in columns if c not in names):
-                    raise SourceError(f"{path}, line 1: no column '{absent}' in its header; it needs {', '.join(columns)}, "
-                                      f"separated by {delimiter!r}")
-            for values in lines:
-                values = [v.strip() for v in values]
-                where = f"{path}, line {lines.line_num}"
-                if not any(values) or values == names:
-                    continue
-                if len(values) != len(names):
-                    self.fault(SourceError(f"{where}: {len(values)} fields, must be {len(names)} ({', '.join(names)}); "
-                                           "mend or remove the line"))
-                    continue
-                yield where, dict(zip(names, values, strict=True))
+            names = [name.strip() for name in next(lines, [])] if header else list(columns)
+            for absent in (column for column in columns if column not in names):
+                fix = f"it needs {', '.join(columns)}, separated by {delimiter!r}"
+                raise SourceError(f"{path}, line 1: no column '{absent}' in its header; {fix}")
+            for values in ([value.strip() for value in line] for line in lines):
+                place = f"{path}, line {lines.line_num}"
+                if len(values) == len(names) and any(values) and values != names:
+                    yield Row(place, zip(names, values, strict=True))
+                elif any(values) and values != names:
+                    fault = f"{len(values)} fields, must be {len(names)} ({', '.join(names)})"
+                    self.fault(SourceError(f"{place}: {fault}; fix or remove the line"))
         except csv.Error as error:
-            raise SourceError(f"{path}, line {lines.line_num}: {error}; mend the line or fetch the file again") from error
+            fix = "fix the line or download the file again"
+            raise SourceError(f"{path}, line {lines.line_num}: {error}; {fix}") from error
 
-    def entries(self, name: str, inside: str = "") -> Iterator[tuple[str, dict]]:
-        """(where, entry) of a JSON list of objects, or of the object of objects `inside`; its place or name is the entry's "key"."""
+    def entries(self, name: str, inside: str = "") -> Iterator[Row]:
+        """The objects of a JSON list, or of the object `inside`. The field "key" is the index or name of each."""
         path, text = self.text(name)
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SourceError(f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}); "
-                              "mend it there or fetch the file again") from error
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from error
+        except (ValueError, RecursionError) as error:  # a JSON error names line and column
+            raise SourceError(f"{path}: malformed JSON ({error}); fix it there or download the file again") from error
         value = value.get(inside) if inside and isinstance(value, dict) else value
         if not isinstance(value, dict if inside else list):
             wanted = f"an object with an object '{inside}'" if inside else "a list of records"
             raise SourceError(f"{path}: holds a {type(value).__name__}; it must be {wanted}")
         for key, entry in value.items() if inside else enumerate(value):
+            place = f"{path}, record {key}"
             if isinstance(entry, dict):
-                yield f"{path}, record {key}", {**entry, "key": key}
+                yield Row(place, {**entry, "key": key})
             else:
-                self.fault(SourceError(f"{path}, record {key}: is a {type(entry).__name__}; it must be an object with fields"))
-
-    # ------------------------------------------------------------ media
+                self.fault(SourceError(f"{place}: is a {type(entry).__name__}; it must be an object with fields"))
 
     def media(self, suffixes: Sequence[str], stem: str, within: str = "") -> Path | None:
-        """The file of this stem with the first of the suffixes that occurs, in a folder called `within` if one is named."""
-        found = [p for p in self._stems.get(stem, ()) if not within or within in p.relative_to(self.root).parts[:-1]]
-        for suffix in suffixes:
-            same = [p for p in found if p.suffix.lower() == suffix]
-            if len(same) > 1:
-                raise SourceError(f"{same[0]} and {same[1]}: two files of one name; keep the one that is meant under {self.root}")
-            if same:
-                return same[0]
-        return None
+        """The file of this stem with the first suffix that occurs, in a folder named `within` if that is given."""
+        paths = [p for p in self._stems.get(stem, ()) if not within or within in p.relative_to(self.root).parts[:-1]]
+        paths = [path for suffix in suffixes for path in paths if path.suffix.lower() == suffix]
+        if len(paths) > 1 and paths[0].suffix.lower() == paths[1].suffix.lower():
+            fix = f"keep the right one under {self.root}"
+            raise SourceError(f"{paths[0]} and {paths[1]}: two files of one name; {fix}")
+        return paths[0] if paths else None
 
-    def clip(self, *stems: str, within: str = "", folder: str = "") -> tuple[dict[str, str], dict[str, Path]]:
-        """Fields and files of the clip called by the first of these stems that is there.
+    def clip(self, draft: Draft, *stems: str, within: str = "", folder: str = "") -> Draft:
+        """The draft with the fields and files of the first of these stems that has a video; if none has, it is LeftOut.
 
-        Args:
-            within: a folder of the raw set in which it must lie.
-            folder: the folder that it gets under `video/` and `audio/`.
-
-        Raises:
-            LeftOut: there is no such video.  A clip without a sound file has its sound in the video.
+        A clip without a sound file has its sound in the video. The video must lie in a folder named `within`, if that
+        is given; `folder` is the folder that it gets under ``video/`` and ``audio/``.
         """
         video = next(filter(None, (self.media(VIDEO, stem, within) for stem in stems)), None)
         if video is None:
             raise LeftOut("no video file", stems[0])
         audio = self.media(AUDIO, video.stem, within)
         prefix = f"{folder}/" if folder else ""
-        fields = {"video_path": f"{prefix}{video.name}",
-                  "audio_path": f"{prefix}{audio.name if audio else f'{video.stem}.wav'}"}
-        return fields, {f"video/{fields['video_path']}": video, f"audio/{fields['audio_path']}": audio or video}
-
-
-# ---------------------------------------------------------------- values
-
-def one_of(where: str, value: str, allowed: Sequence[str], what: str = "label") -> str:
-    """The value, if it is allowed."""
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    raise SourceError(f"{where}: {what} {str(value)!r:.80} is not among the set's {len(allowed)}"
-                      + (f"; did it mean {near[0]!r}?" if near else f" ({', '.join(allowed):.200}); correct it"))
-
-
-def whole(where: str, name: str, value: Any) -> int:
-    """A whole number of at least 0."""
-    try:
-        number = float(value)
-        if number >= 0 and number == int(number):
-            return int(number)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise SourceError(f"{where}, field '{name}': {value!r:.80} is no whole number of at least 0; correct it")
-
-
-def span(where: str, start: Any, end: Any, last: int = 10) -> tuple[int, int]:
-    """Whole seconds [start, end) within a clip of `last` seconds; an event of no length is left out, as AVE has a few."""
-    start, end = whole(where, "start", start), whole(where, "end", end)
-    if start == end:
-        raise LeftOut("an event of no length", f"{start} to {end}")
-    if not start < end <= last:
-        raise SourceError(f"{where}: seconds {start} to {end} must be 0 <= start < end <= {last}; correct them")
-    return start, end
-
-
-def need(where: str, entry: dict, name: str, kind: type | tuple[type, ...] = str) -> Any:
-    """A field of a JSON object, of this type and not empty."""
-    value = entry.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-        fault = f"is {value!r:.80}" if name in entry else "is missing"
-        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise SourceError(f"{where}, field '{name}': {fault}; give a {wanted}")
-    return value
-
-
-def plain(where: str, name: str, value: str) -> str:
-    """A value that is to be part of a path: a name without slashes."""
-    if not value or value in (".", "..") or set(value) & set("/\\\0"):
-        raise SourceError(f"{where}, field '{name}': {value!r:.80} is no file name; correct it")
-    return value
+        shown, sound = f"{prefix}{video.name}", f"{prefix}{audio.name if audio else f'{video.stem}.wav'}"
+        files = {f"video/{shown}": video, f"audio/{sound}": audio or video}
+        return draft._replace(record={"video_path": shown, "audio_path": sound, **draft.record}, files=files)

@@ -1,45 +1,43 @@
-"""Chains worded by a chat model, through a text-generation pipeline of transformers, and checked before they are taken.
+"""Chains in the words of a chat model, through a text-generation pipeline of transformers, each checked before use.
 
-The model is given the question, the template's chain and the answer, and returns JSON (:data:`SCHEMA`).  Its chain is
-taken only if the answer that it repeats parses and equals the label's, and if the chain names no label but the record's
-own, no number, time or denial that the template's does not have, and leaves the answer readable.  Else the template's
-chain stays, and the reason is counted.  What is not checked: adjectives and verbs that the model adds.
+The model gets the question, the template's chain and the answer, and returns JSON with a chain and the answer. The
+chain is taken only if that answer parses and equals the label's, and if the chain names no label but the record's own,
+no number, time or denial that the template does not have, and leaves the answer readable. Otherwise the template's
+chain stays, and the reason is counted. Adjectives and verbs that the model adds are not checked.
 """
-
-from __future__ import annotations
 
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 from crab import tasks
 from crab.data.sources.convert import finished
 from crab.data.sources.raw import Draft
 
 SYSTEM = (
-    "You word the reasoning behind an answer about a video and its sound, for training data. You see neither: you get the "
-    "question, facts that were labelled by people, and the answer. Say in one to three short sentences how the facts lead to "
-    "the answer. Use no object, sound, person, number, time, place, colour or feeling that the facts do not have, and deny "
-    "nothing that they do not deny. Keep the labels' own words. Reply with one JSON object and nothing else: "
-    '{"chain": "<your sentences, without tags or brackets>", "answer": "<the answer, character for character>"}'
+    "You word the reasoning behind an answer about a video and its sound, for training data. You see neither: you get "
+    "the question, facts that were labelled by people, and the answer. Say in one to three short sentences how the "
+    "facts lead to the answer. Use no object, sound, person, number, time, place, colour or feeling that the facts do "
+    "not have, and deny nothing that they do not deny. Keep the labels' own words. Reply with one JSON object and "
+    'nothing else: {"chain": "<your sentences, without tags or brackets>", '
+    '"answer": "<the answer, character for character>"}'
 )
-SCHEMA: dict[str, Any] = {
-    "type": "object", "additionalProperties": False, "required": ["chain", "answer"],
-    "properties": {"chain": {"type": "string", "minLength": 1, "maxLength": 1000}, "answer": {"type": "string"}},
-}
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve once twice first second third last".split()
-_DENIALS = "no not none never nothing nobody neither nor without cannot".split()
-_TIMES = "before after while then until during throughout always whole entire begin begins start starts end ends".split()
+LONGEST = 1000  # characters of a chain
+NUMBERS = {*"zero one two three four five six seven eight nine ten eleven twelve".split()}
+NUMBERS |= {*"once twice first second third last".split()}
+DENIALS = {*"no not none never nothing nobody neither nor without cannot".split()}
+TIMES = {*"before after while then until during throughout always whole entire".split()}
+TIMES |= {*"begin begins start starts end ends".split()}
 
 
 class Rewriter:
     """Rewrites the chains of drafts: ``convert(..., rewrite=Rewriter(pipeline))``.
 
     Args:
-        pipeline: a ``transformers.pipeline("text-generation", ...)`` of a chat model, or what is called and answers like one.
-        batch_size: prompts a call.
+        pipeline: a ``transformers.pipeline("text-generation", ...)`` of a chat model, or what answers like one.
+        batch_size: prompts per call.
         generation: further arguments of the call, such as ``max_new_tokens`` (256).
     """
 
@@ -48,86 +46,75 @@ class Rewriter:
         self.generation = {"max_new_tokens": 256, "do_sample": False, **generation}
 
     @classmethod
-    def load(cls, name: str) -> Rewriter:
-        """One with the chat model of this name on the Hugging Face hub, or in this folder.
-
-        Raises:
-            ValueError: it cannot be loaded, or is no chat model; the message names the parameter that asked for it.
-        """
-        from transformers import pipeline  # seconds, for who rewrites alone
+    def load(cls, name: str) -> Self:
+        """A rewriter with a chat model from the Hugging Face hub or a folder; ValueError if that cannot be."""
+        from transformers import pipeline  # takes seconds
 
         try:
             loaded = pipeline("text-generation", model=name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"build: rewrite is {name!r}, which cannot be loaded ({str(error)[:300]}); name a chat model that "
-                             "transformers can load, or its folder, or set rewrite to null") from error
+            fix = "name a chat model that transformers can load, or its folder, or set rewrite to null"
+            fault = f"cannot be loaded ({str(error)[:300]})"
+            raise ValueError(f"build: rewrite is {name!r}, which {fault}; {fix}") from error
         if not loaded.tokenizer.chat_template:
-            raise ValueError(f"build: rewrite is {name!r}, which has no chat template and thus is no chat model; name one that has")
+            fault = "has no chat template and so is not a chat model"
+            raise ValueError(f"build: rewrite is {name!r}, which {fault}; name one that has")
         return cls(loaded)
 
     def __call__(self, slot: str, drafts: Sequence[Draft]) -> tuple[list[Draft], dict[str, int]]:
-        """The drafts with their new chains, or with the template's; how many were "taken", and the others by reason."""
-        vocabulary = {name for draft in drafts for label in draft.labels + draft.others for name in names(label)}
-        out, counts = [], Counter()
+        """The drafts with their new chains or the template's, and counts: "taken", and the refused ones by reason."""
+        vocabulary = {name for draft in drafts for label in (*draft.labels, *draft.others) for name in names(label)}
+        rewritten, counts = [], Counter()
         for first in range(0, len(drafts), self.batch_size):
-            batch = drafts[first:first + self.batch_size]
-            replies = self.pipeline([messages(slot, d) for d in batch], batch_size=len(batch), return_full_text=False, **self.generation)
-            for draft, reply in zip(batch, replies, strict=True):
+            batch = drafts[first : first + self.batch_size]
+            prompts = [messages(slot, draft) for draft in batch]
+            options = {"batch_size": len(batch), "return_full_text": False, **self.generation}
+            for draft, reply in zip(batch, self.pipeline(prompts, **options), strict=True):
                 chain, refusal = judge(slot, draft, _text(reply), vocabulary)
                 counts[refusal or "taken"] += 1
-                out.append(draft if chain is None else draft._replace(chain=chain))
-        return out, dict(counts)
+                rewritten.append(draft if refusal else draft._replace(chain=chain))
+        return rewritten, dict(counts)
 
 
 def messages(slot: str, draft: Draft) -> list[dict[str, str]]:
     """The chat that asks for one chain."""
-    record = finished(slot, draft)
-    asked = {"question": tasks.instruction(slot, record), "facts": draft.chain, "labels": list(draft.labels),
-             "answer": tasks.answer(slot, draft.truth)}
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": json.dumps(asked, ensure_ascii=False)}]
+    question, answer = tasks.instruction(slot, finished(slot, draft)), tasks.answer(slot, draft.truth)
+    facts = {"question": question, "facts": draft.chain, "labels": list(draft.labels), "answer": answer}
+    user = json.dumps(facts, ensure_ascii=False)
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
 
 def judge(slot: str, draft: Draft, reply: str, vocabulary: set[str]) -> tuple[str | None, str]:
-    """(chain, "") of a reply that may be taken, else (None, why not).
-
-    Args:
-        vocabulary: all names (:func:`names`) of the set's labels.
-    """
-    found = _object(reply)
-    if found is None or set(found) != {"chain", "answer"} or not all(isinstance(v, str) for v in found.values()):
+    """(chain, "") of a reply that may be taken, else (None, reason). `vocabulary`: all names of the set's labels."""
+    value = _object(reply)
+    if value is None or set(value) != {"chain", "answer"} or not all(isinstance(v, str) for v in value.values()):
         return None, "not the JSON asked for"
-    chain, answer = " ".join(found["chain"].split()), tasks.answer(slot, draft.truth)
-    if not 0 < len(chain) <= SCHEMA["properties"]["chain"]["maxLength"]:
-        return None, "an empty or too long chain"
-    true = tasks.parse(slot, answer)
-    if tasks.parse(slot, found["answer"]) != true:
-        return None, "another answer"
-    if tasks.parse(slot, f"{chain} {answer}") != true or re.search(r"[<>\[\]]", chain):
-        return None, "tags or brackets in the chain"
-    facts, said = _words(f"{draft.chain} {' '.join(draft.labels)}"), _words(chain)
+    chain, answer = " ".join(value["chain"].split()), tasks.answer(slot, draft.truth)
+    truth, facts = tasks.parse(slot, answer), f"{draft.chain} {' '.join(draft.labels)}"
     own = {name for label in draft.labels for name in names(label)}
-    rest = said
+    words = rest = _words(chain)
     for name in sorted(own, key=len, reverse=True):
         rest = re.sub(_pattern(name), " | ", rest)
-    if any(re.search(_pattern(name), rest) for name in vocabulary - own):
-        return None, "another label"
-    if own and rest == said and any(re.search(_pattern(name), facts) for name in own):
-        return None, "no label"
-    if set(re.findall(r"\d+(?:\.\d+)?", chain)) - set(re.findall(r"\d+(?:\.\d+)?", f"{draft.chain} {' '.join(draft.labels)}")):
-        return None, "another number"
-    added = set(said.split()) - set(facts.split())
+    added, number = set(words.split()) - set(_words(facts).split()), r"\d+(?:\.\d+)?"
     timed = re.search(r"from \d", draft.chain)
-    if added & set(_NUMBERS) - ({"second"} if timed else set()):
-        return None, "another number"
-    if added & set(_DENIALS) or "n't" in chain.replace("’", "'"):
-        return None, "a denial"
-    if not timed and added & set(_TIMES):
-        return None, "a time"
-    return chain, ""
+    reasons = {
+        "an empty or too long chain": not 0 < len(chain) <= LONGEST,
+        "another answer": tasks.parse(slot, value["answer"]) != truth,
+        "tags or brackets in the chain": tasks.parse(slot, f"{chain} {answer}") != truth
+        or re.search(r"[<>\[\]]", chain),
+        "another label": any(re.search(_pattern(name), rest) for name in vocabulary - own),
+        "no label": rest == words and any(re.search(_pattern(name), _words(facts)) for name in own),
+        "another number": set(re.findall(number, chain)) - set(re.findall(number, facts))
+        or added & NUMBERS - ({"second"} if timed else set()),
+        "a denial": added & DENIALS or "n't" in chain.replace("’", "'"),
+        "a time": not timed and added & TIMES,
+    }
+    refusal = next((reason for reason, refused in reasons.items() if refused), "")
+    return (None if refusal else chain), refusal
 
 
 def names(label: str) -> Iterator[str]:
-    """What a label may be called: all of it, and its parts between commas and brackets ("male speech", "man speaking")."""
+    """What a label may be called: all of it, and its parts between commas and brackets."""
     parts = [_words(part) for part in (label, *re.split(r"[,()/]", label))]
     yield from dict.fromkeys(part for part in parts if part)
 
@@ -141,7 +128,7 @@ def _pattern(name: str) -> str:
 
 
 def _object(reply: str) -> dict | None:
-    """The first JSON object of a reply; what a model thinks aloud before it does not count."""
+    """The first JSON object of a reply. What a model thinks aloud before it does not count."""
     reply = reply.rpartition("</think>")[2]
     try:
         value, _ = json.JSONDecoder().raw_decode(reply, reply.index("{"))
