@@ -72,8 +72,8 @@ def ucf(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
 
     About half of the classes have no sound; their clips are left out when media are placed.
     """
-    classes = [row["line"].split()[-1] for row in raw.lines("classInd.txt")]
-    for row in raw.lines(f"{split}list01.txt"):
+    classes = [row["line"].split()[-1] for row in raw.rows("classInd.txt", ("line",), "\t", header=False)]
+    for row in raw.rows(f"{split}list01.txt", ("line",), "\t", header=False):
         with raw.reading(row):
             folder, slash, name = row["line"].split()[0].partition("/")
             if not slash:

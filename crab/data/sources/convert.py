@@ -59,11 +59,7 @@ def drafts(slot: str, raw: Raw, split: str) -> Iterator[Draft]:
 
 
 def finished(slot: str, draft: Draft) -> dict[str, Any]:
-    """A draft's record with its answer: the chain, then the answer in the slot's tags.
-
-    Raises:
-        SourceError: the slot's tags cannot hold the label, or it does not read back, or the record is not UTF-8.
-    """
+    """A draft's record with its answer: the chain, then the tagged answer. SourceError if it does not read back."""
     field = tasks.get_slot(slot).answer_field
     try:
         record = {**draft.record, field: f"{draft.chain} {tasks.answer(slot, draft.truth)}"}
@@ -92,11 +88,10 @@ def convert(
     workers: int = 2,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write ``AVUIE_2/<slot>/{train,test}.json`` and their media. Lists are written only if every split has records.
+    """Write ``AVUIE_2/<slot>/{train,test}.json`` and their media under `out_root`, once every split has records.
 
     Args:
         raw_root: folder of the raw data set, laid out as its authors ship it.
-        out_root: the data root, which holds ``AVUIE_2`` afterwards. Other slots in it are not touched.
         link: "hardlink" (within one file system), "symlink" or "copy".
         faults: "error", or "skip-and-record" to leave out rows at fault.
         seed: for the pairs of a2v and v2a.
@@ -104,11 +99,11 @@ def convert(
         workers: threads that place media.
 
     Returns:
-        The report, also in ``AVUIE_2/<slot>/conversion.json``: ``slot``, ``dataset``, ``splits`` (split -> ``records``,
-        ``files``, and ``left_out``: reason -> places); with `rewrite` also ``chains`` (outcome -> number of chains).
+        The report, also in ``conversion.json`` beside the lists: ``slot``, ``dataset``, ``splits`` (split ->
+        ``records``, ``files``, ``left_out``: reason -> places); with `rewrite` also ``chains`` (outcome -> number).
 
     Raises:
-        ValueError: unknown slot or option, or a slot without a converter.
+        ValueError: an unknown slot or option, or a slot without a converter.
         SourceError: a fault of the raw set, or a split for which no record can be made.
     """
     entry = tasks.get_slot(slot)
@@ -153,23 +148,21 @@ def _placed(rows: list[Draft], folder: Path, link: str, raw: Raw, workers: int, 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         results = pool.map(partial(_place, link), files.values(), (folder / name for name in files))
         bar = tqdm(results, total=len(files), unit="file", desc=title, disable=title is None)
-        failed = {name: error for name, error in zip(files, bar, strict=True) if error is not None}
+        errors = dict(zip(files, bar, strict=True))
     placed = []
     for draft in rows:
-        error = next((failed[name] for name in draft.files if name in failed), None)
+        error = next(filter(None, (errors[name] for name in draft.files)), None)
         if error is None:
             placed.append(draft)
         else:
-            reason = "no sound" if "no sound" in error.fault else "sound cannot be decoded"
-            raw.leave(reason, f"{draft.place}: {error}")
+            raw.leave("no sound" if "no sound" in error.fault else "sound cannot be decoded", f"{draft.place}: {error}")
     return placed
 
 
 def _place(link: str, source: Path, target: Path) -> media.MediaError | None:
-    """Put one file in place, unless it is there and not older. Returns the error if a sound cannot be read.
+    """Put one file in place, unless it is there. Returns the error if a sound cannot be read from its video.
 
-    A sound that comes from a video is decoded once to what a model hears: 16-bit PCM, 16 kHz, mono. No other file is
-    decoded or encoded.
+    Such a sound is written as what a model hears: 16-bit PCM, 16 kHz, mono. No other file is decoded or encoded.
     """
     if target.suffix.lower() in AUDIO and source.suffix.lower() not in AUDIO:
         if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:

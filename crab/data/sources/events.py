@@ -114,12 +114,13 @@ def llp(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
     says only what occurs, so no answer can be written and they are left out, unless AVVP_train_audio.csv and
     AVVP_train_visual.csv label them in the form of the AVVP_eval files.
     """
-    parts = ["eval"]
-    if split == "train" and (raw.has("AVVP_train_audio.csv") or raw.has("AVVP_train_visual.csv")):
-        parts.append("train")
+    names = ["AVVP_eval_audio.csv", "AVVP_eval_visual.csv"]
+    dense_train = ["AVVP_train_audio.csv", "AVVP_train_visual.csv"]
+    names += dense_train if split == "train" and any(map(raw.has, dense_train)) else []
     dense: dict[str, list[ModalEvent | SourceError]] = {}
-    for part, modality in ((part, modality) for part in parts for modality in ("audio", "visual")):
-        for row in raw.rows(f"AVVP_{part}_{modality}.csv", LLP_COLUMNS, "\t"):
+    for name in names:
+        modality = name.rpartition("_")[2].removesuffix(".csv")
+        for row in raw.rows(name, LLP_COLUMNS, "\t"):
             events = dense.setdefault(row["filename"], [])
             try:
                 events.append(ModalEvent(modality, row.one_of("event_labels", LLP), *span(row, "onset", "offset")))

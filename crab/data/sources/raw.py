@@ -158,13 +158,6 @@ class Raw:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise SourceError(f"{path}, line {line}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
-    def lines(self, name: str) -> Iterator[Row]:
-        """The lines of a text file that are not empty, as rows with the field `line`."""
-        path, text = self.text(name)
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield Row(f"{path}, line {number}", {"line": line.strip()})
-
     def rows(self, name: str, columns: Sequence[str], delimiter: str = ",", header: bool = True) -> Iterator[Row]:
         """The rows of a file of delimited fields. Quotes have a meaning only in comma-separated files.
 

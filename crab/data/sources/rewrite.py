@@ -35,10 +35,8 @@ TIMES |= {*"begin begins start starts end ends".split()}
 class Rewriter:
     """Rewrites the chains of drafts: ``convert(..., rewrite=Rewriter(pipeline))``.
 
-    Args:
-        pipeline: a ``transformers.pipeline("text-generation", ...)`` of a chat model, or what answers like one.
-        batch_size: prompts per call.
-        generation: further arguments of the call, such as ``max_new_tokens`` (256).
+    `pipeline` is a ``transformers.pipeline("text-generation", ...)`` of a chat model, or answers like one; `generation`
+    are further arguments of its calls.
     """
 
     def __init__(self, pipeline: Callable[..., Any], batch_size: int = 8, **generation: Any) -> None:
