@@ -1,7 +1,8 @@
 """I-LoRA (interaction-aware LoRA) as a PEFT method: one shared down-projection, several routed up-projections.
 
-Importing this package makes the method known to PEFT, which must be before a saved adapter is read as well; from then on
-PEFT's own calls do everything::
+This room needs torch and peft only, so it can be used in any PEFT project. `config.py`, `layer.py` and `model.py` are
+what a PEFT method consists of; start there to add an option. `fused.py` and `kernels.py` hold the fast arithmetic, which
+must give the numbers of `layer.py`. Importing the package makes the method known to PEFT. PEFT's own calls do the rest::
 
     import crab.ilora
     from peft import PeftModel, get_peft_model
@@ -12,16 +13,16 @@ PEFT's own calls do everything::
 
     with crab.ilora.record_routing(model) as routing:
         model.generate(**inputs)
-    routing["model.layers.0.self_attn.q_proj"]    # list of [batch, tokens, heads], one a forward pass
+    routing["model.layers.0.self_attn.q_proj"]    # a list of [batch, tokens, heads], one per forward pass
 
-    with crab.ilora.record_routing_means(model) as means:   # means by kind of token, in constant memory
+    with crab.ilora.record_routing_means(model) as means:   # means per kind of token, in constant memory
         ...
-    crab.ilora.to_static(model, means.weights(), "plain")   # a plain LoRA with the weights frozen at those means
+    crab.ilora.to_static(model, means.weights(), "plain")   # a plain LoRA with these weights, fixed
 
-Over several processes it trains as any PEFT method does. What FSDP or ZeRO-3 has sharded is gathered before it is saved,
-by all processes, as HF Trainer does::
+It trains over several processes as any PEFT method does. Gather what FSDP or ZeRO-3 has sharded before you save it, on
+all processes, as HF Trainer does::
 
-    state = accelerator.get_state_dict(wrapped)     # on all processes; those but the main one may get nothing, or None
+    state = accelerator.get_state_dict(wrapped)
     if accelerator.is_main_process:
         model.save_pretrained(path, state_dict=state)
 """
@@ -31,14 +32,7 @@ from .instruction import instruction_tokens
 from .layer import ILoraLayer, Linear
 from .model import ILoraModel, parameter_groups
 from .registration import register
-from .routing import (
-    RoutingMeans,
-    join_steps,
-    record_routing,
-    record_routing_means,
-    routing_entropy,
-    routing_information,
-)
+from .routing import RoutingMeans, record_routing, record_routing_means, routing_entropy, routing_information
 from .static import StaticLora, fixed_routing, to_static
 
 register(ILoraConfig, ILoraModel)
@@ -52,7 +46,6 @@ __all__ = [
     "StaticLora",
     "fixed_routing",
     "instruction_tokens",
-    "join_steps",
     "parameter_groups",
     "record_routing",
     "record_routing_means",

@@ -1,4 +1,4 @@
-"""Base and adapter of one layer as a single autograd function."""
+"""Base and adapter of one layer as one autograd function."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 
 from .routers import TokenRouter, autocast_off
 
-#: Columns of B from which on its gradient is computed as it is stored. Of fewer, a CPU takes less time for the transpose and
-#: its copy, which is then small: at 24 columns two thirds, at 48 about as much, at 384 half as much again, in bfloat16 more.
+#: From this number of columns of B on, its gradient is computed in the layout of B. Below it, a CPU needs less time for
+#: the transpose and a copy, which is then small: 2/3 of the time at 24 columns, the same at 48, 3/2 at 384 (bfloat16: more).
 MANY_ROWS = 128
 
 
 class Setting(NamedTuple):
-    """What `FusedLinear` needs to know beside its tensors.
+    """What `FusedLinear` needs in addition to its tensors.
 
     Attributes:
-        router: turns logits into weights; its weight is passed as R.
+        router: turns logits into weights. Its own weight is passed as R.
         scaling: factor of the adapter.
-        dropout: probability that an element of A's input is dropped; 0 outside training.
-        dtype: in which A and B are multiplied: their own, or under autocast as a rule autocast's.
-        router_dtype: in which R is multiplied: its own, or float32 under autocast.
-        kernels: `crab.ilora.kernels` where it does what lies between the products; None leaves that to torch.
+        dropout: probability to drop an element of the input of A; 0 outside training.
+        dtype: dtype of the products with A and B: their own, or usually that of autocast.
+        router_dtype: dtype of the product with R: its own, or float32 under autocast.
+        kernels: `crab.ilora.kernels`, or None to use torch between the products.
     """
 
     router: TokenRouter
@@ -39,34 +39,33 @@ class Setting(NamedTuple):
 
 @cache
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """`crab.ilora.kernels` if its kernels run on this device; None without Triton, and where one cannot be built."""
+    """`crab.ilora.kernels` if they run on this device. None without Triton, or if Triton cannot build them."""
     try:
         from . import kernels
 
-        for _ in range(2):  # the second launch is of a kernel already built
+        for _ in range(2):  # the second launch uses a compiled kernel
             kernels.route(torch.ones(1, 2, device=device), torch.ones(1, 2, device=device), 1, 1)
     except ImportError:
         return None
-    except Exception as error:  # no C compiler, say; what is slower still works
-        warnings.warn(f"I-LoRA: Triton builds no kernel for {device}, so a layer makes more launches: {error}", stacklevel=2)
+    except Exception as error:  # for example no C compiler; torch does the same, slower
+        warnings.warn(f"I-LoRA: Triton builds no kernel for {device}, so layers are slower: {error}", stacklevel=2)
         return None
     return kernels
 
 
 class FusedLinear(torch.autograd.Function):
-    """What the tokens cost here is three matrix products forward: the base's, [A; R] x and B's.
+    """One layer in three matrix products forward: those of the base, of [A; R] and of B.
 
-    Against the same formula left to autograd it keeps only x and the small products A x and R x for backward (the
-    routed projections, num_heads times as wide, are made again; of dropout it keeps one byte an element), adds into
-    the base's output and into the input's gradient inside the matrix products, and so makes no further tensor of the
-    size of either. The small tensors lie with the tokens last: a few rows as long as there are tokens are what CPUs
-    multiply and add fastest.
+    Compared with autograd on the same formula, it keeps only x, A x and R x for backward (with dropout also one byte per
+    element). Backward computes the routed projections again, which are num_heads times as wide. Matrix products add
+    directly into the output of the base and into the gradient of the input, so no second tensor of that size is made.
+    Small tensors have the tokens last: CPUs are fastest with few long rows.
 
-    Call it with autocast off; x, weight and bias are in the dtype the base computes in, A, R and B as they are stored.
+    Call it with autocast off. x, weight and bias have the dtype of the base; A, R and B are as they are stored.
 
     Shapes: x [T, in], weight [out, in], bias [out] or None, A [r or num_heads * r, in], R [num_heads, in],
-    B [out, num_heads * r]; `read` is x before autocast rounded it, or None where it did not. Returns y [T, out] and,
-    without gradient, the routing weights [num_heads, 1, T].
+    B [out, num_heads * r]. `read` is x before autocast rounded it, or None. Returns y [T, out] and the routing weights
+    [num_heads, 1, T], which have no gradient.
     """
 
     @staticmethod
@@ -74,7 +73,7 @@ class FusedLinear(torch.autograd.Function):
         y, z, logits, weights, mask = project(x, read, weight, bias, A, R, B, setting)
         ctx.save_for_backward(x, weight, A, R, B, z, logits, mask)
         ctx.mark_non_differentiable(weights)
-        ctx.set_materialize_grads(False)  # or backward would be handed zeros for the weights
+        ctx.set_materialize_grads(False)  # otherwise backward gets zeros for the weights
         ctx.setting = setting
         return y, weights
 
@@ -82,27 +81,27 @@ class FusedLinear(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 8
-        with autocast_off(grad.device.type):  # some call backward inside the block
-            # create_graph=True: _backward writes in place, but the formula can be derived again
+        with autocast_off(grad.device.type):  # backward may run inside the autocast block
+            # with create_graph=True: _backward writes in place, the formula can be differentiated again
             grads = (_differentiable_backward if torch.is_grad_enabled() else _backward)(ctx, grad, *ctx.saved_tensors)
         grad_x, *grads = (None if g is None else _cast(g, dtype) for g, dtype in grads)
         return grad_x, None, None, None, *grads, None
 
 
 def project(x, read, weight, bias, A, R, B, setting):
-    """Forward: y [T, out]; A x^T [rows of A, T], R x^T [num_heads, T] and the weights made of it, [num_heads, 1, T]; and,
-    with dropout, 1 for each element kept.
+    """Forward: y [T, out], A x^T [rows of A, T], R x^T [num_heads, T], the routing weights [num_heads, 1, T], and with
+    dropout a mask, 1 for each element that is kept.
     """
     y = F.linear(x, weight, bias)
     dtype, mask = setting.dtype, None
     columns = _cast(x if x.dtype == dtype or read is None else read, dtype).t()
     if not setting.dropout and setting.router_dtype == dtype and x.shape[0] > A.shape[0]:
         small = torch.mm(torch.cat((A, R)), columns)
-        z, logits = small[:A.shape[0]], small[A.shape[0]:]
-    else:  # also for few tokens, as in decoding: reading A and R is the cost there, so do not copy them first
+        z, logits = small[: A.shape[0]], small[A.shape[0] :]
+    else:  # for few tokens too, as in decoding: reading A and R is the cost, so do not copy them
         read = x if read is None else read
         logits = _cast(R, setting.router_dtype) @ _cast(read, setting.router_dtype).t()
-        if setting.dropout:  # the draws of F.dropout on a CPU; bytes, since they multiply faster than bools
+        if setting.dropout:  # the random numbers of F.dropout on a CPU; bytes multiply faster than bools
             mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - setting.dropout)
             columns = columns * mask.to(dtype).t()
         z = _cast(A, dtype) @ columns
@@ -114,20 +113,19 @@ def project(x, read, weight, bias, A, R, B, setting):
 
 
 def project_few(x, weight, bias, A, R, B, setting):
-    """`project` for so few tokens that calls cost more than arithmetic, all in one dtype and without gradient.
+    """`project` for so few tokens that calls take longer than arithmetic. One dtype, no gradient.
 
-    x [..., in] -> y [..., out], and the weights [num_heads, 1, T].
+    x [..., in] -> y [..., out] and the weights [num_heads, 1, T].
     """
     y, columns = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1]).t()
-    # one by one: to stack A and R is to copy what is to be read once
-    logits, z = torch.mm(R, columns), torch.mm(A, columns)
+    logits, z = torch.mm(R, columns), torch.mm(A, columns)  # not stacked, which would copy A and R
     routed, weights = _route(z, logits, R, B, setting)
     y.view(-1, y.shape[-1]).addmm_(routed.t(), B.t(), alpha=setting.scaling)
     return y, weights
 
 
 def _route(z, logits, R, B, setting):
-    """What B multiplies, [num_heads * r, T], and the routing weights [num_heads, 1, T]."""
+    """The input of B, [num_heads * r, T], and the routing weights [num_heads, 1, T]."""
     if setting.kernels:
         return setting.kernels.route(z, logits, B.shape[1], setting.router.temperature)
     weights = _weigh(logits, setting.router)
@@ -135,39 +133,33 @@ def _route(z, logits, R, B, setting):
 
 
 def _weigh(logits, router):
-    """Weights [num_heads, 1, T] of the logits [num_heads, T]."""
+    """Logits [num_heads, T] -> weights [num_heads, 1, T]."""
     return router.weigh(logits, 0).unsqueeze(1)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`, which for a tensor that is of it already costs as much as multiplying a few tokens."""
+    """`tensor.to(dtype)`, without the call if nothing changes: it takes as long as a product with few tokens."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
-    """(gradient or None, dtype it must have) for x, A, R and B."""
+    """(gradient or None, its dtype) for x, A, R and B."""
     need_x, _, _, _, need_A, need_R, need_B, _ = ctx.needs_input_grad
     router, scaling, dropout, dtype, _, kernels = ctx.setting
     stored = A.dtype, B.dtype
     A, R, B, up_grad = _cast(A, dtype), _cast(R, dtype), _cast(B, dtype), _cast(grad, dtype)
     grad_x = grad_A = grad_R = grad_B = None
     if kernels:
-        routed, small_grad = kernels.route_backward(z, logits, torch.mm(B.t(), up_grad.t()), router.temperature, scaling)
-        if need_B:  # as B lies in memory, see below
-            grad_B = torch.mm(up_grad.t(), routed.t())
+        grads = torch.mm(B.t(), up_grad.t())
+        routed, small_grad = kernels.route_backward(z, logits, grads, router.temperature, scaling)
     else:
-        weights = _weigh(logits, router)  # made again: z and logits are one storage, the weights would be a second
+        weights = _weigh(logits, router)  # again: z and logits share one storage, stored weights would be a second one
         by_head, factor = _by_head(z, R, B), weights * scaling
         scaled = _cast(factor, dtype)
-        if need_B:
-            routed = (scaled * by_head).flatten(0, 1)
-            if len(routed) < MANY_ROWS:
-                grad_B = torch.mm(routed, up_grad).t()
-            else:  # as B lies in memory: autograd would copy the transpose of a product into place, which is as much again
-                grad_B = torch.mm(up_grad.t(), routed.t())
+        routed = (scaled * by_head).flatten(0, 1) if need_B else None
         if need_x or need_A or need_R:
             routed_grad = _by_head(torch.mm(B.t(), up_grad.t()), R, B)
-            # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j); a head left out by top_k has w_i = 0
+            # softmax: d logit_i = w_i (d w_i - sum_j w_j d w_j), and w_i = 0 for a head that top_k leaves out
             logits_grad = _cast((routed_grad * by_head).sum(1, keepdim=True), factor.dtype) * factor
             logits_grad -= weights * logits_grad.sum(0, keepdim=True)
             if router.temperature != 1:
@@ -176,11 +168,14 @@ def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
             z_grad = scaled * routed_grad
             z_grad = z_grad.sum(0) if len(by_head) == 1 else z_grad.flatten(0, 1)
             small_grad = torch.cat((z_grad, logits_grad))
+    if need_B:  # in the layout of B if that is large: autograd would copy the transpose of a product
+        transposed = not kernels and len(routed) < MANY_ROWS
+        grad_B = torch.mm(routed, up_grad).t() if transposed else torch.mm(up_grad.t(), routed.t())
     if need_x:
         grad_x = torch.mm(grad, weight)
     rows = A.shape[0], R.shape[0]
     if mask is None:
-        if need_A or need_R:  # stored in one dtype, so that one cast serves both
+        if need_A or need_R:  # they are stored in one dtype, so one cast serves both
             grad_A, grad_R = _cast(torch.mm(small_grad, _cast(x, dtype)), stored[0]).split(rows)
         if need_x:
             _accumulate(grad_x, small_grad.t(), torch.cat((A, R)))
@@ -198,10 +193,11 @@ def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
 
 
 def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
+    """As `_backward`, by autograd on the formula, so that it can be differentiated again."""
     router, scaling, dropout, dtype, router_dtype, _ = ctx.setting
-    # views, so that a path from one of them to another outside this layer is not counted here
-    given = [t.view_as(t) for t in (x, A, R, B)]
-    x, A, R, B = given
+    # views, so that a path from one input to another outside this layer does not count here
+    inputs = [t.view_as(t) for t in (x, A, R, B)]
+    x, A, R, B = inputs
     columns = x.to(dtype).t()
     if mask is not None:
         columns = columns * mask.to(dtype).t() / (1 - dropout)
@@ -209,10 +205,10 @@ def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
     weights = _weigh(R.to(router_dtype) @ x.to(router_dtype).t(), router)
     routed = ((weights * scaling).to(dtype) * by_head).flatten(0, 1).t()
     y = F.linear(x, weight) + F.linear(routed, B.to(dtype))
-    wanted = [need for i, need in enumerate(ctx.needs_input_grad) if i in (0, 4, 5, 6)]
-    found = iter(torch.autograd.grad(y, [t for t, need in zip(given, wanted, strict=True) if need],
-                                     grad.to(y.dtype), create_graph=True, materialize_grads=True))
-    return [(next(found) if need else None, t.dtype) for t, need in zip(given, wanted, strict=True)]
+    needed = [need for i, need in enumerate(ctx.needs_input_grad) if i in (0, 4, 5, 6)]
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True, materialize_grads=True))
+    return [(next(grads) if need else None, t.dtype) for t, need in zip(inputs, needed, strict=True)]
 
 
 def _by_head(z, R, B):
@@ -222,7 +218,7 @@ def _by_head(z, R, B):
 
 
 def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> None:
-    """total += factor * left @ right in place; of a wider dtype than `total` it is rounded once, after the sum."""
+    """total += factor * left @ right in place. If the product is wider than `total`, the sum is rounded once."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=factor)
     else:

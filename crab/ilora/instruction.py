@@ -1,4 +1,4 @@
-"""Telling routers that read the mean-pooled instruction which tokens it is."""
+"""Routers that read the mean of the instruction: which tokens are the instruction."""
 
 from __future__ import annotations
 
@@ -12,56 +12,59 @@ from .layer import ILoraLayer
 
 
 class _Instruction:
-    """Which tokens are the instruction, and the weights each layer drew from them, for the passes of `generate`."""
+    """The mask of the instruction, and the weights of each layer, which later passes of `generate` use again."""
 
     def __init__(self, mask: torch.Tensor):
         self.mask = mask
-        self._kept: dict[tuple[int, str], torch.Tensor] = {}
+        self._prompt: dict[tuple[int, str], torch.Tensor] = {}
 
     def weights(self, layer: ILoraLayer, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """Routing weights [batch, 1, heads] for the layer's input x [batch, tokens, in]."""
+        """Routing weights [batch, 1, heads] for the input x [batch, tokens, in] of the layer."""
         key = (id(layer), adapter_name)
         if x.dim() == 3 and x.shape[:2] == self.mask.shape:
-            # sums over a long instruction are beyond float16, and its length has more digits than bfloat16
+            # a sum over a long instruction overflows float16, and bfloat16 cannot hold its length
             wide = torch.promote_types(x.dtype, torch.float32)
             mask = self.mask.to(x.device, wide).unsqueeze(-1)
             mean = (x.to(wide) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
             weights = layer.ilora_router[adapter_name](mean.to(x.dtype))
             if not torch.is_grad_enabled():
-                self._kept[key] = weights
+                self._prompt[key] = weights
             return weights
-        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and key in self._kept:
-            if self._kept[key].shape[0] == x.shape[0]:
-                return self._kept[key]
-        raise ValueError(f"instruction_tokens: a layer was given an input {list(x.shape)}, but the mask is for [batch, "
-                         f"tokens] = {list(self.mask.shape)}. Give the mask of this very batch (repeated for each beam), "
-                         "and target only modules that see the whole sequence, not the encoders. Generation must use the "
-                         "cache and read one new token a pass: not use_cache=False, prompt_lookup_num_tokens or an assistant "
-                         "model.")
+        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and key in self._prompt:
+            if self._prompt[key].shape[0] == x.shape[0]:
+                return self._prompt[key]
+        raise ValueError(
+            f"instruction_tokens: a layer has the input {list(x.shape)}, but `mask` is for [batch, tokens] = "
+            f"{list(self.mask.shape)}. Give the mask of this batch (repeated for each beam), and adapt only modules that "
+            "see the whole sequence, not the encoders. generate must use the cache and read one new token per pass: not "
+            "use_cache=False, prompt_lookup_num_tokens or an assistant model."
+        )
 
 
 @contextmanager
 def instruction_tokens(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
-    """Tell routers with router_input='instruction' which tokens of the batch to read while the block runs.
+    """Tell routers with router_input='instruction' which tokens to read, while the block runs.
 
-    Under `generate` the weights found for the prompt serve the new tokens too, as long as each later pass reads one token
-    against the cache: `use_cache=False`, `prompt_lookup_num_tokens` and assistant models raise. Under gradient
-    checkpointing run the backward pass inside the block as well, since it computes the layers again. Routers that read
-    each token are not affected.
+    Under `generate` the weights of the prompt serve the new tokens too. Each later pass must read one token against the
+    cache. With gradient checkpointing, run the backward pass in the block too, since it computes the layers again.
 
     Args:
-        model: a PEFT model, or any module holding I-LoRA layers.
-        mask: bool [batch, tokens], True on the instruction; at least one token a sample, at least two columns.
+        model: a PEFT model, or any module with I-LoRA layers.
+        mask: bool [batch, tokens], at least two columns, True on the instruction, at least one True per sample.
 
     Raises:
-        ValueError: the mask is not so, or (inside the block) does not fit the batch.
+        ValueError: the mask is not valid, or does not fit the batch in the block.
     """
     if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] < 2:
-        raise ValueError("instruction_tokens: `mask` must be bool [batch, tokens] with at least two tokens, got "
-                         f"{mask.dtype} {list(mask.shape)}.")
+        raise ValueError(
+            "instruction_tokens: `mask` must be bool [batch, tokens] with at least two tokens, got "
+            f"{mask.dtype} {list(mask.shape)}."
+        )
     if not mask.any(1).all():
-        raise ValueError("instruction_tokens: each sample needs at least one instruction token; samples "
-                         f"{(~mask.any(1)).nonzero().flatten().tolist()} have none.")
+        empty = (~mask.any(1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"instruction_tokens: `mask` marks no token of the samples {empty}; mark at least one of each."
+        )
     layers = [module for module in model.modules() if isinstance(module, ILoraLayer)]
     before = [layer.instruction for layer in layers]
     instruction = _Instruction(mask)

@@ -1,7 +1,7 @@
-"""What the fused layer does between its matrix products, as one Triton kernel forward and one backward.
+"""The work between the matrix products of the fused layer, as one Triton kernel forward and one backward.
 
-On a GPU a small layer waits for launches, not for arithmetic. Importing this needs Triton; `crab.ilora.fused.kernels_for`
-tells where it runs. Softmax and sums are computed in float32, and what is stored is rounded once.
+On a GPU a small layer waits for launches, not for arithmetic. This module needs Triton; `crab.ilora.fused.kernels_for`
+says on which devices it runs. Softmax and sums are in float32, and each stored number is rounded once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-ALIGNED = 8  # elements: matrix products are slow where rows of 2-byte numbers do not start at a multiple of 16 bytes
+ALIGNED = 8  # elements: matrix products are slow if rows of 2-byte numbers do not start at multiples of 16 bytes
 _compiled: dict[tuple, object] = {}
 
 
 @triton.jit
 def _softmax(logits, t, tokens, temperature, N: tl.constexpr, HEADS: tl.constexpr):
-    """Of the tokens `t`: the heads, which of these there are, the highest score, exp(score - highest) of each, and the sum of those."""
+    """Of the tokens `t`: the heads, which of them exist, highest score, exp(score - highest) of each head, sum of these."""
     head = tl.arange(0, HEADS)[:, None].to(tl.int64)
     inside = (head < N) & (t < tokens)
     scores = tl.load(logits + head * tokens + t, inside, other=float("-inf")).to(tl.float32) / temperature
@@ -28,11 +28,22 @@ def _softmax(logits, t, tokens, temperature, N: tl.constexpr, HEADS: tl.constexp
     return head, inside, highest, powers, tl.sum(powers, 0)[None, :]
 
 
-@triton.jit(do_not_specialize=["tokens", "pitch"],
-            do_not_specialize_on_alignment=["z", "logits", "routed", "weights"])
-def _forward(z, logits, routed, weights, tokens, pitch, temperature,
-             N: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-             COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "pitch"], do_not_specialize_on_alignment=["z", "logits", "routed", "weights"])
+def _forward(
+    z,
+    logits,
+    routed,
+    weights,
+    tokens,
+    pitch,
+    temperature,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One program: COLUMNS tokens, ROWS of the N * RANK rows of `routed`. HEADS is N rounded up to a power of 2."""
     t = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     head, inside, highest, powers, total = _softmax(logits, t, tokens, temperature, N, HEADS)
@@ -46,15 +57,31 @@ def _forward(z, logits, routed, weights, tokens, pitch, temperature,
     tl.store(routed + row.to(tl.int64) * pitch + t, tl.exp(own - highest) / total * projected, inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "pitch"],
-            do_not_specialize_on_alignment=["z", "logits", "routed_grad", "routed", "small_grad"])
-def _backward(z, logits, routed_grad, routed, small_grad, tokens, pitch, temperature, scaling,
-              N: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-              COLUMNS: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["tokens", "pitch"],
+    do_not_specialize_on_alignment=["z", "logits", "routed_grad", "routed", "small_grad"],
+)
+def _backward(
+    z,
+    logits,
+    routed_grad,
+    routed,
+    small_grad,
+    tokens,
+    pitch,
+    temperature,
+    scaling,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One program: COLUMNS tokens, all rows, ROWS of each head at a time. HEADS is N rounded up to a power of 2."""
     t = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     head, inside, highest, powers, total = _softmax(logits, t, tokens, temperature, N, HEADS)
-    dots = tl.zeros((HEADS, COLUMNS), tl.float32)  # of z with the gradient of what was routed, head by head
+    dots = tl.zeros((HEADS, COLUMNS), tl.float32)  # per head, of z with the gradient of the routed projections
     for start in range(0, RANK, ROWS):
         row = (start + tl.arange(0, ROWS))[:, None].to(tl.int64)
         within = (row < RANK) & (t < tokens)
@@ -84,63 +111,64 @@ def route(z: torch.Tensor, logits: torch.Tensor, columns: int, temperature: floa
     """Softmax weights of the logits, and A x multiplied by them.
 
     Args:
-        z: A x^T [r or num_heads * r, T]; logits: R x^T [num_heads, T]; both contiguous, T at least 1.
-        columns: of B, num_heads * r.
+        z: A x^T [r or num_heads * r, T], logits: R x^T [num_heads, T], both contiguous, T at least 1.
+        columns: number of columns of B, num_heads * r.
 
     Returns:
-        What B multiplies, [num_heads * r, T] in the dtype of z; and the weights [num_heads, 1, T] in float32.
+        The input of B, [num_heads * r, T] in the dtype of z, and the weights [num_heads, 1, T] in float32.
     """
     heads, tokens = logits.shape
-    pitch = _pitch(tokens)
-    routed = z.new_empty((columns, pitch))
+    routed = z.new_empty((columns, _pitch(tokens)))
     weights = logits.new_empty((heads, 1, tokens), dtype=torch.float32)
-    _launch(_forward, (-(-tokens // 64), -(-columns // 16), 1),
-            (z, logits, routed, weights, tokens, pitch, float(temperature)), _constants(heads, columns, z.shape[0])[0])
-    return routed if pitch == tokens else routed[:, :tokens], weights
+    grid = (-(-tokens // 64), -(-columns // 16), 1)
+    constants, _ = _constants(heads, columns, z.shape[0])
+    _launch(_forward, grid, constants, z, logits, routed, weights, tokens, routed.shape[1], float(temperature))
+    return _columns(routed, tokens), weights
 
 
-def route_backward(z: torch.Tensor, logits: torch.Tensor, routed_grad: torch.Tensor, temperature: float,
-                   scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+def route_backward(z, logits, routed_grad, temperature: float, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The scaled routed projections again, and the gradients of z and of the logits.
 
     Args:
-        z, logits: as `route` got them.
-        routed_grad: gradient of `scaling` times what `route` returned, [num_heads * r, T], contiguous, in the dtype of z.
+        z, logits: the inputs of `route`.
+        routed_grad: gradient of `scaling` times the first output of `route`, [num_heads * r, T], contiguous, like z.
 
     Returns:
-        `scaling` times what `route` returned, and the gradients one below the other, [rows of z + num_heads, T]; both in
-        the dtype of z.
+        `scaling` times the first output of `route`, and both gradients in one tensor, [rows of z + num_heads, T]. Both
+        have the dtype of z.
     """
     heads, tokens = logits.shape
     pitch, columns = _pitch(tokens), routed_grad.shape[0]
     routed, small_grad = z.new_empty((columns, pitch)), z.new_empty((z.shape[0] + heads, pitch))
-    _launch(_backward, (-(-tokens // 32), 1, 1),
-            (z, logits, routed_grad, routed, small_grad, tokens, pitch, float(temperature), float(scaling)),
-            _constants(heads, columns, z.shape[0])[1])
-    return (routed, small_grad) if pitch == tokens else (routed[:, :tokens], small_grad[:, :tokens])
+    _, constants = _constants(heads, columns, z.shape[0])
+    numbers = tokens, pitch, float(temperature), float(scaling)
+    _launch(_backward, (-(-tokens // 32), 1, 1), constants, z, logits, routed_grad, routed, small_grad, *numbers)
+    return _columns(routed, tokens), _columns(small_grad, tokens)
 
 
 def _pitch(tokens: int) -> int:
     return tokens + -tokens % ALIGNED
 
 
+def _columns(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    return tensor if tensor.shape[1] == tokens else tensor[:, :tokens]
+
+
 @cache
 def _constants(heads: int, columns: int, rows: int) -> tuple[tuple, tuple]:
-    """N, RANK, SHARED, HEADS, ROWS and COLUMNS of both kernels, where z has `rows` rows."""
+    """N, RANK, SHARED, HEADS, ROWS and COLUMNS of the two kernels, if z has `rows` rows."""
     rank = columns // heads
     shape = heads, rank, rows == rank, triton.next_power_of_2(heads)
     return (*shape, 16, 64), (*shape, min(64, triton.next_power_of_2(rank)), 32)
 
 
-def _launch(kernel, grid: tuple[int, int, int], given: tuple, constants: tuple) -> None:
-    """Start the programs of `grid`. Compiled kernels are kept here: Triton's own look-up takes longer than a launch."""
-    z, logits = given[:2]
+def _launch(kernel, grid: tuple[int, int, int], constants: tuple, z, logits, *others) -> None:
+    """Start the programs of `grid`. Compiled kernels are stored here: Triton's own look-up takes longer than a launch."""
     device = z.device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         key = id(kernel), device, z.dtype, logits.dtype, constants
-        compiled = _compiled.get(key)
-        if compiled is None:
-            _compiled[key] = kernel[grid](*given, *constants)
-        else:
-            compiled[grid](*given, *constants)
+        program = _compiled.get(key)
+        launched = (kernel if program is None else program)[grid](z, logits, *others, *constants)
+        if program is None:
+            _compiled[key] = launched

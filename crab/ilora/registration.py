@@ -1,9 +1,8 @@
-"""The one place that extends PEFT's own tables.
+"""The only place that changes PEFT: it learns the name of the method, and how to load an adapter over another."""
 
-`peft.utils.register_peft_method` accepts only names that are already members of the `PeftType` enum, so a method that
-lives outside PEFT must add its member first. Everything after that is PEFT's own registration.
-"""
+from functools import wraps
 
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -12,7 +11,7 @@ PREFIX = "ilora_"
 
 
 def _member() -> PeftType:
-    """Return `PeftType.ILORA`, adding it to the enum on the first call."""
+    """`PeftType.ILORA`, added to the enum by the first call: `register_peft_method` takes only names that are in it."""
     value = NAME.upper()
     if value in PeftType.__members__:
         return PeftType[value]
@@ -23,23 +22,53 @@ def _member() -> PeftType:
     PeftType._member_names_.append(value)
     PeftType._member_map_[value] = member
     PeftType._value2member_map_[value] = member
-    type.__setattr__(PeftType, value, member)  # attribute access; Enum's metaclass looks members up here from 3.12 on
+    type.__setattr__(PeftType, value, member)  # Python 3.12 looks members up as attributes
     return member
 
 
 ILORA = _member()
 
 
-def register(config_cls, model_cls) -> None:
-    """Register the method with PEFT. Safe to repeat, also after a module reload (IPython's autoreload).
+def register(config_class, model_class) -> None:
+    """Register the method with PEFT. A second call is safe, also after the module was reloaded.
 
     Raises:
-        RuntimeError: a different class already holds the name (for example a PEFT release with its own I-LoRA).
+        RuntimeError: another class has the name, for example one of a later PEFT.
     """
-    held = PEFT_TYPE_TO_CONFIG_MAPPING.get(ILORA)
-    if held is not None:
-        if held.__module__ != config_cls.__module__:
-            raise RuntimeError(f"PEFT already has a method called '{NAME}' ({held.__module__}.{held.__name__}); "
-                               "crab.ilora cannot take the same name. Use one or the other.")
+    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(ILORA)
+    if present is not None:
+        if present.__module__ != config_class.__module__:
+            other = f"{present.__module__}.{present.__name__}"
+            raise RuntimeError(f"PEFT already has a method called '{NAME}' ({other}); use it or crab.ilora, not both.")
         del PEFT_TYPE_TO_CONFIG_MAPPING[ILORA], PEFT_TYPE_TO_TUNER_MAPPING[ILORA], PEFT_TYPE_TO_PREFIX_MAPPING[ILORA]
-    register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+    register_peft_method(name=NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)
+    PeftModel.load_adapter = _strict(getattr(PeftModel.load_adapter, "lenient", PeftModel.load_adapter))
+
+
+def _strict(load_adapter):
+    """PEFT's `load_adapter`, which never leaves an I-LoRA adapter with settings or tensors that are not its own.
+
+    If the model has an adapter of the name, PEFT loads only the tensors. The adapter would run with the alpha,
+    temperature, ... of the old one. And PEFT leaves an adapter whose tensors were refused in the model.
+    """
+
+    @wraps(load_adapter)
+    def strict(self, model_id, adapter_name, *args, **kwargs):
+        config = self.peft_config.get(adapter_name)
+        if config is not None and config.peft_type == ILORA:
+            saved = type(config).from_pretrained(model_id, **self._split_kwargs(kwargs)[0])
+            if different := config.differences(saved):
+                fields = "; ".join(f"`{name}` is {a!r} in the model, {b!r} saved" for name, (a, b) in different.items())
+                raise ValueError(
+                    f"Cannot load adapter '{adapter_name}': {model_id}/adapter_config.json differs from the adapter of "
+                    f"this name in the model: {fields}. Load it under another name, or call delete_adapter first."
+                )
+        try:
+            return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+        except Exception:
+            if config is None and getattr(self.peft_config.get(adapter_name), "peft_type", None) == ILORA:
+                self.delete_adapter(adapter_name)
+            raise
+
+    strict.lenient = load_adapter
+    return strict

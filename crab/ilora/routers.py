@@ -1,4 +1,4 @@
-"""What weighs the heads of an adapted layer."""
+"""Routers: they give the weights of the heads of an adapted layer."""
 
 from __future__ import annotations
 
@@ -11,75 +11,57 @@ from torch import nn
 
 
 class TokenRouter(nn.Linear):
-    """Softmax weights of the heads for each token. No bias; the softmax runs in float32 at least.
+    """A softmax over the heads for each token: x [..., in_features] -> [..., num_heads], without a bias.
 
-    With `top_k` the softmax is over the k largest logits and the other heads weigh 0. Under autocast the logits are
-    computed in float32 too: rounded to bfloat16, a logit near 8 is off by up to 1/32 and its weight by 3 %.
-
-    In training each logit gets normal noise of standard deviation `noise`.
-
-    Shapes: x [..., in_features] -> [..., num_heads], rows summing to 1.
+    With `top_k` the softmax is over the k largest logits, and the other heads have the weight 0. The softmax runs in
+    float32 or wider. Under autocast the logits do too: in bfloat16 a logit near 8 is wrong by up to 1/32, and its
+    weight by 3 %.
     """
 
-    def __init__(self, in_features: int, num_heads: int, temperature: float, top_k: int | None = None, noise: float = 0.0):
+    def __init__(self, in_features: int, num_heads: int, temperature: float, top_k: int | None = None):
         super().__init__(in_features, num_heads, bias=False)
         self.temperature = temperature
         self.top_k = top_k
-        self.noise = noise
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(x.device)  # elsewhere only if the layers that share it lie on several devices
+        weight = self.weight.to(x.device)  # on another device only if layers of several devices share it
         if autocast_dtype(x.device.type) is None:
-            return self.weigh(self._noisy(F.linear(x, weight)))
+            return self.weigh(F.linear(x, weight))
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with autocast_off(x.device.type):
-            return self.weigh(self._noisy(F.linear(x.to(dtype), weight.to(dtype))))
-
-    def _noisy(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits + self.noise * torch.randn_like(logits) if self.noise and self.training else logits
+            return self.weigh(F.linear(x.to(dtype), weight.to(dtype)))
 
     def weigh(self, logits: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Weights of the logits R x, of the same shape, float32 or wider; the heads lie along `dim`."""
+        """Weights of the logits R x, in the same shape. The heads are along `dim`."""
         if logits.dtype != torch.float32 and logits.dtype.itemsize < 4:
             logits = logits.float()
         if self.temperature != 1:
             logits = logits / self.temperature
         if self.top_k is not None:
-            chosen = logits.topk(self.top_k, dim=dim)
-            logits = torch.full_like(logits, -math.inf).scatter(dim, chosen.indices, chosen.values)
+            largest = logits.topk(self.top_k, dim=dim)
+            logits = torch.full_like(logits, -math.inf).scatter(dim, largest.indices, largest.values)
         return torch.softmax(logits, dim=dim)
 
 
-class PrivateRouter(TokenRouter):
-    """Weighs all heads but the first, which has weight 1: x [..., in_features] -> [..., num_heads], rows summing to 2."""
-
-    def __init__(self, in_features: int, num_heads: int, *options, **named):
-        super().__init__(in_features, num_heads - 1, *options, **named)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = super().forward(x)
-        return torch.cat((torch.ones_like(weights[..., :1]), weights), -1)
-
-
 class SharedRouter(nn.Module):
-    """Stands in a layer for the router that another layer holds.
+    """Uses the router of another layer.
 
-    The router is not a submodule here, so it is counted, moved, trained and saved once, by the layer that holds it. It
-    is looked up there at every call, since FSDP may put a wrapper in its place.
+    That router is not a submodule here. So only the other layer counts, moves, trains and saves it. It is looked up in
+    each call, because FSDP may replace it by a wrapper.
 
     Args:
-        held: the other layer's routers.
-        name: of the adapter.
+        routers: the routers of the other layer.
+        name: name of the adapter.
     """
 
-    def __init__(self, held: nn.ModuleDict, name: str):
+    def __init__(self, routers: nn.ModuleDict, name: str):
         super().__init__()
-        self.__dict__["held"] = held
+        self.__dict__["routers"] = routers
         self.name = name
 
     @property
     def router(self) -> nn.Module:
-        return self.held._modules[self.name]
+        return self.routers._modules[self.name]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.router(x)
@@ -89,7 +71,7 @@ class SharedRouter(nn.Module):
 
 
 class UniformRouter(nn.Module):
-    """Equal weights for every token: x [..., in_features] -> [..., num_heads], all 1 / num_heads."""
+    """Equal weights for all heads: x [..., in_features] -> [..., num_heads], each 1 / num_heads."""
 
     def __init__(self, num_heads: int):
         super().__init__()
@@ -101,12 +83,12 @@ class UniformRouter(nn.Module):
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast makes of matrix products on this kind of device, or None where it is off or not known."""
+    """The dtype of matrix products under autocast on this kind of device. None if autocast is off or not known."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def autocast_off(device_type: str):
-    """Context in which matrix products keep the dtypes they are given."""
+    """A context in which matrix products keep the dtypes of their inputs."""
     return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
