@@ -1,24 +1,8 @@
-"""Statements of a reasoning chain, each written from the scene graph and therefore true of it.
+"""The statements of a reasoning chain, written from the scene graph and therefore true of it.
 
-    i hear a bell from 2 to 6 .                            a sound and its seconds [start, end)
-    i hear a voice showing fear .                          a face's sound: the emotion of the voice, not of the face
-    i see a red bell swaying at top left from 2 to 8 .     a thing, what it does, its quadrant, its seconds
-    i see a red face showing sad at top left .             a face: what it shows, in place of what it does
-    i see nothing .  i hear nothing .                      no thing is seen, heard
-    the red bell sounds .                                  that seen thing is one of those heard
-    the red bell is silent .                               that seen thing is none of those heard
-    both hold from 2 to 6 .                                where the intervals of the two statements before overlap
-    i see no bell .  i hear no bell .                      nothing of that class, at any time
-    i see no red bell .                                    nothing of that class in that colour, at any time
-    two seen .  two heard .  two seen and heard .          how many things are seen, are heard, are both
-    two seen and one heard .                               how many are seen, and how many are heard
-    the bell is first .                                    its sound begins before any other
-    video one shows a red bell at top left .               a thing of the first of two videos
-    sound two is a bell .                                  a sound of the second of two sounds
-
-Lists after "see" and "hear" are joined by "and"; they need not name all there is.  What is seen and heard is so at
-some time of the clip; where a record has a `second`, at that second.  Words come from a small closed vocabulary;
-punctuation stands apart, as a token.
+Things in a list are joined by "and". A list need not name all things. What is seen or heard is so at some time of the
+clip; if a record has a `second`, then in that second. Intervals [start, end) are in seconds. The words are a small
+closed vocabulary, and punctuation stands alone, as a token.
 """
 
 from __future__ import annotations
@@ -28,6 +12,28 @@ from collections.abc import Sequence
 from crab.world.scene import FACE, QUADRANTS, Interval, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four")
+VOICE = "voice"  # a face, when it is heard
+NOTHING = "nothing"
+
+#: Every statement. The functions below fill in the blanks; :mod:`crab.world.verify` reads them by the same table.
+STATEMENTS = {
+    "see no": "i see no {thing}",  # no bell, no red bell: there is none at any time
+    "hear no": "i hear no {source}",
+    "see": "i see {sights}",  # a red bell swaying at top left from 2 to 8; a red face showing sad at top left; nothing
+    "hear": "i hear {sounds}",  # a bell from 2 to 6; a voice showing fear (which its face may not show); nothing
+    "video": "video {which} shows {sights}",  # of two videos
+    "sound": "sound {which} is {sounds}",  # of two sounds
+    "source": "the {colour} {name} {state}",  # a seen thing sounds, or is silent
+    "first": "the {source} is first",  # its sound begins before all others
+    "both": "both hold {times}",  # the overlap of the intervals of the two statements before
+    "count": "{number} {what}",  # two seen; two heard; two seen and heard
+    "counts": "{seen} seen and {heard} heard",
+}
+SOUNDS, SILENT = "sounds", "is silent"
+
+
+def _statement(kind: str, **words: str) -> str:
+    return f"{STATEMENTS[kind].format(**words)} ."
 
 
 def article(words: str) -> str:
@@ -41,76 +47,76 @@ def noun(thing: Thing) -> str:
 
 
 def lasting(interval: Interval) -> str:
-    """"from 2 to 6", the end exclusive."""
+    """An interval in words: "from 2 to 6"."""
     return f"from {interval[0]} to {interval[1]}"
 
 
 def sight(thing: Thing, does: bool = False, times: bool = False) -> str:
-    """A seen thing and its place; a face shows its emotion instead of a motion."""
+    """A seen thing and its place. A face shows its emotion instead of a motion."""
     manner = f" showing {thing.emotion}" if thing.name == FACE else f" {thing.motion}" if does else ""
     return f"{article(noun(thing))}{manner} at {thing.quadrant}" + (f" {lasting(thing.visible)}" if times else "")
 
 
 def sound(thing: Thing, times: bool = True) -> str:
-    """A heard thing; a face is heard as a voice with its emotion."""
-    name = f"a voice showing {thing.heard_emotion}" if thing.name == FACE else article(thing.name)
+    """A heard thing. A face is heard as a voice with its emotion."""
+    name = f"a {VOICE} showing {thing.heard_emotion}" if thing.name == FACE else article(thing.name)
     return name + (f" {lasting(thing.sounding)}" if times else "")
 
 
 def see(things: Sequence[Thing], does: bool = False, times: bool = False) -> str:
-    """All of these are seen, in reading order."""
-    return f"i see {' and '.join(sight(t, does, times) for t in by_place(things)) or 'nothing'} ."
+    """These things are seen, in reading order."""
+    return _statement("see", sights=" and ".join(sight(t, does, times) for t in by_place(things)) or NOTHING)
 
 
 def hear(things: Sequence[Thing], times: bool = True) -> str:
-    """All of these are heard: in order of their beginning, or, without times, of their names, since a moment does not tell who began."""
+    """These things are heard, by their beginning; without times by name, because a moment does not show who began."""
     ordered = by_time(things) if times else sorted(things, key=lambda t: t.name)
-    return f"i hear {' and '.join(sound(t, times) for t in ordered) or 'nothing'} ."
+    return _statement("hear", sounds=" and ".join(sound(t, times) for t in ordered) or NOTHING)
 
 
 def sounds(thing: Thing) -> str:
     """This seen thing is the source of a sound."""
-    return f"the {noun(thing)} sounds ."
+    return _statement("source", colour=thing.colour, name=thing.name, state=SOUNDS)
 
 
 def silent(thing: Thing) -> str:
     """This seen thing makes no sound."""
-    return f"the {noun(thing)} is silent ."
+    return _statement("source", colour=thing.colour, name=thing.name, state=SILENT)
 
 
 def no_sight(words: str) -> str:
     """Nothing of this class, or colour and class, is seen."""
-    return f"i see no {words} ."
+    return _statement("see no", thing=words)
 
 
 def no_sound(name: str) -> str:
     """Nothing of this class is heard."""
-    return f"i hear no {name} ."
+    return _statement("hear no", source=name)
 
 
 def counted(number: int, what: str) -> str:
     """How many things are `what`: "seen", "heard" or "seen and heard"."""
-    return f"{NUMBERS[number]} {what} ."
+    return _statement("count", number=NUMBERS[number], what=what)
 
 
 def first(name: str) -> str:
     """The sound of this class begins before any other."""
-    return f"the {name} is first ."
+    return _statement("first", source=name)
 
 
 def both_hold(interval: Interval) -> str:
     """The seconds that the two statements before share."""
-    return f"both hold {lasting(interval)} ."
+    return _statement("both", times=lasting(interval))
 
 
 def video_shows(which: str, thing: Thing) -> str:
     """A thing of the video called "one" or "two"."""
-    return f"video {which} shows {sight(thing)} ."
+    return _statement("video", which=which, sights=sight(thing))
 
 
 def sound_is(which: str, thing: Thing) -> str:
     """A sound of those called "one" and "two"."""
-    return f"sound {which} is {sound(thing, times=False)} ."
+    return _statement("sound", which=which, sounds=sound(thing, times=False))
 
 
 def by_place(things: Sequence[Thing]) -> list[Thing]:
@@ -119,26 +125,17 @@ def by_place(things: Sequence[Thing]) -> list[Thing]:
 
 
 def by_time(things: Sequence[Thing]) -> list[Thing]:
-    """In order of their sounds, ties by name."""
+    """By the times of their sounds, then by name."""
     return sorted(things, key=lambda t: (t.sounding, t.name))
 
 
-def overlap(first: Interval | None, second: Interval | None) -> Interval | None:
-    """The seconds in both intervals, or None."""
-    if first is None or second is None:
-        return None
-    start, end = max(first[0], second[0]), min(first[1], second[1])
-    return (start, end) if start < end else None
-
-
-def source(scene: Scene, *things: Thing) -> str:
-    """The chain behind "which of the things I see are those I hear"."""
-    return " ".join([hear(things, times=False), see(scene.visible), *(sounds(t) for t in by_place(things))])
+def heard_and_seen(heard: Sequence[Thing], seen: Sequence[Thing], *ends: str, does: bool = False) -> str:
+    """What is heard, without times, then what is seen, then the last statements."""
+    return " ".join([hear(heard, times=False), see(seen, does), *ends])
 
 
 def caption(scene: Scene) -> str:
-    """A whole scene: how many things are seen and heard, then each with place and times."""
-    parts = [counted(len(scene.visible), f"seen and {NUMBERS[len(scene.sounding)]} heard")]
-    parts += [see([t], does=True, times=True) for t in by_place(scene.visible)]
-    parts += [hear([t]) for t in by_time(scene.sounding)]
-    return " ".join(parts)
+    """A whole scene: how many things are seen and heard, then each with its place and times."""
+    seen, heard = by_place(scene.visible), by_time(scene.sounding)
+    counts = _statement("counts", seen=NUMBERS[len(seen)], heard=NUMBERS[len(heard)])
+    return " ".join([counts, *(see([t], does=True, times=True) for t in seen), *(hear([t]) for t in heard)])

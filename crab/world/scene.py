@@ -1,14 +1,12 @@
-"""The generated world: ten-second scenes of things that are seen and heard, sampled from a seed.
+"""Scenes of ten seconds with things that are seen and heard, drawn from a seed.
 
-A scene is the single source of truth. Everything rendered (:mod:`crab.world.render`) and every
-record and reasoning chain (:mod:`crab.world.views`) is derived from it and can be checked
-against it. Units: whole seconds for time, pixels of a 224 x 224 image for space; every box edge is
-a multiple of 8 pixels, so that a coordinate is one token of a small vocabulary.
+Units: whole seconds for time, pixels of a 224 x 224 image for space. Every box edge is a multiple of 8 pixels, so that
+a coordinate is one token of a small vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +20,7 @@ MOTIONS = ("still", "swaying", "bouncing", "pulsing", "flashing")
 EMOTIONS = ("anger", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 FACE = "face"
-PANS = (-16, -8, 8, 16)  # pixels a second
+PANS = (-16, -8, 8, 16)  # pixels per second
 
 Interval = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -34,16 +32,15 @@ class Thing:
 
     Attributes:
         name: a class of :data:`CLASSES`, or :data:`FACE`.
-        colour: one of :data:`COLOURS`.
-        motion: one of :data:`MOTIONS`; its phase flips every second.
+        motion: one of :data:`MOTIONS`. Its phase flips every second.
         centre: (x, y) in pixels, on the 8-pixel lattice.
         half: (half width, half height) in pixels, on the lattice.
-        visible: seconds [start, end) during which it is seen; None when it stays off screen.
-        sounding: seconds [start, end) during which it is heard; None when silent.
+        visible: seconds [start, end) during which it is seen; None if it stays off screen.
+        sounding: seconds [start, end) during which it is heard; None if it is silent.
         gain: loudness of its sound, 0 to 1.
-        shift: where in its one-second sound loop it starts, in audio samples.
-        emotion: one of :data:`EMOTIONS` that a face shows, else None.
-        voice: the emotion of a face's voice where it is not the one shown, else None.
+        shift: where its one-second sound loop starts, in audio samples.
+        emotion: what a face shows; None for other things.
+        voice: the emotion of a face's voice if it differs from the one shown.
     """
 
     name: str
@@ -65,7 +62,7 @@ class Thing:
 
     @property
     def quadrant(self) -> str:
-        """The position word of the centre."""
+        """The quadrant of the centre, in words."""
         x, y = self.centre
         return QUADRANTS[2 * (y >= SIZE // 2) + (x >= SIZE // 2)]
 
@@ -76,7 +73,7 @@ class Thing:
         return self.sounding is not None and self.sounding[0] <= second < self.sounding[1]
 
     def box(self, second: int) -> Box:
-        """(x1, y1, x2, y2) in pixels at a second; right and bottom edges are exclusive."""
+        """(x1, y1, x2, y2) in pixels at a second. Right and bottom edges are exclusive."""
         (x, y), (w, h) = self.centre, self.half
         sign = LATTICE if second % 2 else -LATTICE
         if self.motion == "swaying":
@@ -90,10 +87,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Ten seconds of up to four things in different quadrants over a plain patterned background.
+    """Up to four things in different quadrants before a patterned background.
 
-    Attributes:
-        pan: pixels by which the background moves each second, as before a panning camera; things stay.
+    `pan` is by how many pixels the background moves each second, as with a panning camera. The things stay.
     """
 
     id: int
@@ -109,12 +105,9 @@ class Scene:
     def sounding(self) -> tuple[Thing, ...]:
         return tuple(t for t in self.things if t.sounding)
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
 
 def sample_interval(rng: np.random.Generator, shortest: int = 2, longest: int = SECONDS) -> Interval:
-    """A uniformly long interval [start, end) of whole seconds inside the clip."""
+    """An interval [start, end) of whole seconds in the clip, of uniformly random length."""
     length = int(rng.integers(shortest, longest + 1))
     start = int(rng.integers(0, SECONDS - length + 1))
     return start, start + length
@@ -128,26 +121,22 @@ def sample_thing(
     sounding: Interval | None = None,
     **fixed,
 ) -> Thing:
-    """Sample one thing; what is given is kept, the rest is drawn.
+    """Draw one thing.
 
     Args:
-        quadrant: index into :data:`QUADRANTS`; the thing never leaves it.
-        fixed: any further :class:`Thing` field to hold (colour, motion, emotion, ...).
+        quadrant: index into :data:`QUADRANTS`. The thing never leaves it.
+        fixed: other fields of :class:`Thing` that are not drawn (colour, motion, emotion, ...).
     """
     name = name or str(rng.choice(CLASSES))
     quadrant = int(rng.integers(4)) if quadrant is None else quadrant
     face = name == FACE
     half = (40, 40) if face else tuple(int(v) for v in rng.choice([24, 32], size=2))
-    # 48 keeps the widest thing at the end of its motion (40 px) inside its quadrant of 112 px.
-    inside = rng.integers(-1, 2, size=2) * LATTICE + SIZE // 4
-    centre = (
-        int(inside[0]) + (quadrant % 2) * SIZE // 2,
-        int(inside[1]) + (quadrant // 2) * SIZE // 2,
-    )
+    # A quadrant is 112 pixels wide. The widest thing reaches 40 pixels from a centre that lies 48 to 64 pixels in.
+    x, y = (int(v) for v in rng.integers(-1, 2, size=2) * LATTICE + SIZE // 4)
     drawn = dict(
         colour=str(rng.choice(COLOURS)),
         motion="still" if face else str(rng.choice(MOTIONS)),
-        centre=centre,
+        centre=(x + quadrant % 2 * SIZE // 2, y + quadrant // 2 * SIZE // 2),
         half=half,
         gain=float(rng.choice([0.35, 0.5, 0.7])),
         shift=int(rng.integers(0, 16)) * 1000,
@@ -157,36 +146,27 @@ def sample_thing(
 
 
 def sample_scene(scene_id: int, seed: int = 0, faces: float = 0.25) -> Scene:
-    """A scene with no task in mind: what the base model is trained on.
+    """A scene that is staged for no task. The base model is trained on such scenes.
 
-    One to three visible things of different classes, each silent or sounding for an interval, and
-    at times a sound from off screen; with probability ``faces`` one of the things is a face, whose
-    voice, one time in five, has another emotion than it shows. One scene in five pans.
-
-    Args:
-        scene_id: the scene's number; the same (id, seed) always gives the same scene.
+    It has one to three visible things of different classes, each silent or sounding for an interval, and sometimes a
+    sound from off screen. With probability `faces` one thing is a face; one voice in five has another emotion than its
+    face. One scene in five pans. The same `scene_id` and `seed` always give the same scene.
     """
-    rng = scene_rng(scene_id, seed)
+    rng = np.random.default_rng([seed, scene_id])
     names = [str(n) for n in rng.permutation(CLASSES)]
     if rng.random() < faces:
         names.insert(0, FACE)
     quadrants = [int(q) for q in rng.permutation(4)]
-    n_visible = int(rng.integers(1, 4))
+    count = int(rng.integers(1, 4))
     things = []
-    for i in range(n_visible):
-        whole = rng.random() < 0.5
-        visible = (0, SECONDS) if whole else sample_interval(rng)
+    for name, quadrant in zip(names[:count], quadrants, strict=False):
+        visible = (0, SECONDS) if rng.random() < 0.5 else sample_interval(rng)
         sounding = sample_interval(rng) if rng.random() < 0.55 else None
-        thing = sample_thing(rng, names[i], quadrants[i], visible, sounding)
+        thing = sample_thing(rng, name, quadrant, visible, sounding)
         if thing.name == FACE and rng.random() < 0.2:
             thing = replace(thing, voice=str(rng.choice([e for e in EMOTIONS if e != thing.emotion])))
         things.append(thing)
     if rng.random() < 0.2 or not any(t.sounding for t in things):
-        things.append(sample_thing(rng, names[n_visible], quadrants[3], None, sample_interval(rng)))
+        things.append(sample_thing(rng, names[count], quadrants[3], None, sample_interval(rng)))
     pan = int(rng.choice(PANS)) if rng.random() < 0.2 else 0
     return Scene(scene_id, int(rng.integers(0, 8)), tuple(things), pan)
-
-
-def scene_rng(scene_id: int, seed: int) -> np.random.Generator:
-    """The random stream of one scene; scenes are independent of each other and of build order."""
-    return np.random.default_rng([seed, scene_id])

@@ -1,7 +1,7 @@
-"""The closed vocabulary of the generated data: all that a word-level tokenizer must know to read and write it.
+"""The closed vocabulary of the generated data: every word that a word-level tokenizer must know.
 
-It follows from the views alone, not from a build's seed or counts, so that what is trained on it (the base model)
-stays as it is when those change.
+It follows from the views only, not from a build's seed or counts. So the base model, which is trained on it, stays the
+same when those change.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from functools import cache
 
 from crab import tasks
-from crab.world.views import VIEWS, view
 from crab.data.words import split
 from crab.world.scene import LATTICE, SECONDS, SIZE
+from crab.world.views import VIEWS, view
 
-# Labels take turns and the rarest word comes once in some 100 records of one slot and oftener in others: twice what
-# any word needs. A build checks that nothing is missing.
+# Labels take turns, and the rarest word comes once in some 100 records of a slot. Twice that is enough for every word.
+# A build checks that no word is missing.
 _RECORDS = 200
 
 
@@ -27,18 +27,20 @@ def words(slot: str, records: Iterable[dict]) -> set[str]:
 
 @cache
 def vocabulary() -> dict[str, tuple[str, ...]]:
-    """``words`` (seconds 0 to 10 and lattice coordinates 0 to 224 among them, no tags) and ``tags``, both sorted."""
-    found = {str(n) for n in (*range(SECONDS + 1), *range(0, SIZE + 1, LATTICE))}
+    """``words`` without tags (with the seconds 0 to 10 and the coordinates 0 to 224), and ``tags``, both sorted."""
+    known = {str(n) for n in (*range(SECONDS + 1), *range(0, SIZE + 1, LATTICE))}
     for slot in VIEWS:
-        found |= words(slot, (view(slot, "train", index, 0).record for index in range(_RECORDS)))
+        known |= words(slot, (view(slot, "train", index, 0).record for index in range(_RECORDS)))
     tags = set(tasks.tags())
-    return {"words": tuple(sorted(found - tags)), "tags": tuple(sorted(tags))}
+    return {"words": tuple(sorted(known - tags)), "tags": tuple(sorted(tags))}
 
 
 def check(slot: str, records: Iterable[dict]) -> None:
-    """ValueError if a record says a word that the vocabulary lacks; a model would read it as unknown."""
+    """ValueError if a record has a word that is not in the vocabulary. A model would read it as unknown."""
     known = vocabulary()
     missing = words(slot, records) - {*known["words"], *known["tags"]}
     if missing:
-        raise ValueError(f"slot {slot}: words {', '.join(sorted(missing))} are not in the vocabulary; let the first "
-                         f"{_RECORDS} train records of its view say them (crab/data/views)")
+        raise ValueError(
+            f"slot {slot}: words {', '.join(sorted(missing))} are not in the vocabulary; change the slot's view in "
+            f"crab/world/views so that its first {_RECORDS} train records use them"
+        )

@@ -1,10 +1,8 @@
-"""A scene's records: one view for each slot, in that slot's fields, labels and answer tags.
+"""The records of each slot, with their scenes and media: one module per task family, each with a table ``VIEWS``.
 
-A view stages scenes for a wanted label and writes the record with an explicit answer: a chain of statements true of
-the scene graph (:mod:`crab.world.chains`), then the tagged answer (:mod:`crab.tasks`).  Every record, of train and of
-test, also holds ``scene``, the id of its scene (a list for two), by which a chain can be checked.
-
-To add a slot: a view in the module of its family, and its name in that module's ``VIEWS``.
+A view stages a scene for a wanted label and writes the record in the slot's own fields. Its answer is a chain of true
+statements (:mod:`crab.world.chains`), then the tagged answer (:mod:`crab.tasks`). Every record also holds ``scene``, the
+id of its scene (a list of two for a pair). To add a view: see :mod:`crab.world`.
 """
 
 from __future__ import annotations
@@ -16,19 +14,19 @@ from crab.world.staging import Stage
 from crab.world.views import actions, captions, emotions, matching, questions, when, where
 from crab.world.views.view import View
 
-#: Slot -> its view, in the registry's order.
-VIEWS: dict[str, Callable[[Stage], View]] = {
-    name: family.VIEWS[name]
-    for name in tasks.SLOTS
+_ALL = {
+    name: make
     for family in (when, where, questions, emotions, actions, matching, captions)
-    if name in family.VIEWS
+    for name, make in family.VIEWS.items()
 }
+#: Slot -> its view, in the registry's order.
+VIEWS: dict[str, Callable[[Stage], View]] = {name: _ALL[name] for name in tasks.SLOTS if name in _ALL}
 
 
 def view(slot: str, split: str, index: int, seed: int) -> View:
-    """Record `index` of a slot's split, with its scenes and media.  The same four always give the same view."""
+    """Record `index` of a slot's split, with its scenes and media. The same arguments always give the same view."""
     if slot not in VIEWS:
-        raise ValueError(f"no view makes records of slot '{slot}'; those made: {', '.join(VIEWS)}")
+        raise ValueError(f"no view makes records of slot '{slot}'; choose one of {', '.join(VIEWS)}")
     paired = tasks.get_slot(slot).media in ("two_videos_audio", "video_two_audios")
     scenes = (index - index % 2, index - index % 2 + 1) if paired else (index,)
     return VIEWS[slot](Stage(slot, split, index, seed, scenes))

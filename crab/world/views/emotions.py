@@ -1,94 +1,134 @@
-"""Emotion recognition: what a face shows and a voice tells, by five data sets' labels, priors and staging."""
+"""Emotion recognition: what a face shows and a voice tells. Five data sets have their own labels, shares and staging."""
 
 from __future__ import annotations
 
-from crab import tasks
-from crab.world import chains
-from crab.world.staging import Stage, cast, others, skewed
-from crab.world.views.view import View, clip
-from crab.world.scene import COLOURS, EMOTIONS, FACE, Thing, sample_interval
+from collections.abc import Callable
+from typing import NamedTuple
 
-#: What each set calls the world's emotions, where it has a name of its own.
+import numpy as np
+
+from crab.world import chains
+from crab.world.scene import COLOURS, EMOTIONS, FACE, Thing, sample_interval
+from crab.world.staging import OFF_SCREEN, Stage, cast, others, pick, skewed, somewhere
+from crab.world.views.view import View, clip
+
+#: Labels that are emotions of the world by another name.
 _NAMES = {"joy": "happy", "happiness": "happy", "sadness": "sad", "angry": "anger", "worried": "fear"}
-#: MAFW's compounds: face and voice disagree, and only both together tell.
+#: The compounds of MAFW: (face, voice) disagree, and only both together show the label.
 _COMPOUNDS = {
     "anxiety": ("neutral", "fear"),
     "contempt": ("neutral", "disgust"),
     "disappointment": ("sad", "neutral"),
     "helplessness": ("sad", "fear"),
 }
-#: Labels in shares near the published sets' own; the rarest are raised, so that a hundred test records hold each.
-CREMAD = tuple(e for e in EMOTIONS if e != "surprise")
-MELD = skewed(neutral=17, joy=6, surprise=4, anger=4, sadness=3, disgust=1, fear=1)
-MER24 = skewed(neutral=5, angry=5, happy=4, sad=3, worried=2, surprise=1)
-MAFW = skewed(anger=5, sadness=5, happiness=4, neutral=4, surprise=3, anxiety=3, disgust=2, fear=2,
-              contempt=2, disappointment=2, helplessness=2)
-DFEW = skewed(neutral=6, happy=5, angry=4, sad=4, surprise=3, fear=2, disgust=1)
+
+Staged = tuple[list[Thing], str]  # the things of a scene, and its chain
 
 
-def felt(label: str) -> dict[str, str | None]:
-    """The fields of a face that a set's label stands for: the emotion shown, and the voice's where it is another."""
+def _felt(label: str) -> dict[str, str | None]:
+    """The fields of a face for a label: the emotion shown, and the voice's if it differs."""
     face, voice = _COMPOUNDS.get(label, (_NAMES.get(label, label), None))
     return {"emotion": face, "voice": voice}
 
 
-def _record(stage: Stage, rng, things: list[Thing], chain: str, label: str, field: str = "emotion") -> View:
-    return clip(stage, stage.scene(rng, things), **{field: label}, label=f"{chain} {tasks.answer(stage.slot, label)}")
-
-
-def cremad(stage: Stage) -> View:
-    """CREMA-D: in a studio, a face that shows and voices one emotion; six emotions, balanced."""
-    rng, label = stage.rng(), stage.wanted(CREMAD, "emotion")
+def _studio(stage: Stage, rng, felt: dict) -> Staged:
+    """CREMA-D: one face alone."""
     (make,) = cast(rng, [FACE])
-    face = make(sounding=sample_interval(rng, 5), **felt(label))
-    return _record(stage, rng, [face], f"{chains.see([face])} {chains.hear([face])}", label)
+    face = make(sounding=sample_interval(rng, 5), **felt)
+    return [face], f"{chains.see([face])} {chains.hear([face])}"
 
 
-def meld(stage: Stage) -> View:
-    """MELD: short lines of a dialogue, nearly half of them neutral; in half the clips a second face listens."""
-    rng, label = stage.rng(), stage.wanted(MELD, "emotion")
+def _dialogue(stage: Stage, rng, felt: dict) -> Staged:
+    """MELD: short lines. In half of the clips a second face listens."""
     makers = cast(rng, [FACE, FACE])
-    speaker = makers[0](sounding=sample_interval(rng, 1, 3), **felt(label))
+    speaker = makers[0](sounding=sample_interval(rng, 1, 3), **felt)
     faces = [speaker]
-    if rng.random() < 0.5:  # of another colour, so that words can tell them apart, and another emotion, so that the voice can
-        colours = [c for c in COLOURS if c != speaker.colour]
-        feelings = [e for e in EMOTIONS if e != speaker.emotion]
-        faces.append(makers[1](colour=str(rng.choice(colours)), emotion=str(rng.choice(feelings))))
-    chain = f"{chains.see(faces)} {chains.hear([speaker])} {chains.sounds(speaker)}"
-    return _record(stage, rng, faces, chain, label, "Emotion")
+    if (
+        rng.random() < 0.5
+    ):  # another colour, so that words can tell them apart, and another emotion, so that the voice can
+        colour = pick(rng, COLOURS, speaker.colour)
+        faces.append(makers[1](colour=colour, emotion=pick(rng, EMOTIONS, speaker.emotion)))
+    return faces, f"{chains.see(faces)} {chains.hear([speaker])} {chains.sounds(speaker)}"
 
 
-def mer24(stage: Stage) -> View:
-    """MER2024: a voice under two or three louder sounds, in view or not."""
-    rng, label = stage.rng(), stage.wanted(MER24, "emotion")
-    face, *makers = cast(rng, [FACE, *others(rng)[:3]])
-    face = face(sounding=sample_interval(rng, 5), gain=0.35, **felt(label))
+def _noise(stage: Stage, rng, felt: dict) -> Staged:
+    """MER2024: a voice under two or three louder sounds, on or off screen."""
+    make, *makers = cast(rng, [FACE, *others(rng)[:3]])
+    face = make(sounding=sample_interval(rng, 5), gain=0.35, **felt)
     clutter = [
-        make(sounding=sample_interval(rng, 6), gain=0.7, **({} if rng.random() < 0.5 else {"visible": None}))
-        for make in makers[:2 + int(rng.integers(2))]
+        make(sounding=sample_interval(rng, 6), gain=0.7, **somewhere(rng))
+        for make in makers[: 2 + int(rng.integers(2))]
     ]
-    chain = f"{chains.see([face])} {chains.hear([face], times=False)}"
-    return _record(stage, rng, [face, *clutter], chain, label, "discrete")
+    return [face, *clutter], f"{chains.see([face])} {chains.hear([face], times=False)}"
 
 
-def mafw(stage: Stage) -> View:
-    """MAFW: eleven emotions, four of them compounds of a face and a voice that disagree; things stand about."""
-    rng, label = stage.rng(), stage.wanted(MAFW, "emotion")
+def _in_the_wild(stage: Stage, rng, felt: dict) -> Staged:
+    """MAFW: a face, and sometimes a silent thing. Four of the labels are compounds."""
     makers = cast(rng, [FACE, *others(rng)[:1]])
-    face = makers[0](sounding=sample_interval(rng, 5), **felt(label))
-    things = [face, *([makers[1]()] if rng.random() < 0.4 else [])]
-    return _record(stage, rng, things, f"{chains.see([face])} {chains.hear([face], times=False)}", label)
+    face = makers[0](sounding=sample_interval(rng, 5), **felt)
+    beside = [makers[1]()] if rng.random() < 0.4 else []
+    return [face, *beside], f"{chains.see([face])} {chains.hear([face], times=False)}"
 
 
-def dfew(stage: Stage) -> View:
-    """DFEW: film scenes with a long tail of labels; the face is there for a while only and often says nothing."""
-    rng, label, sound = stage.rng(), stage.wanted(DFEW, "emotion"), stage.wanted(("voice", "voice", "thing", "silence"), "sound")
+def _film(stage: Stage, rng, felt: dict) -> Staged:
+    """DFEW: the face is there for a while only and often says nothing."""
+    sound = stage.wanted(("voice", "voice", "thing", "silence"), "sound")
     makers = cast(rng, [FACE, *others(rng)[:1]])
     visible = sample_interval(rng, 5)
-    face = makers[0](visible=visible, sounding=visible if sound == "voice" else None, **felt(label))
-    things = [face, *([makers[1](visible=None, sounding=sample_interval(rng, 4))] if sound == "thing" else [])]
-    heard = [t for t in things if t.sounding]
-    return _record(stage, rng, things, f"{chains.see([face], times=True)} {chains.hear(heard, times=False)}", label)
+    face = makers[0](visible=visible, sounding=visible if sound == "voice" else None, **felt)
+    unseen = [makers[1](**OFF_SCREEN, sounding=sample_interval(rng, 4))] if sound == "thing" else []
+    heard = [t for t in (face, *unseen) if t.sounding]
+    return [face, *unseen], f"{chains.see([face], times=True)} {chains.hear(heard, times=False)}"
 
 
-VIEWS = {"cremad": cremad, "meld": meld, "mer24": mer24, "mafw": mafw, "dfew": dfew}
+class _DataSet(NamedTuple):
+    """Its labels in their shares, the record's field of the label, and how a clip is staged."""
+
+    labels: tuple[str, ...]
+    field: str
+    stage: Callable[[Stage, np.random.Generator, dict], Staged]
+
+
+#: Shares are near those of the published sets. The rarest are raised, so that a hundred test records hold each label.
+_DATA_SETS = {
+    "cremad": _DataSet(EMOTIONS[:-1], "emotion", _studio),
+    "meld": _DataSet(
+        skewed(neutral=17, joy=6, surprise=4, anger=4, sadness=3, disgust=1, fear=1),
+        "Emotion",
+        _dialogue,
+    ),
+    "mer24": _DataSet(skewed(neutral=5, angry=5, happy=4, sad=3, worried=2, surprise=1), "discrete", _noise),
+    "mafw": _DataSet(
+        skewed(
+            anger=5,
+            sadness=5,
+            happiness=4,
+            neutral=4,
+            surprise=3,
+            anxiety=3,
+            disgust=2,
+            fear=2,
+            contempt=2,
+            disappointment=2,
+            helplessness=2,
+        ),
+        "emotion",
+        _in_the_wild,
+    ),
+    "dfew": _DataSet(
+        skewed(neutral=6, happy=5, angry=4, sad=4, surprise=3, fear=2, disgust=1),
+        "emotion",
+        _film,
+    ),
+}
+
+
+def emotion(stage: Stage) -> View:
+    """The emotion of the one face, or of the face that speaks."""
+    labels, field, staged = _DATA_SETS[stage.slot]
+    rng, label = stage.rng(), stage.wanted(labels, "emotion")
+    things, chain = staged(stage, rng, _felt(label))
+    return clip(stage, stage.scene(rng, things), chain, label, **{field: label})
+
+
+VIEWS = dict.fromkeys(_DATA_SETS, emotion)

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import json
 
-from crab import tasks
-from crab.world.choices import CHOICES, TEMPLATES
-from crab.world.questions import QUESTIONS
+from crab.world.questions import CHOICES, OFFERED, QUESTIONS
 from crab.world.staging import Stage
 from crab.world.views.view import View, clip
 
 
 def avqa(stage: Stage) -> View:
-    """MUSIC-AVQA: templates take turns, and within each its answers do."""
+    """MUSIC-AVQA: the templates take turns, and so do the answers of each."""
     rng, number = stage.rng(), stage.wanted(range(len(QUESTIONS)), "template")
     question = QUESTIONS[number]
     value = stage.every(len(QUESTIONS)).wanted(question.answers, f"answer to {number}")
-    things, text, chain = question.stage(rng, value)
-    return clip(stage, stage.scene(rng, things), video_id=stage.stems[0], question_id=stage.index,
-                 type=json.dumps([question.modality, question.kind]), question=text, answer=value,
-                 label=f"{chain} {tasks.answer('avqa', value)}")
+    things, text, chain, _ = question.stage(rng, value)
+    fields = {
+        "video_id": stage.stems[0],
+        "question_id": stage.index,
+        "type": json.dumps([question.relation, question.kind]),
+        "question": text,
+        "answer": value,
+    }
+    return clip(stage, stage.scene(rng, things), chain, value, **fields)
 
 
 def avqa_thu(stage: Stage) -> View:
-    """AVQA: templates, their answers and the right one's place among four choices take turns."""
-    rng, number = stage.rng(), stage.wanted(range(len(TEMPLATES)), "template")
-    template, turn = TEMPLATES[number], stage.every(len(TEMPLATES))
-    words, place = turn.wanted(template.answers, f"answer to {number}"), turn.wanted(range(CHOICES), f"place in {number}")
-    (things, question, chain), likely = template.stage(rng, words)
-    return clip(stage, stage.scene(rng, things), id=stage.stems[0], video_name=stage.stems[0], video_id=stage.index,
-                question_relation=template.relation, question_type=template.kind,
-                multi_choice=template.offered(rng, words, likely, place), question_text=question, answer=place,
-                label=f"{chain} {tasks.answer('avqa_thu', words)}")
+    """AVQA: the templates take turns, and so do the answers and the place of the right one among four choices."""
+    rng, number = stage.rng(), stage.wanted(range(len(CHOICES)), "template")
+    question, turn = CHOICES[number], stage.every(len(CHOICES))
+    value = turn.wanted(question.answers, f"answer to {number}")
+    place = turn.wanted(range(OFFERED), f"place in {number}")
+    things, text, chain, likely = question.stage(rng, value)
+    scene = stage.scene(rng, things)
+    fields = {
+        "id": stage.stems[0],
+        "video_name": stage.stems[0],
+        "video_id": stage.index,
+        "question_relation": question.relation,
+        "question_type": question.kind,
+        "multi_choice": question.choices(rng, value, likely, place),
+        "question_text": text,
+        "answer": place,
+    }
+    return clip(stage, scene, chain, value, **fields)
 
 
 VIEWS = {"avqa": avqa, "avqa_thu": avqa_thu}
