@@ -58,14 +58,15 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; run the stage that writes it (dvc repro)") from None
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: malformed JSON at line {error.lineno}; delete it and run its stage again"
-        ) from None
+        raise ValueError(f"{path}: malformed JSON at line {error.lineno}; delete it and run its stage again") from None
 
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file in hexadecimal, or ``"none"`` if there is no such file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else "none"
+    if not Path(path).is_file():
+        return "none"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(value: Any) -> str:

@@ -1,19 +1,18 @@
-"""Media files in and out: H.264 mp4 and MPEG-4 avi clips, wav and mp3 sound, jpg/png images and masks.
+"""Media files, read and written: mp4 (H.264) and avi (MPEG-4) clips, wav and mp3 sound, jpg and png images and masks.
 
-Readers give what the models take: frames and images as uint8 RGB resized to 224 x 224, masks as bool
-224 x 224, sound as float32 mono at 16 kHz in [-1, 1].  Every reader raises MediaError, which names the
-file, what is wrong with it and what to do.  Every writer writes aside and renames, so a file that exists is whole,
-and gives the same bytes for the same input (one encoder thread, no dates or version tags in the container).
+Readers return what the models take: frames and images as uint8 RGB of 224 x 224, masks as bool of 224 x 224, sound as
+float32 mono at 16 kHz in [-1, 1]. They raise MediaError. Writers leave a whole file or none, and write the same bytes
+for the same input: one encoder thread, no dates and no version tags in the file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 
 import av
@@ -25,178 +24,189 @@ from scipy.signal import resample_poly
 
 from crab.data.files import atomic_file
 
-SIZE = 224  # side of every frame, image and mask, pixels
-RATE = 16_000  # sample rate of every sound handed to a model, Hz
-LEAST = 0.1  # seconds that a sound must last to be heard at all, whatever encoder hears it
-_SAME_TIME = 1e-9  # seconds that rounding may part two equal time stamps by
+SIZE = 224  # pixels, side of every frame, image and mask
+RATE = 16_000  # Hz, sample rate of every sound that a model gets
+LEAST = 0.1  # seconds, the shortest sound that any encoder can hear
+AGAIN = "copy or build it again"
+_SAME_TIME = 1e-9  # seconds; rounding may part two equal time stamps by this much
 
-# Measured on 10 s clips of the generated world at 2 frames/s: 9 kB in 20 ms, at the PSNR (37 dB and more) that 4:2:0
-# chroma leaves at any preset; veryfast takes 6.6 kB in 26 ms, ultrafast 14 kB in 17 ms.
+# On 10 s clips of the generated world at 2 frames/s this takes 9 kB and 20 ms, at the PSNR (37 dB and more) that 4:2:0
+# chroma leaves at any preset. veryfast takes 6.6 kB and 26 ms, ultrafast 14 kB and 17 ms.
 _H264 = {"crf": "20", "preset": "superfast", "threads": "1"}
-# A quantizer held at 4 comes near to that: 37 dB, 15 kB, in little more than half the time.
+# A fixed quantizer of 4 comes close: 37 dB, 15 kB, in little more than half the time.
 _MPEG4 = {"qmin": "4", "qmax": "4", "flags": "+bitexact"}
 _VIDEO = {".mp4": ("mp4", "libx264", _H264), ".avi": ("avi", "mpeg4", _MPEG4)}
-# At 32 kbit/s a 10 s clip takes 40 kB, an eighth of PCM, at a signal-to-noise ratio of about 26 dB.  LAME's fastest
-# search, and no bit reservoir, which costs a fifth more time; still two thirds of what writing a clip takes.
+# At 32 kbit/s a 10 s sound takes 40 kB, an eighth of PCM, at a signal-to-noise ratio of about 26 dB. This is LAME's
+# fastest search, without a bit reservoir, which costs a fifth more time.
 _MP3 = {"compression_level": "9", "reservoir": "0"}
 _MP3_BITS = 32_000
 
 
 class MediaError(ValueError):
-    """A media file that cannot be used.  The message reads "<path>: <fault>; <mend>"."""
+    """A media file that cannot be used. The message reads "<path>: <fault>; <fix>".
 
-    def __init__(self, path: str | os.PathLike, fault: str, mend: str):
-        super().__init__(f"{path}: {fault}; {mend}")
-        self.path, self.fault, self.mend = Path(path), fault, mend
+    ``problem`` is the kind of fault, one of `crab.data.findings.PROBLEMS`.
+    """
 
-    def __reduce__(self):  # the default would call __init__ with the message alone; errors cross process pools
-        return type(self), (self.path, self.fault, self.mend)
+    def __init__(self, path: str | os.PathLike, fault: str, fix: str, problem: str = "undecodable"):
+        super().__init__(f"{path}: {fault}; {fix}")
+        self.path, self.fault, self.fix, self.problem = Path(path), fault, fix, problem
+
+    def __reduce__(self):  # the default passes the message alone to __init__; errors cross process pools
+        return type(self), (self.path, self.fault, self.fix, self.problem)
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------------------------------- clips
 
-def read_video(path: str | os.PathLike, frames: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Sample `frames` frames uniformly: the one on display at the middle of each of `frames` equal parts of the clip.
 
-    Returns (uint8 [frames, 224, 224, 3] RGB, float64 [frames] seconds from the clip's start).  The seconds are the
-    presentation times of the frames taken, not the middles asked for.  A clip with fewer frames repeats some.
-    What the file says not to show (an edit list) is left out, and pictures that it says to turn are turned.
-    Raises MediaError for a missing, truncated or undecodable file, and for one without a video stream.
+def read_video(path: str | os.PathLike, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split a clip into ``frames`` equal parts, and take the frame on display in the middle of each.
 
-    Of an H.264 clip what is neither taken nor needed to decode what is taken is skipped: about half of its frames.
+    Frames that an edit list hides are left out. Pictures that are marked as rotated are turned upright. A clip with too
+    few frames repeats some.
+
+    Returns:
+        uint8 [frames, 224, 224, 3] RGB, and float64 [frames]: when each frame taken begins, in seconds from the start.
+
+    Raises:
+        MediaError: the file is missing, truncated or undecodable, or has no video stream.
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}; ask for at least 1")
     path = _existing(path)
-    try:
+    with _decoding(path, "video", "a video"):
         for way in ("skip", "own", "counted"):
-            found = _sampled(path, frames, threads, way)
-            if found is not None:
-                return found
-    except (av.error.FFmpegError, EOFError) as error:
-        raise MediaError(path, f"cannot be decoded as video ({_reason(error)})", "the file is truncated or not a "
-                         "video: copy or build it again") from error
+            if (sample := _sample(path, frames, way)) is not None:
+                return sample
 
 
-def _sampled(path: Path, frames: int, threads: int, way: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """`read_video` in one way, or None where that cannot be relied on.
+def clip_seconds(path: str | os.PathLike) -> float:
+    """Length of a clip, over which `read_video` spreads its frames; MediaError for a clip that it cannot read."""
+    try:
+        with av.open(str(path)) as container:
+            return length(path, container, container.streams.video[0])
+    except (av.error.FFmpegError, EOFError, IndexError) as error:
+        raise MediaError(path, f"has no length that can be read ({error})", AGAIN) from error
 
-    ``skip``: no frame is decoded that is neither taken nor needed for what is; this trusts packets to have the time stamps of
-    the frames they hold. ``own``: all are, and have their own time stamps. ``counted``: all are, and the n-th has the n-th time
-    stamp of the packets; it comes last, for files whose frames seem to go back in time (H.264 in avi).
+
+def length(path: str | os.PathLike, container, stream) -> float:
+    """Seconds from the first frame shown to the end of the last, by the packets' own time stamps."""
+    stamps, end = _stamps(path, container, stream)
+    return float((end - stamps[0]) * stream.time_base)
+
+
+def _sample(path: Path, frames: int, way: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """`read_video` in one of three ways. None if the result cannot be relied on.
+
+    ``skip`` decodes only the frames that are taken and those they depend on, about half of an H.264 clip. This trusts a
+    packet to have the time stamp of the frame in it. ``own`` decodes all frames and uses their own time stamps.
+    ``counted`` gives the n-th frame the n-th time stamp of the packets: for files whose frames seem to go back in time
+    (H.264 in avi).
     """
     with av.open(str(path)) as container:
         if not container.streams.video:
-            raise MediaError(path, "has no video stream", "give a file with pictures, or read it with read_audio")
+            fix = "give a file with pictures, or read it with read_audio"
+            raise MediaError(path, "has no video stream", fix, "no video")
         stream = container.streams.video[0]
-        if way == "skip" and stream.codec_context.name != "h264":  # others do not say for sure whether a frame is needed
+        if way == "skip" and stream.codec_context.name != "h264":  # other decoders do not say which frames are needed
             way = "own"
-        stream.codec_context.thread_count = threads
+        stream.codec_context.thread_count = 1
         stamps, end = _stamps(path, container, stream)
         times = np.array([float((stamp - stamps[0]) * stream.time_base) for stamp in stamps])
         middles = (np.arange(frames) + 0.5) * float((end - stamps[0]) * stream.time_base) / frames
         places = np.searchsorted(times, middles + _SAME_TIME, "right") - 1
         decoded = _decoded(container, stream, {stamps[place] for place in places} if way == "skip" else None)
         if way == "counted":
-            timed = zip(chain(times, repeat(times[-1])), decoded)
+            timed = zip(chain(times, repeat(times[-1])), decoded, strict=False)
         else:
             timed = ((float((f.pts - stamps[0]) * stream.time_base), f) for f in decoded if f.pts is not None)
-        pictures, seconds, backwards = _on_display(path, timed, middles)
+        pictures, seconds, backwards = _on_display(timed, middles)
+    if not pictures:
+        raise MediaError(path, "has a video stream without frames that decode", AGAIN, "no frames")
     if way == "skip" and not np.allclose(seconds, times[places], atol=_SAME_TIME) or way == "own" and backwards:
         return None
-    return pictures, seconds
+    return np.stack(pictures), np.asarray(seconds, dtype=np.float64)
 
 
-def span(path: Path, container, stream) -> tuple[float, float]:
-    """(time stamp of the first frame, length), both in seconds, from the packets' own time stamps."""
-    stamps, end = _stamps(path, container, stream)
-    return float(stamps[0] * stream.time_base), float((end - stamps[0]) * stream.time_base)
+def _stamps(path: str | os.PathLike, container, stream) -> tuple[list[int], int]:
+    """Time stamps of the frames shown, ascending, and the end of the last one, in ticks of the stream.
 
-
-def _stamps(path: Path, container, stream) -> tuple[list[int], int]:
-    """(time stamps of the frames, ascending; when the last one ends), in the stream's ticks, from its packets.
-
-    Headers are not to be trusted with this: mp4 muxers sum up durations in decoding order, avi has no length for a
-    stream.  Walking the packets decodes nothing and costs a few percent of decoding.
+    They come from the packets, which costs a few percent of decoding. Headers cannot be trusted: mp4 muxers add up
+    durations in decoding order, and avi has no length for a stream.
     """
-    packets = [(p.dts if p.pts is None else p.pts, p.duration or 0, p.is_discard) for p in container.demux(stream) if p.size]
-    # What an edit list discards (clips cut without encoding them anew begin at a key frame before the cut) is decoded and not shown.
+    packets = [
+        (p.dts if p.pts is None else p.pts, p.duration or 0, p.is_discard) for p in container.demux(stream) if p.size
+    ]
+    # A clip that was cut without encoding it again begins at a key frame before the cut; an edit list hides the frames.
     stamps = sorted((stamp, duration) for stamp, duration, hidden in packets if stamp is not None and not hidden)
     if not stamps:
-        raise MediaError(path, "has a video stream without frames", "copy or build it again")
-    # An index at the front of the file survives a cut: what it promises must also be there. Avi counts ticks, skipped ones too.
-    found = stamps[-1][0] + 1 if container.format.name == "avi" else len(packets)
-    # Where an edit list ends before the file does, the last packets are hidden ones and the rest is not even read.
-    if stream.frames and found < stream.frames and not packets[-1][2]:
-        raise MediaError(path, f"is truncated: {found} of {stream.frames} frames are there",
-                         "copy or build it again")
+        raise MediaError(path, "has a video stream without frames", AGAIN, "no frames")
+    # An index at the front of a file survives a cut: the frames it promises must be there. Avi counts ticks, with gaps.
+    there = stamps[-1][0] + 1 if container.format.name == "avi" else len(packets)
+    # If an edit list ends before the file does, the last packets are hidden and FFmpeg does not read the rest.
+    if stream.frames and there < stream.frames and not packets[-1][2]:
+        raise MediaError(path, f"is truncated: {there} of {stream.frames} frames are there", AGAIN, "truncated")
     container.seek(0)
     return [stamp for stamp, _ in stamps], sum(stamps[-1])
 
 
 def _decoded(container, stream, wanted: set[int] | None) -> Iterator:
-    """The stream's frames; but where `wanted` is given, no frame of another time stamp on which no other hangs."""
+    """The frames of a stream. With ``wanted``, only frames of these time stamps and frames that others depend on."""
     for packet in container.demux(stream):
         stream.codec_context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
         yield from packet.decode()
 
 
-def _on_display(path, timed, middles) -> tuple[np.ndarray, np.ndarray, bool]:
-    """For each of the ascending `middles` the last of the frames (seconds, frame) that begins at or before it.
+def _on_display(timed: Iterable[tuple], middles: np.ndarray) -> tuple[list[np.ndarray], list[float], bool]:
+    """For each of the ascending ``middles``, the picture of the last frame that begins at or before it, and its second.
 
-    Returns pictures, their seconds, and whether any frame's time was before that of the one ahead of it.
+    Also whether a frame seems to begin before the frame ahead of it.
     """
-    pictures, times, current, began, backwards = [], [], None, 0.0, False
-    # One for all frames, and one thread: a frame that is asked itself sets up a scaler and its threads each time, for longer
-    # than it scales.
-    scaler = VideoReformatter()
-
-    def settle(before: float) -> None:
-        """Take the current frame for every middle that ends its display."""
+    pictures, seconds, backwards = [], [], False
+    scaler = VideoReformatter()  # one for all frames, with one thread: a new one takes longer to set up than to scale
+    for (begin, frame), (end, _) in pairwise(chain(timed, [(math.inf, None)])):
         picture = None
-        while len(times) < len(middles) and middles[len(times)] < before:
+        while len(seconds) < len(middles) and middles[len(seconds)] < end - _SAME_TIME:
             if picture is None:
-                picture = scaler.reformat(current, SIZE, SIZE, "rgb24", threads=1).to_ndarray()
-                if quarters := round(current.rotation / 90) % 4:  # as phones mark how they were held
+                picture = scaler.reformat(frame, SIZE, SIZE, "rgb24", threads=1).to_ndarray()
+                if quarters := round(frame.rotation / 90) % 4:  # phones mark how they were held
                     picture = np.rot90(picture, quarters)
             pictures.append(picture)
-            times.append(began)
-
-    for second, frame in timed:
-        if current is not None:
-            settle(second - _SAME_TIME)
-            backwards |= second < began - _SAME_TIME
-        current, began = frame, second
-        if len(times) == len(middles):
+            seconds.append(begin)
+        backwards |= end < begin - _SAME_TIME
+        if len(seconds) == len(middles):
             break
-    if current is None:
-        raise MediaError(path, "has a video stream without frames that decode", "copy or build it again")
-    settle(float("inf"))
-    return np.stack(pictures), np.asarray(times, dtype=np.float64), backwards
+    return pictures, seconds, backwards
+
+
+# ---------------------------------------------------------------- sound and pictures
 
 
 def read_audio(path: str | os.PathLike, start: float | None = None, end: float | None = None) -> np.ndarray:
-    """Sound of `path` between `start` and `end` seconds (all of it by default): float32 [samples], mono, 16 kHz.
+    """Sound between ``start`` and ``end`` seconds (by default all of it): float32 [samples], mono, 16 kHz.
 
-    Channels are averaged; other rates are resampled by a polyphase filter.  A window that runs past the end is cut
-    there.  wav, flac, ogg and mp3 go through libsndfile, anything else (the sound of an mp4, m4a) through FFmpeg.
-    Raises MediaError for a missing, empty or undecodable file, and for a window outside the sound.
+    Channels are averaged. Other rates are resampled by a polyphase filter. A window past the end is cut there.
+    libsndfile reads wav, flac, ogg and mp3; FFmpeg reads the rest, such as the sound of an mp4.
+
+    Raises:
+        MediaError: the file is missing, empty or undecodable, or the window lies outside the sound.
     """
     path = _existing(path)
     if path.stat().st_size == 0:
-        raise MediaError(path, "is empty (0 bytes)", "copy or build it again")
+        raise MediaError(path, "is empty (0 bytes)", AGAIN, "empty")
     try:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as fault:
-        wave, rate = _audio_of_container(path, fault)
+        with _decoding(path, "sound", "sound", f"{fault}; "):
+            wave, rate = _audio_of_container(path)
     if not len(wave):
-        raise MediaError(path, "holds no sound (zero length)", "record or build it again")
+        raise MediaError(path, "holds no sound (zero length)", "record or build it again", "no sound")
     seconds = len(wave) / rate
     low, high = start or 0.0, seconds if end is None else min(end, seconds)
     if not 0 <= low < high:
-        raise MediaError(path, f"has no sound between {low} s and {end} s, it lasts {seconds:.2f} s",
-                         "ask for a window inside the sound")
-    mono = wave[round(low * rate):max(round(high * rate), round(low * rate) + 1)].mean(axis=1)
+        fault = f"has no sound between {low} s and {end} s, it lasts {seconds:.2f} s"
+        raise MediaError(path, fault, "ask for a window inside the sound", "no such second")
+    mono = wave[round(low * rate) : max(round(high * rate), round(low * rate) + 1)].mean(axis=1)
     if not np.isfinite(mono).all():
         raise MediaError(path, "holds values that are not numbers", "record or build it again")
     if rate != RATE:
@@ -205,25 +215,21 @@ def read_audio(path: str | os.PathLike, start: float | None = None, end: float |
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def _audio_of_container(path: Path, fault: Exception) -> tuple[np.ndarray, int]:
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise MediaError(path, "has no sound stream", "give a file with sound")
-            stream = container.streams.audio[0]
-            resampler = av.AudioResampler(format="fltp", layout="mono", rate=stream.rate)
-            parts = [out.to_ndarray()[0] for frame in container.decode(stream) for out in resampler.resample(frame)]
-            parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
-            wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-            return wave[:, None], stream.rate
-    except (av.error.FFmpegError, EOFError) as error:
-        raise MediaError(path, f"cannot be decoded as sound ({fault}; {_reason(error)})", "the file is truncated or "
-                         "not sound: copy or build it again") from error
+def _audio_of_container(path: Path) -> tuple[np.ndarray, int]:
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            raise MediaError(path, "has no sound stream", "give a file with sound", "no sound")
+        stream = container.streams.audio[0]
+        resampler = av.AudioResampler(format="fltp", layout="mono", rate=stream.rate)
+        parts = [out.to_ndarray()[0] for frame in container.decode(stream) for out in resampler.resample(frame)]
+        parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
+        wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        return wave[:, None], stream.rate
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """The picture as uint8 [224, 224, 3] RGB (bilinear when it has to be resized), upright where it is marked how it was taken."""
-    with _opened(path) as image:
+    """A picture as uint8 [224, 224, 3] RGB, resized bilinearly, and upright if its file says how it was taken."""
+    with opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         image = image.convert("RGB")
         if image.size != (SIZE, SIZE):
@@ -232,8 +238,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_mask(path: str | os.PathLike) -> np.ndarray:
-    """The mask as bool [224, 224]: true wherever any channel is not black (AVSBench paints objects on black)."""
-    with _opened(path) as image:
+    """A mask as bool [224, 224]: true where any channel is not black (AVSBench paints objects on black)."""
+    with opened(path) as image:
         if image.mode not in ("1", "L"):
             image = image.convert("RGB")
         painted = np.asarray(image)
@@ -244,34 +250,45 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     return painted
 
 
-@contextlib.contextmanager
-def _opened(path) -> Iterator[Image.Image]:
+@contextmanager
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """A decoded image, or MediaError."""
     path = _existing(path)
+    with _decoding(path, "an image", "an image"), Image.open(path) as image:
+        image.load()  # Pillow decodes late: a truncated file would otherwise fail outside this guard
+        yield image
+
+
+@contextmanager
+def _decoding(path: Path, kind: str, thing: str, before: str = "") -> Iterator[None]:
+    """Turn what the decoders raise into a MediaError."""
     try:
-        with Image.open(path) as image:
-            image.load()  # decoding is lazy: a truncated file would fail outside this guard
-            yield image
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL raises SyntaxError on a broken png
-        raise MediaError(path, f"cannot be decoded as an image ({_reason(error)})",
-                         "the file is truncated or not an image: copy or build it again") from error
+        yield
+    except (av.error.FFmpegError, EOFError, UnidentifiedImageError, OSError, SyntaxError) as error:
+        fault = f"cannot be decoded as {kind} ({before}{reason(error)})"
+        raise MediaError(path, fault, f"the file is truncated or not {thing}: {AGAIN}") from error
 
 
-def _existing(path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        fault = "is a folder, not a media file" if path.is_dir() else "does not exist"
-        raise MediaError(path, fault, "check the record's path and the data root, or build the data again")
-    return path
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What a decoder's error says."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no known format"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.is_file():
+        return path
+    fault, problem = ("is a folder", "not a file") if path.is_dir() else ("does not exist", "missing")
+    raise MediaError(path, fault, "check the path in the record and the data root, or build the data again", problem)
 
 
 # ---------------------------------------------------------------- writing
 
+
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float | Fraction) -> None:
-    """Write frames (each uint8 [H, W, 3] RGB, H and W even), `fps` a second, yuv420p: .mp4 as H.264, .avi as MPEG-4."""
+    """Write frames (uint8 [H, W, 3] RGB, H and W even), ``fps`` per second, as yuv420p: .mp4 is H.264, .avi MPEG-4."""
     if Path(path).suffix not in _VIDEO:
         raise ValueError(f"{path}: a clip is written as .mp4 or .avi, not {Path(path).suffix!r}")
     form, codec, options = _VIDEO[Path(path).suffix]
@@ -292,30 +309,25 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
 
 
 def write_audio(path: str | os.PathLike, wave: np.ndarray, rate: int = RATE) -> None:
-    """Write a mono wave (float, [-1, 1]) as 16-bit PCM (.wav) or 32 kbit/s MPEG layer III (.mp3)."""
-    wave = np.asarray(wave)
+    """Write a mono wave (float [samples] in [-1, 1]) as 16-bit PCM (.wav) or 32 kbit/s mp3."""
+    wave, suffix = np.asarray(wave), Path(path).suffix
     if wave.ndim != 1 or not len(wave):
         raise ValueError(f"{path}: sound has shape {wave.shape}; give [samples >= 1]")
-    pcm = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
-    suffix = Path(path).suffix
     if suffix not in (".wav", ".mp3"):
         raise ValueError(f"{path}: sound is written as .wav or .mp3, not {suffix!r}")
+    pcm = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
     with atomic_file(path) as part:
         if suffix == ".wav":
             soundfile.write(part, pcm, rate, subtype="PCM_16", format="WAV")
-        else:
-            _write_mp3(part, pcm, rate)
-
-
-def _write_mp3(path: Path, pcm: np.ndarray, rate: int) -> None:
-    # libsndfile can write mp3 too, but hides LAME's speed setting and takes twice as long.
-    with av.open(str(path), "w", format="mp3", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libmp3lame", rate=rate, layout="mono", options=dict(_MP3))
-        stream.codec_context.format, stream.bit_rate = "s16p", _MP3_BITS
-        frame = av.AudioFrame.from_ndarray(pcm[None], format="s16p", layout="mono")
-        frame.sample_rate, frame.pts = rate, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            return
+        # libsndfile writes mp3 too, but hides LAME's speed setting and takes twice as long
+        with av.open(str(part), "w", format="mp3", options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream("libmp3lame", rate=rate, layout="mono", options=dict(_MP3))
+            stream.codec_context.format, stream.bit_rate = "s16p", _MP3_BITS
+            frame = av.AudioFrame.from_ndarray(pcm[None], format="s16p", layout="mono")
+            frame.sample_rate, frame.pts = rate, 0
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
 
 
 def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:

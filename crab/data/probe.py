@@ -1,57 +1,61 @@
-"""Media files probed: is each what its record takes it for, and whole?  In processes that can be killed, once a file.
+"""Media files probed: is each what its record says, and whole?
 
-A probe opens the file, looks for the stream that is needed, decodes the first frame of it and makes sure that the end
-is there: for a clip, that the file reaches as far as its own index says; for a sound, that a sample near its end can
-be read; images are decoded as a whole.  That finds the files which :mod:`crab.data.media` would refuse, without
-decoding hundreds of gigabytes; damage in the middle of a clip or sound is found where they are asked for whole.
+A probe opens a file, finds the stream that is needed, decodes its first frame, and makes sure that its end is there: a
+clip must reach as far as its index says, a sound must have a sample near its end. Pictures are decoded completely. This
+finds the files that `crab.data.media` refuses without decoding hundreds of gigabytes. Damage in the middle of a clip or
+sound is only found if they are decoded completely ("whole video", "whole audio").
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
-import signal
-import sqlite3
+import stat
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import astuple, dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 import soundfile
-from PIL import Image, UnidentifiedImageError
+from pebble import ProcessExpired, ProcessPool
+from PIL import Image
+from tqdm import tqdm
 
 from crab.data import media
+from crab.data.files import atomic_file
+from crab.data.media import AGAIN, MediaError
+from crab.data.workers import end_with_parent
 
-# Each format that is read, by its name in FFmpeg, libsndfile or Pillow, and the names that its files bear. Nothing else
-# is opened: FFmpeg also reads play lists, which can send it to any file or address.
-_SUFFIXES = {
-    "mov": ".mp4 .m4v .mov .m4a .3gp", "avi": ".avi", "matroska": ".mkv .webm", "mpegts": ".ts .mts", "mpeg": ".mpg .mpeg",
-    "flv": ".flv", "asf": ".wmv .wma .asf", "aac": ".aac", "wav": ".wav", "wavex": ".wav", "rf64": ".wav", "mp3": ".mp3",
-    "flac": ".flac", "ogg": ".ogg .oga .opus", "jpeg": ".jpg .jpeg", "png": ".png", "bmp": ".bmp",
-    "webp": ".webp", "gif": ".gif", "tiff": ".tif .tiff",
+#: The formats that are read, by their names in FFmpeg, libsndfile or Pillow, and the suffixes of their files.
+SUFFIXES = {
+    "mov": ".mp4 .m4v .mov .m4a .3gp", "avi": ".avi", "matroska": ".mkv .webm", "mpegts": ".ts .mts",
+    "mpeg": ".mpg .mpeg", "flv": ".flv", "asf": ".wmv .wma .asf", "aac": ".aac", "wav": ".wav", "wavex": ".wav",
+    "rf64": ".wav", "mp3": ".mp3", "flac": ".flac", "ogg": ".ogg .oga .opus", "jpeg": ".jpg .jpeg", "png": ".png",
+    "bmp": ".bmp", "webp": ".webp", "gif": ".gif", "tiff": ".tif .tiff",
 }  # fmt: skip
+# FFmpeg opens these alone: it also reads play lists, which can send it to any file or address.
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpegts,mpeg,flv,asf,wav,mp3,aac,flac,ogg"
 _OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
-_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"moof", b"mfra", b"sidx", b"styp", b"udta", b"meta")
-_AGAIN = "copy or build it again"
-WHOLE = "whole "  # before a kind: decoded to its end, with all that the reader may meet there
-_START = 120  # seconds in which a process must have imported what it needs
-_BATCH = 16  # files handed to a process at a time
+_BOXES = b"ftyp moov mdat free skip wide uuid moof mfra sidx styp udta meta".split()
+WHOLE = "whole "  # stands before a kind if the file is decoded completely
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found out about a file.
+    """Result for one file.
 
     Attributes:
-        problem: what is wrong, one of `crab.data.findings.PROBLEMS`; empty if the file can be used.
-        words: what is wrong in words, and the mend.
-        seconds: how long it lasts, None for a picture.
-        named: what is wrong with its name, though it can be used; else empty.
+        problem: one of `crab.data.findings.PROBLEMS`; empty if the file can be used.
+        words: the problem and how to fix it.
+        seconds: length; None for a picture.
+        named: what is wrong with the name of a file that can be used; else empty.
     """
 
     problem: str = ""
@@ -60,91 +64,82 @@ class Probe:
     named: str = ""
 
 
-class _Bad(Exception):
-    """A file that cannot be used: (problem, words)."""
-
-
 def probe(path: str, kind: str) -> Probe:
-    """Probe one file, here: see the module's words. Never raises; a decoder may hang or crash (:func:`probe_all`).
+    """Probe one file in this process. This never raises, but a decoder may hang or crash: see `probe_all`.
 
     Args:
-        kind: what it is to be: video, audio, image or mask; "whole video" or "whole audio" decodes all of it.
+        kind: what the file must be: video, audio, image or mask; "whole video" or "whole audio" decodes it completely.
     """
     kind, whole = kind.removeprefix(WHOLE), kind.startswith(WHOLE)
+    thing = {"video": "a video", "audio": "sound"}.get(kind, "an image")
     try:
         if not os.path.getsize(path):
-            raise _Bad("empty", f"is empty (0 bytes); {_AGAIN}")
+            raise MediaError(path, "is empty (0 bytes)", AGAIN, "empty")
         if _box_cut(path):
-            raise _Bad("truncated", f"is truncated: its last part would end after the file does; {_AGAIN}")
-        seconds, form = {"video": _video, "audio": _sound}.get(kind, _picture)(path)
-        if whole and kind == "video":
-            _decode(path)
-        elif whole and kind == "audio":
-            media.read_audio(path)
-        return Probe(seconds=seconds, named=_misnamed(path, form))
-    except _Bad as bad:
-        return Probe(*bad.args)
-    except media.MediaError as error:
-        return Probe("truncated" if "truncated:" in error.fault else "undecodable", f"{error.fault}; {error.mend}")
-    except Exception as error:  # whatever a decoder's binding raises is a fault of the file
-        noun = {"video": "a video", "audio": "sound"}.get(kind, "an image")
-        reason = getattr(error, "strerror", None) or str(error).replace(path, "").strip(": ") or type(error).__name__
-        return Probe("undecodable", f"cannot be decoded as {noun} ({reason[:200]}); the file is truncated or not {noun}: {_AGAIN}")
+            raise _truncated(path, "its last part would end after the file does")
+        if kind == "video":
+            seconds, form = _video(path, whole)
+        elif kind == "audio":
+            seconds, form = _sound(path)
+            if whole:
+                media.read_audio(path)
+        else:
+            with media.opened(path) as image:
+                seconds, form = None, (image.format or "").lower()
+    except MediaError as error:
+        return Probe(error.problem, f"{error.fault}; {error.fix}".replace(path, ""))
+    except Exception as error:  # whatever a decoder raises is a fault of the file
+        fault = f"cannot be decoded as {thing} ({media.reason(error).replace(path, '').strip(': ')[:200]})"
+        return Probe("undecodable", f"{fault}; the file is truncated or not {thing}: {AGAIN}")
+    suffixes, suffix = SUFFIXES.get(form, "").split(), Path(path).suffix.lower()
+    misnamed = f"holds {form}, is named '{suffix}'; rename it, here and in its records"
+    return Probe(seconds=seconds, named=misnamed if suffixes and suffix not in suffixes else "")
 
 
-def _misnamed(path: str, form: str) -> str:
-    suffixes = _SUFFIXES.get(form, "").split()
-    found = Path(path).suffix.lower()
-    if not suffixes or found in suffixes:
-        return ""
-    return f"holds {form}, is named '{found}'; rename it, here and in its records"
+def _truncated(path: str, what: str) -> MediaError:
+    return MediaError(path, f"is truncated: {what}", AGAIN, "truncated")
 
 
-def _video(path: str) -> tuple[float, str]:
+# ---------------------------------------------------------------- one file
+
+
+def _video(path: str, whole: bool) -> tuple[float, str]:
     with av.open(path, options=_OPTIONS) as container:
-        moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not moving:
-            raise _Bad("no video", "has no video stream; give a file with moving pictures")
+        if all(s.disposition & av.stream.Disposition.attached_pic for s in container.streams.video):
+            raise MediaError(path, "has no video stream", "give a file with moving pictures", "no video")
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         index = list(stream.index_entries)
-        whole = stream.frames and len(index) >= stream.frames
-        if whole:
-            size = os.path.getsize(path)
-            there = sum(e.pos + e.size <= size for e in index)
-            if there < len(index):
-                raise _Bad("truncated", f"is truncated: {there} of {len(index)} frames are there; {_AGAIN}")
-        if whole and not any(e.is_discard for e in index):
-            stamps = sorted(e.timestamp for e in index)
+        indexed = stream.frames and len(index) >= stream.frames
+        if indexed:
+            _check_index(path, index, "frames")
+        if indexed and not any(entry.is_discard for entry in index):
+            stamps = sorted(entry.timestamp for entry in index)
             step = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else stream.duration or 0
             seconds = float((stamps[-1] - stamps[0] + step) * stream.time_base)
-        else:  # no index of all frames, or one with frames that are not shown: walk through the packets, as the reader does
-            try:
-                _, seconds = media.span(Path(path), container, stream)
-            except media.MediaError as error:
-                if "without frames" in error.fault:
-                    raise _Bad("no frames", f"{error.fault}; {_AGAIN}") from None
-                raise
-        if next(container.decode(stream), None) is None:
-            raise _Bad("no frames", f"has a video stream without frames that decode; {_AGAIN}")
+        else:  # the index lacks frames, or has frames that are not shown: walk through the packets, as the reader does
+            seconds = media.length(path, container, stream)
+        frames, done = container.decode(stream), 1
+        if next(frames, None) is None:
+            raise MediaError(path, "has a video stream without frames that decode", AGAIN, "no frames")
+        try:
+            while whole and next(frames, None):  # what would stop a reader inside the clip
+                done += 1
+        except av.error.FFmpegError as error:
+            fault = f"breaks off inside: {done} frames decode, the next does not ({error.strerror})"
+            raise MediaError(path, fault, AGAIN) from None
         return seconds, container.format.name.split(",")[0]
 
 
-def _decode(path: str) -> None:
-    """Decode all frames of a clip: what would stop a reader inside it is found."""
-    with av.open(path, options=_OPTIONS) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        done = 0
-        try:
-            for done, _ in enumerate(container.decode(stream), 1):
-                pass
-        except av.error.FFmpegError as error:
-            raise _Bad("undecodable", f"breaks off inside: {done} frames decode, the next does not ({error.strerror}); {_AGAIN}") from None
+def _check_index(path: str, index: list, things: str) -> None:
+    size = os.path.getsize(path)
+    there = sum(entry.pos + entry.size <= size for entry in index)
+    if there < len(index):
+        raise _truncated(path, f"{there} of {len(index)} {things} are there")
 
 
 def _box_cut(path: str) -> bool:
-    """Whether one of the outermost boxes of an mp4 (ISO 14496-12) reaches beyond the end; False for other files."""
+    """Whether an outermost box of an mp4 (ISO 14496-12) reaches beyond the end of the file. False for other formats."""
     size, at = os.path.getsize(path), 0
     with open(path, "rb") as file:
         while at + 8 <= size:
@@ -161,226 +156,194 @@ def _sound(path: str) -> tuple[float, str]:
     try:
         with soundfile.SoundFile(path) as sound:
             if not sound.frames:
-                raise _Bad("no sound", "holds no sound (zero length); record or build it again")
+                raise MediaError(path, "holds no sound (zero length)", "record or build it again", "no sound")
             sound.read(min(sound.frames, 1024))
             seconds = sound.frames / sound.samplerate
-            # half a second short is let pass: headers that are a few frames off are common
+            # half a second less is accepted: many headers are a few frames off
             sound.seek(max(0, sound.frames - sound.samplerate // 2 - 1))
-            missing = 0.5 if not len(sound.read(1)) else 0.0
+            missing = 0.0 if len(sound.read(1)) else 0.5
             form = sound.format.lower()
-            form = "mp3" if form == "mpeg" else form  # which FFmpeg calls a kind of video
-        missing = max(missing, _riff_missing(path) * seconds)
-        if missing >= 0.5:
-            raise _Bad("truncated", f"is truncated: it ends before the {seconds:.1f} s that it promises; {_AGAIN}")
-        return seconds, form
     except soundfile.LibsndfileError:
         return _sound_of_container(path)
+    if max(missing, _riff_missing(path) * seconds) >= 0.5:
+        raise _truncated(path, f"it ends before the {seconds:.1f} s that it promises")
+    return seconds, "mp3" if form == "mpeg" else form  # FFmpeg uses the name mpeg for a kind of video
 
 
 def _riff_missing(path: str) -> float:
-    """What is missing of a wav by its own header, over what is there; libsndfile takes such a file for a short one."""
+    """The part of a wav that its header promises and that is missing, as a fraction of the part that is there.
+
+    libsndfile reads such a file as a shorter sound.
+    """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(12)
     promised = int.from_bytes(head[4:8], "little") + 8
-    whole = head[:4] != b"RIFF" or promised >= 0xFFFFFF00  # a writer that could not go back leaves the size open
+    whole = head[:4] != b"RIFF" or promised >= 0xFFFFFF00  # a writer that cannot seek leaves the size open
     return 0.0 if whole else max(0, promised - size) / size
 
 
 def _sound_of_container(path: str) -> tuple[float, str]:
     with av.open(path, options=_OPTIONS) as container:
         if not container.streams.audio:
-            raise _Bad("no sound", "has no sound stream; give a file with sound")
+            raise MediaError(path, "has no sound stream", "give a file with sound", "no sound")
         stream = container.streams.audio[0]
-        index, size = list(stream.index_entries), os.path.getsize(path)
-        there = sum(e.pos + e.size <= size for e in index)
-        if there < len(index):
-            raise _Bad("truncated", f"is truncated: {there} of {len(index)} pieces of sound are there; {_AGAIN}")
+        _check_index(path, list(stream.index_entries), "pieces of sound")
         if next(container.decode(stream), None) is None:
-            raise _Bad("no sound", f"has a sound stream without sound that decodes; {_AGAIN}")
-        seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
-        return seconds, container.format.name.split(",")[0]
+            raise MediaError(path, "has a sound stream without sound that decodes", AGAIN, "no sound")
+        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        return float(seconds), container.format.name.split(",")[0]
 
 
-def _picture(path: str) -> tuple[None, str]:
-    try:
-        with Image.open(path) as image:
-            form = (image.format or "").lower()
-            image.load()
-    except UnidentifiedImageError:
-        raise _Bad("undecodable", f"cannot be decoded as an image (no known format); the file is not an image: {_AGAIN}") from None
-    return None, form
+# ---------------------------------------------------------------- many files
 
 
-# ---------------------------------------------------------------- many files, and those that never come to an end
-
-def _work(pipe: Connection) -> None:
-    """A process of :func:`probe_all`: answers each batch of files one by one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders written in C complain there
-    try:
-        pipe.send(None)
-        while True:
-            for path, kind in pipe.recv():
-                pipe.send(probe(path, kind))
-    except (EOFError, OSError):  # the parent has gone
-        return
-
-
-class _Worker:
-    def __init__(self) -> None:
-        # spawned, not forked: the caller may be a notebook with threads of its own
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.ready, self.jobs = False, deque()
-        self.deadline = time.monotonic() + _START
-
-    def end(self, dying: bool = False) -> int | None:
-        """Kill it, whatever it does; its exit code if it had ended by itself."""
-        self.process.join(1 if dying else 0)
-        code = self.process.exitcode
-        self.process.kill()  # not terminate: a decoder deep in C would put that off
-        self.process.join(1)
-        self.pipe.close()
-        return code
+def _start_worker() -> None:
+    end_with_parent()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders written in C complain on stderr
 
 
 def probe_all(jobs: Iterable[tuple[str, str]], workers: int, limit: float) -> Iterator[tuple[tuple[str, str], Probe]]:
-    """Probe files in processes of their own; gives (job, result) as they come.
+    """Probe files in worker processes, and yield (job, result) as they finish.
 
-    A process that spends more than `limit` seconds on one file, or dies of it, is killed and replaced; the file's
-    problem is then ``"hangs"`` or ``"crashes"``.
+    A worker that takes too long for a file, or dies of it, is replaced. The problem of this file is then "hangs" or
+    "crashes".
 
     Args:
-        jobs: path and kind of each.
-        workers: processes.
-        limit: seconds for a file.
+        jobs: (path, kind) of each file.
+        workers: number of processes.
+        limit: seconds per file.
 
     Raises:
-        RuntimeError: a process cannot be started.
+        RuntimeError: the processes cannot be started.
     """
-    waiting = deque(jobs)
-    running: dict[Connection, _Worker] = {}
+    waiting, running = deque(jobs), {}
+    workers = min(workers, len(waiting) // 16 + 1)
+    # spawned, not forked: the caller may be a notebook with threads
+    pool = ProcessPool(workers, initializer=_start_worker, context=get_context("spawn"))
     try:
-        for _ in range(min(workers, -(-len(waiting) // _BATCH))):
-            worker = _Worker()
-            running[worker.pipe] = worker
-        while running:
-            now = time.monotonic()
-            ready = wait(running, max(0.0, min(w.deadline for w in running.values()) - now))
-            for pipe in ready:
-                yield from _answered(running[pipe], waiting, running, limit)
-            now = time.monotonic()
-            for worker in [w for w in running.values() if w.deadline < now and not w.pipe.poll()]:
-                yield from _lost(worker, waiting, running, Probe(
-                    "hangs", f"keeps the decoder busy for more than {limit:g} s; {_AGAIN}, or allow more time (time_limit)"))
+        while waiting or running:
+            while waiting and len(running) < 8 * workers:  # so that no worker waits
+                job = waiting.popleft()
+                running[pool.schedule(probe, args=job, timeout=limit)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), _result(future, limit)
     finally:
-        for worker in running.values():
-            worker.end()
+        pool.stop()
+        pool.join()
 
 
-def _answered(worker: _Worker, waiting: deque, running: dict, limit: float) -> Iterator:
-    """Take in what a process has sent, and give it more to do, or its leave."""
+def _result(future, limit: float) -> Probe:
     try:
-        found = worker.pipe.recv()
-    except (EOFError, OSError):
-        yield from _lost(worker, waiting, running, None)
-        return
-    if worker.ready:
-        yield worker.jobs.popleft(), found
-    worker.ready = True
-    if not worker.jobs:
-        worker.jobs.extend(waiting.popleft() for _ in range(min(_BATCH, len(waiting))))
-        if not worker.jobs:
-            del running[worker.pipe]
-            worker.end()
-            return
-        worker.pipe.send(list(worker.jobs))
-    worker.deadline = time.monotonic() + limit
+        return future.result()
+    except TimeoutError:
+        fault = f"keeps the decoder busy for more than {limit:g} s"
+        return Probe("hangs", f"{fault}; {AGAIN}, or allow more time (time_limit)")
+    except ProcessExpired as error:
+        return Probe("crashes", f"makes the decoder crash (exit code {error.exitcode}); {AGAIN}")
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "the processes that probe media files could not be started; try again with fewer workers, and in a script "
+            "call this under `if __name__ == '__main__':`, since each process imports the script"
+        ) from error
 
 
-def _lost(worker: _Worker, waiting: deque, running: dict, found: Probe | None) -> Iterator:
-    """End a process that hangs or has died; its other files go back to those that wait, before a new process."""
-    del running[worker.pipe]
-    code = worker.end(dying=found is None)
-    if not worker.jobs:
-        raise RuntimeError(f"a process that probes media files could not be started (exit code {code}); try again with fewer workers, and "
-                           "in a script call this under `if __name__ == '__main__':`, since each process imports the script")
-    job = worker.jobs.popleft()
-    waiting.extendleft(reversed(worker.jobs))
-    yield job, found or Probe("crashes", f"makes the decoder crash (exit code {code}); {_AGAIN}")
-    if waiting:
-        fresh = _Worker()
-        running[fresh.pipe] = fresh
+class File(NamedTuple):
+    """What the file system says of a path."""
+
+    fault: Probe | None  # if it is not a file
+    size: int = 0
+    changed: int = 0  # ns
+    same: Any = None  # equal for two names of one file
+    outside: str = ""  # if it lies outside the root: the problem and how to fix it
 
 
-# ---------------------------------------------------------------- what is known from earlier walks
+class Files:
+    """The media files of a tree: what the file system says of them, and what probes found, now or in an earlier walk.
 
-class Cache:
-    """Results of earlier probes in a file (SQLite), each for a path, kind, size and time of last change.
+    Results are kept in a JSON file, by path, kind, size and time of the last change. If it is damaged, or comes from
+    other versions of the decoders, it begins again. A killed walk loses the results of its last minute.
 
-    Files on which the decoder hung or crashed are probed again: the machine may have been busy. A cache that is damaged
-    or was made by another version of the decoders begins anew.
+    Attributes:
+        files: path under the root -> what the file system says, asked once.
+        probes: (path under the root, kind) -> result of its probe.
     """
 
-    _VERSION = f"2 {av.__version__} {soundfile.__libsndfile_version__} {Image.__version__}"
+    _VERSION = f"3 {av.__version__} {soundfile.__libsndfile_version__} {Image.__version__}"
 
-    def __init__(self, path: str | os.PathLike | None) -> None:
-        self._path = Path(path) if path else None
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, root: str | os.PathLike, cache: str | os.PathLike | None = None) -> None:
+        self.root, self.cache = Path(os.path.realpath(root)), Path(cache) if cache else None
+        self.files: dict[str, File] = {}
+        self.probes: dict[tuple[str, str], Probe] = {}
+        self._folder = functools.cache(os.path.realpath)
         try:
-            self._open()
-        except sqlite3.OperationalError:  # another walk holds it, or its folder cannot be written to
-            raise
-        except sqlite3.DatabaseError:
-            self._path.unlink()
-            self._open()
+            content = json.loads(self.cache.read_bytes()) if cache else {}
+            self._results = content["results"] if content["version"] == self._VERSION else {}
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            self._results = {}
+        self._save()  # fails now, not after hours, if the file cannot be written
 
-    def _open(self) -> None:
-        self._base = sqlite3.connect(self._path or ":memory:")
-        with self._base:
-            self._base.execute("CREATE TABLE IF NOT EXISTS made_by (version TEXT)")
-            if self._base.execute("SELECT version FROM made_by").fetchall() != [(self._VERSION,)]:
-                self._base.executescript("DROP TABLE IF EXISTS probes; DELETE FROM made_by")
-                self._base.execute("INSERT INTO made_by VALUES (?)", (self._VERSION,))
-            self._base.execute(
-                "CREATE TABLE IF NOT EXISTS probes (path TEXT, kind TEXT, size INTEGER, changed INTEGER, problem TEXT, words TEXT, "
-                "seconds REAL, named TEXT, PRIMARY KEY (path, kind)) WITHOUT ROWID")
+    def stat(self, path: str) -> File:
+        """What the file system says of a path under the root."""
+        if path not in self.files:
+            self.files[path] = self._stat(path)
+        return self.files[path]
+
+    def _stat(self, path: str) -> File:
+        folder, name = os.path.split(self.root / path)
+        try:
+            full = os.path.join(self._folder(folder), name)
+            full = os.path.realpath(full) if os.path.islink(full) else full
+            at = os.stat(full)
+        except (FileNotFoundError, NotADirectoryError):
+            return File(Probe("missing", "does not exist; check the path in the record, or copy or build the file"))
+        except (OSError, ValueError) as error:
+            fault = f"cannot be reached ({media.reason(error)})"
+            return File(Probe("missing", f"{fault}; check the path in the record and the file's rights"))
+        if not stat.S_ISREG(at.st_mode):
+            return File(Probe("not a file", "is a folder or a device; give a file"))
+        outside = ""
+        if not Path(full).is_relative_to(self.root):
+            fix = "copy it under the root, or put `link` in tolerate if you trust it"
+            outside = f"is, or lies behind, a link that leads out of the root; {fix}"
+        return File(None, at.st_size, at.st_mtime_ns, (at.st_dev, at.st_ino) if at.st_ino else full, outside)
+
+    def probe(self, jobs: Iterable[tuple[str, str]], decode: bool, limit: float, workers: int, progress: bool):
+        """Probe each (path, kind). Returns how many files were opened for it, and how many were known already.
+
+        Args:
+            decode: decode clips and sounds completely.
+            limit, workers: as for `probe_all`.
+        """
+        waiting, known = {}, 0
+        for path, kind in jobs:
+            at, full = self.stat(path), str(self.root / path)
+            # also the key of the result: a file that was only opened may be damaged inside
+            asked = f"{WHOLE}{kind}" if decode and kind in ("video", "audio") else kind
+            result = self._results.get(f"{asked} {full}")
+            if at.fault:
+                self.probes[path, kind] = at.fault
+            elif result and result[:2] == [at.size, at.changed]:
+                self.probes[path, kind] = Probe(*result[2:])
+                known += 1
+            else:
+                waiting[full, asked] = path, kind
+        results = probe_all(waiting, workers, limit)
+        for (full, asked), result in tqdm(results, "probe", len(waiting), unit="file", disable=not progress):
+            path, kind = waiting[full, asked]
+            self.probes[path, kind] = result
+            if result.problem not in (
+                "hangs",
+                "crashes",
+            ):  # probe these again next time: the machine may have been busy
+                self._results[f"{asked} {full}"] = [*self.files[path][1:3], *astuple(result)]
+            if time.monotonic() - self._saved > 60:
+                self._save()
+        self._save()
+        return len(waiting), known
+
+    def _save(self) -> None:
+        if self.cache:
+            with atomic_file(self.cache) as part:
+                part.write_text(json.dumps({"version": self._VERSION, "results": self._results}), encoding="utf-8")
         self._saved = time.monotonic()
-
-    def get(self, path: str, kind: str, size: int, changed: int) -> Probe | None:
-        """What is known about a file of this size and time of change (ns), if anything."""
-        row = self._base.execute(
-            "SELECT problem, words, seconds, named FROM probes WHERE path = ? AND kind = ? AND size = ? AND changed = ?",
-            (path, kind, size, changed)).fetchone()
-        return Probe(*row) if row else None
-
-    def put(self, path: str, kind: str, size: int, changed: int, found: Probe) -> None:
-        """Remember a result; it is on disk a few seconds later, or after :meth:`close`."""
-        if found.problem in ("hangs", "crashes"):
-            return
-        self._base.execute("INSERT OR REPLACE INTO probes VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                           (path, kind, size, changed, found.problem, found.words, found.seconds, found.named))
-        if time.monotonic() - self._saved > 5:
-            self._base.commit()
-            self._saved = time.monotonic()
-
-    def close(self) -> None:
-        """Write what is not yet written."""
-        self._base.commit()
-        self._base.close()
-
-    def __enter__(self) -> Cache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def default_workers() -> int:
-    """A process for each core that this one may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""A whole ``AVUIE_2`` tree walked: every list, every record's fields and answer, every media file probed once.
+"""A whole ``AVUIE_2`` tree checked: every list, the fields and the answer of every record, every media file once.
 
-Nothing is dropped silently and nothing stops the walk: whatever is wrong becomes a finding (:mod:`crab.data.findings`)
-that names file and record, and each record is either kept, or left out and counted under the first thing wrong with it.
+Nothing stops the walk. Each problem becomes a finding (:mod:`crab.data.findings`) that names file and record. Each
+record is kept, or left out and counted under its first problem.
 """
 
 from __future__ import annotations
@@ -9,43 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from crab import tasks
-from crab.data import media, probe, records
+from crab.data import records
 from crab.data.findings import CONVERSION, NOTES, TOLERABLE, Count, Finding, Report, ValidationError
+from crab.data.media import LEAST
+from crab.data.probe import Files
 from crab.data.records import RecordError
 from crab.tasks.registry import numbered
 
 ON_PROBLEM = ("error", "skip")
 
 
-class _Use(NamedTuple):
-    """A record that waits for its media."""
+@dataclass
+class _Entry:
+    """A record of a list, and all that is wrong with it."""
 
     index: int
     id: str
-    raw: dict[str, Any]
-    media: tuple[tuple[str, str], ...]  # (path under the root, kind), its mask last
-    window: tuple[int, int] | None  # which of them is heard from which second on
-
-
-class _File(NamedTuple):
-    """What is known of a path before it is probed."""
-
-    problem: str = ""
-    words: str = ""
-    size: int = 0
-    changed: int = 0
-    same: Any = None  # equal for two names of one file
-    outside: str = ""
+    raw: Any
+    faults: list[tuple[str, str, str]] = field(default_factory=list)  # (problem, words, file)
+    media: list[tuple[str, str]] = field(default_factory=list)  # (path under the root, kind), the mask last
+    second: int | None = None  # of its sound, for an image slot
 
 
 def validate(
@@ -60,333 +53,277 @@ def validate(
     progress: bool = True,
     decode: bool = False,
 ) -> Report:
-    """Walk the tree under `root`, probe its media in parallel, and say all that is wrong.
+    """Check the tree under ``root``, and report all problems.
 
     Args:
         root: the folder that holds ``AVUIE_2``.
-        slots: names of those to look at; all by default. What is missing of them is a problem.
-        on_problem: ``"error"`` raises at the end of the walk; ``"skip"`` leaves out what has a problem, and counts it.
-        tolerate: of :data:`TOLERABLE`, what is noted and leaves no record out.
-        report: file for all findings (csv), written in either case.
-        cache: file that remembers the probes, so that a second walk probes only what has changed.
-        time_limit: seconds for a file, then its process is killed.
-        workers: processes; by default one a core.
-        decode: decode clips and sounds to their end, which finds damage inside; else only what it takes to find them whole.
+        slots: names of the slots to check; by default all. A slot that is not there is a problem.
+        on_problem: ``"error"`` raises at the end of the walk; ``"skip"`` leaves out records that have a problem.
+        tolerate: problems of :data:`TOLERABLE` that are noted and leave no record out.
+        report: csv file for all findings, written in either case.
+        cache: JSON file that remembers the probes, so that a second walk only opens files that changed.
+        time_limit: seconds per media file, then its process is killed.
+        workers: processes; by default one per core.
+        decode: decode clips and sounds completely, which finds damage inside them.
 
     Raises:
-        ValueError: an argument that cannot be, naming it and its mend.
-        ValidationError: there are problems and they are not to be skipped.
+        ValueError: a wrong argument; the message names it and how to fix it.
+        ValidationError: there are problems, and ``on_problem`` is "error".
     """
     chosen = _chosen(root, slots, on_problem, tolerate, time_limit, workers)
-    walk = _Walk(root, frozenset(tolerate), decode)
+    walk = _Walk(root, tolerate, cache)
     splits = [(slot, split) for slot in chosen for split in slot.splits]
-    uses = {(slot.name, split): walk.list(slot, split)
-            for slot, split in tqdm(splits, unit="list", disable=not progress, desc="read", mininterval=0.5)}
+    for slot, split in tqdm(splits, "read", unit="list", disable=not progress, mininterval=0.5):
+        walk.read(slot, split)
     for slot in chosen:
         walk.conversion(slot)
     walk.strangers()
-    wanted = dict.fromkeys(job for uses_of in uses.values() for use in uses_of for job in use.media)
-    walk.probe(wanted, cache, time_limit, workers or probe.default_workers(), progress)
-    # test first: a training record is measured against the test records that are there
-    for key in sorted(uses, key=lambda key: key[1] != "test"):
-        walk.settle(*key, uses[key])
-    found = walk.finish(list(uses))
+    usable = (entry for entries in walk.entries.values() for entry in entries if not walk.left_out(entry))
+    jobs = dict.fromkeys(job for entry in usable for job in entry.media)
+    probed, known = walk.media.probe(jobs, decode, time_limit, workers or _cores(), progress)
+    for slot, split in sorted(walk.counts, key=lambda key: key[1] != "test"):  # train must not overlap with a kept test
+        walk.decide(slot, split)
+    result = walk.result(probed, known)
     if report is not None:
-        found.write(report)
-    if on_problem == "error" and found.problems:
-        raise ValidationError(found.complaint(report))
-    return found
+        result.write(report)
+    if on_problem == "error" and result.problems:
+        raise ValidationError(result.complaint(report))
+    return result
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chosen(root, slots, on_problem, tolerate, time_limit, workers) -> list[tasks.Slot]:
+    """The slots to check, if all arguments are right."""
     if isinstance(slots, str) or (slots is not None and not slots):
         raise ValueError(f"slots is {slots!r}; give a list of names, or none for all")
     if on_problem not in ON_PROBLEM:
         raise ValueError(f"on_problem is {on_problem!r}; choose one of {', '.join(ON_PROBLEM)}")
-    if isinstance(tolerate, str) or (unknown := [name for name in tolerate if name not in TOLERABLE]):
-        raise ValueError(f"tolerate is {tolerate!r}; give a list of {', '.join(TOLERABLE)}" + (
-            "" if isinstance(tolerate, str) else f"; {unknown[0]!r} leaves nothing to use"))
+    unknown = [] if isinstance(tolerate, str) else [name for name in tolerate if name not in TOLERABLE]
+    if isinstance(tolerate, str) or unknown:
+        useless = f"; a record with {unknown[0]!r} cannot be used" if unknown else ""
+        raise ValueError(f"tolerate is {tolerate!r}; give a list of {', '.join(TOLERABLE)}{useless}")
     if not time_limit > 0 or (workers is not None and workers < 1):
         raise ValueError(f"time_limit is {time_limit}, workers is {workers}; both must be more than 0")
-    folder = Path(root) / tasks.FOLDER
-    if not folder.is_dir():
-        inside = Path(root).name == tasks.FOLDER or any((Path(root) / name / "train.json").is_file() for name in tasks.SLOTS)
-        raise ValueError(f"root is '{root}', which holds no folder {tasks.FOLDER}; " + (
-            f"give the folder above it, '{Path(root).parent}'" if inside else f"set it to the folder that holds {tasks.FOLDER}"))
+    root = Path(root)
+    if not (root / tasks.FOLDER).is_dir():
+        fix = f"set it to the folder that holds {tasks.FOLDER}"
+        if root.name == tasks.FOLDER or any((root / name / "train.json").is_file() for name in tasks.SLOTS):
+            fix = f"give the folder above it, '{root.parent}'"
+        raise ValueError(f"root is '{root}', which holds no folder {tasks.FOLDER}; {fix}")
     return [tasks.get_slot(name) for name in dict.fromkeys(slots or tasks.SLOTS)]
 
 
 class _Walk:
-    def __init__(self, root: str | os.PathLike, tolerate: frozenset[str], decode: bool) -> None:
-        self.lists = Path(os.path.realpath(root))
-        self.root = Path(os.path.realpath(records.media_root(root)))  # of the media
-        self.tolerate, self.decode = tolerate, decode
-        self.report = Report()
+    def __init__(self, root: str | os.PathLike, tolerate: Collection[str], cache: str | os.PathLike | None) -> None:
+        self.lists, self.media = Files(root), Files(records.media_root(root), cache)
+        self.harmless = {*NOTES, *tolerate}
+        self.chains: Counter[str] = Counter()
+        self.usable: dict[tuple[str, str], list[dict]] = {}
         self.counts: dict[tuple[str, str], Count] = {}
-        self.findings: dict[tuple[str, str], list[Finding]] = {}
-        self.folders: dict[str, str] = {}
-        self.files: dict[str, _File] = {}
-        self.probes: dict[tuple[str, str], probe.Probe] = {}
-        self.used: set[str] = set()
-        self.tested: dict[Any, str] = {}  # a file that a test record shows, an id that one has -> that record
+        self.entries: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
+        self.findings: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+        self.tested: dict[Any, str] = {}  # a file that a test record shows, or an id that it has -> the record
 
-    def find(self, key: tuple[str, str], problem: str, words: str, file: str, use: _Use | None = None, index: int | None = None) -> bool:
-        """Note a finding; whether it leaves its record out."""
-        out = problem not in NOTES and problem not in self.tolerate
-        name, at = (use.id, use.index) if use else ("", index)
-        self.findings.setdefault(key, []).append(Finding(*key, name, at, file, problem, words, out))
-        return out
+    def note(self, key: tuple[str, str], problem: str, words: str, file: str, entry: _Entry | None = None) -> bool:
+        """Add a finding. Returns whether it leaves its record or list out."""
+        name, index = (entry.id, entry.index) if entry else ("", None)
+        self.findings[key].append(Finding(*key, name, index, file, problem, words, problem not in self.harmless))
+        return problem not in self.harmless
+
+    def left_out(self, entry: _Entry) -> str | None:
+        """The first problem that leaves a record out."""
+        return next((problem for problem, _, _ in entry.faults if problem not in self.harmless), None)
 
     # ------------------------------------------------------------ lists and records
 
-    def list(self, slot: tasks.Slot, split: str) -> list[_Use]:
-        """The records of a split whose fields are right."""
+    def read(self, slot: tasks.Slot, split: str) -> None:
+        """Read a list, and check each record as far as its fields and its answer."""
         key, file = (slot.name, split), tasks.json_path(slot, split)
-        count = self.counts[key] = Count(*key, slot.published(split))
-        at = self._stat(self.lists, file)
-        if at.outside and self.find(key, "link", at.outside, file):
-            return []
+        count = self.counts[key] = Count(*key)
+        outside = self.lists.stat(file).outside
+        if outside and self.note(key, "link", outside, file):
+            return
         try:
-            raws = records.parse(self.lists / file)
+            raws = records.parse(self.lists.root / file)
         except RecordError as error:
-            self.find(key, error.kind, error.words, file)
-            return []
+            self.note(key, error.kind, error.words, file)
+            return
         count.listed = len(raws)
         if not raws:
-            self.find(key, "no records", "is an empty list; copy or build it again, or take the slot out of `slots`", file)
-        seen: dict[str, int] = {}
-        whole: dict[bytes, int] = {}  # a record, all its fields alike -> its place
-        uses = []
+            fix = "copy or build it again, or take the slot out of `slots`"
+            self.note(key, "no records", f"is an empty list; {fix}", file)
+        ids, wholes = {}, {}  # id, and digest of all fields -> place
         for index, raw in enumerate(raws):
+            entry = _Entry(index, _name(slot, split, index, raw), raw)
+            self.entries[key].append(entry)
             try:
-                use = self.use(key, slot, index, raw)
-                if use.id in seen:
-                    raise RecordError("", records.twice(use.id, seen[use.id]), "id twice")
+                self._check(slot, split, entry)
+                if (first := ids.setdefault(entry.id, index)) != index:
+                    raise RecordError("", records.twice(entry.id, first), "id twice")
             except RecordError as error:
-                named = _Use(index, _name(slot, split, index, raw), {}, (), None)
-                self.find(key, error.kind, error.words, file, named)
-                count.left_out[error.kind] += 1
+                entry.faults.append((error.kind, error.words, file))
                 continue
-            seen[use.id] = index
-            first = whole.setdefault(hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).digest(), index)
-            if first != index and self.find(key, "record twice", f"has all fields alike with record {first}; take one of the two out", file, use):
-                count.left_out["record twice"] += 1
-                continue
-            uses.append(use)
-        return uses
+            whole = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).digest()
+            if (first := wholes.setdefault(whole, index)) != index:
+                words = f"all fields are equal to those of record {first}; remove one of the two"
+                entry.faults.append(("record twice", words, file))
 
-    def use(self, key: tuple[str, str], slot: tasks.Slot, index: int, raw: Any) -> _Use:
-        split = key[1]
-        record = records.check("", slot, split, index, raw)
+    def _check(self, slot: tasks.Slot, split: str, entry: _Entry) -> None:
+        """Complete an entry; RecordError if its fields or its answer cannot be used."""
+        record = records.check("", slot, split, entry.index, entry.raw)
         try:
-            notes = [*_answered(slot, split, record), *_framed(record)]
+            notes = [*_check_answer(slot, split, record), *_check_frame(record)]
         except (ValueError, RecursionError) as error:
             raise RecordError("", records.said(error, slot, record), "answer") from None
-        media = [(item.path, item.kind) for item in record["media"]]
-        window = next(((place, item.second) for place, item in enumerate(record["media"]) if item.second is not None), None)
-        if slot.masks and self.mask_wanted(split, record):
-            media.append((record["mask"], "mask"))
-        use = _Use(index, record["id"], raw, tuple(media), window)
-        for problem, words in notes:
-            self.find(key, problem, words, tasks.json_path(slot, split), use)
-        return use
-
-    def mask_wanted(self, split: str, record: dict[str, Any]) -> bool:
-        """A test record is scored on its mask, unless nothing is to be found; a train record's is looked at if it is there."""
-        return record.get("split") != "test_n" if split == "test" else not self.stat(record["mask"]).problem
+        entry.id = record["id"]
+        entry.faults += [(problem, words, tasks.json_path(slot, split)) for problem, words in notes]
+        entry.media = [(item.path, item.kind) for item in record["media"]]
+        entry.second = next((item.second for item in record["media"] if item.second is not None), None)
+        if slot.masks:
+            # a test record is scored on its mask, unless nothing is to be found; a train record does not need it
+            needed = split == "test" and record.get("split") != "test_n"
+            if needed or split == "train" and not self.media.stat(record["mask"]).fault:
+                entry.media.append((record["mask"], "mask"))
 
     def conversion(self, slot: tasks.Slot) -> None:
-        """Note what a converter left out when it made this slot, and whose chains it took: the report of a converted tree has it."""
+        """Note the rows that a converter left out of this slot, and the chains of a chat model that it took."""
         file = f"{tasks.FOLDER}/{slot.name}/{CONVERSION}"
-        if not (self.lists / file).is_file():
+        if not (self.lists.root / file).is_file():
             return
         try:
-            told = json.loads((self.lists / file).read_text(encoding="utf-8"))
-            left = [(split, told["splits"][split]["left_out"]) for split in slot.splits]
-            rows = [(split, reason, place) for split, reasons in left for reason, places in reasons.items() for place in places]
-            chains = Counter({str(verdict): int(number) for verdict, number in told.get("chains", {}).items()})
+            content = json.loads((self.lists.root / file).read_text(encoding="utf-8"))
+            left = [(split, content["splits"][split]["left_out"].items()) for split in slot.splits]
+            rows = [(split, f"{reason}: {row}") for split, rows in left for reason, places in rows for row in places]
+            chains = Counter({str(verdict): int(number) for verdict, number in content.get("chains", {}).items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            words = f"it cannot be read what was left out ({type(error).__name__}); convert the set again, or remove this file"
-            self.findings.setdefault((slot.name, slot.splits[0]), []).append(
-                Finding(slot.name, slot.splits[0], "", None, file, "not converted", words, False))
+            words = f"cannot be read ({type(error).__name__}); convert the set again, or remove this file"
+            key = slot.name, slot.splits[0]
+            self.findings[key].append(Finding(*key, "", None, file, "not converted", words, False))
             return
-        self.report.chains += chains
-        for split, reason, place in rows:  # a file's name need not be UTF-8, and is shown nevertheless
-            words = f"{reason}: {place}".encode(errors="backslashreplace").decode()
-            self.findings.setdefault((slot.name, split), []).append(Finding(slot.name, split, "", None, file, "not converted", words, True))
+        self.chains += chains
+        for split, words in rows:
+            words = words.encode(errors="backslashreplace").decode()  # the name of a file need not be UTF-8
+            self.note((slot.name, split), "not converted", words, file)
 
     def strangers(self) -> None:
-        for folder in sorted((self.lists / tasks.FOLDER).iterdir()):
+        """Note folders that look like a slot."""
+        words = f"no slot has this name, so nothing in it is read; known: {', '.join(tasks.SLOTS)}"
+        for folder in sorted((self.lists.root / tasks.FOLDER).iterdir()):
             if folder.name not in tasks.SLOTS and any((folder / f"{split}.json").is_file() for split in tasks.SPLITS):
-                self.find(("", ""), "stranger", f"no slot has this name, so nothing in it is read; known: {', '.join(tasks.SLOTS)}",
-                          f"{tasks.FOLDER}/{folder.name}")
-
-    # ------------------------------------------------------------ files
-
-    def stat(self, path: str) -> _File:
-        """What the file system says of a path under the root; asked once a path."""
-        if path not in self.files:
-            self.files[path] = self._stat(self.root, path)
-        return self.files[path]
-
-    def _stat(self, root: Path, path: str) -> _File:
-        folder, name = os.path.split(root / path)
-        try:
-            if folder not in self.folders:
-                self.folders[folder] = os.path.realpath(folder)
-            full = os.path.join(self.folders[folder], name)
-            at = os.lstat(full)
-            if stat.S_ISLNK(at.st_mode):
-                full = os.path.realpath(full)
-                at = os.stat(full)
-        except (FileNotFoundError, NotADirectoryError):
-            return _File("missing", "does not exist; check the record's path, or copy or build the file")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            return _File("missing", f"cannot be reached ({reason}); check the record's path and the file's rights")
-        if not stat.S_ISREG(at.st_mode):
-            return _File("not a file", "is a folder or a device; give a file")
-        outside = "" if Path(full).is_relative_to(root) else (
-            "is, or lies behind, a link that leads out of the root; copy it under the root, or put `link` in tolerate if you trust it")
-        same = (at.st_dev, at.st_ino) if at.st_ino else full
-        return _File("", "", at.st_size, at.st_mtime_ns, same, outside)
-
-    def probe(self, wanted: dict[tuple[str, str], None], cache, limit: float, workers: int, progress: bool) -> None:
-        """Probe each (path, kind) that is a file, unless the cache knows it."""
-        bar = tqdm(total=len(wanted), unit="file", disable=not progress, desc="validate", mininterval=0.5)
-        with probe.Cache(cache) as known, bar:
-            waiting: dict[tuple[str, str], tuple[str, str]] = {}
-            for path, kind in wanted:
-                at, full = self.stat(path), str(self.root / path)
-                # also in the cache: a file that was opened only need not be good to its end
-                asked = f"{probe.WHOLE}{kind}" if self.decode and kind in ("video", "audio") else kind
-                if at.problem:
-                    bar.update()
-                elif (found := known.get(full, asked, at.size, at.changed)) is not None:
-                    self.probes[path, kind] = found
-                    bar.update()
-                else:
-                    waiting[full, asked] = path, kind
-            self.report.known, self.report.probed = len(self.probes), len(waiting)
-            for job, found in probe.probe_all(waiting, workers, limit):
-                path, kind = waiting[job]
-                self.probes[path, kind] = found
-                known.put(*job, self.files[path].size, self.files[path].changed, found)
-                bar.update()
+                self.note(("", ""), "stranger", words, f"{tasks.FOLDER}/{folder.name}")
 
     # ------------------------------------------------------------ verdicts
 
-    def settle(self, slot: str, split: str, uses: list[_Use]) -> None:
-        """Keep or leave out each record, now that its media are known."""
+    def decide(self, slot: str, split: str) -> None:
+        """Keep or leave out each record of a list, now that its media are known."""
         key, count = (slot, split), self.counts[slot, split]
-        kept, files, lost = [], {}, bool(count.left_out)
-        for use in uses:
-            reasons = [problem for problem, words, file in self._wrong(key, use) if self.find(key, problem, words, file, use)]
-            if reasons:
-                count.left_out[reasons[0]] += 1
-                lost = True
+        kept, sizes = [], {}
+        for entry in self.entries[key]:
+            if not self.left_out(entry):
+                entry.faults += self._check_media(slot, split, entry)
+            for problem, words, file in entry.faults:
+                self.note(key, problem, words, file, entry)
+            if reason := self.left_out(entry):
+                count.left_out[reason] += 1
                 continue
-            kept.append(use)
-            lengths = [(self.probes[job].seconds, job[1]) for job in use.media]
-            count.seconds += [s for s, kind in lengths if kind == ("audio" if use.window else "video")]
-            for path, _ in use.media:
-                files[self.files[path].same] = self.files[path].size
-                self.used.add(path)
+            kept.append(entry)
+            timed = "video" if entry.second is None else "audio"
+            count.seconds += [self.media.probes[job].seconds for job in entry.media if job[1] == timed]
+            for path, _ in entry.media:
+                at = self.media.files[path]
+                sizes[at.same] = at.size
                 if split == "test":
-                    self.tested.setdefault(self.files[path].same, f"{slot}/test, record {use.index} ({use.id})")
-            if split == "test" and "id" in use.raw:
-                self.tested.setdefault((slot, use.id), f"{slot}/test, record {use.index}")
-        count.kept, count.files, count.bytes = len(kept), len(files), sum(files.values())
+                    self.tested.setdefault(at.same, f"{slot}/test, record {entry.index} ({entry.id})")
+            if split == "test" and "id" in entry.raw:
+                self.tested.setdefault((slot, entry.id), f"{slot}/test, record {entry.index}")
+        count.kept, count.files, count.bytes = len(kept), len(sizes), sum(sizes.values())
         if kept:
-            # left-out records shift those behind them, whose names come from their place
-            self.report.lists[key] = [{**use.raw, "id": use.raw.get("id", use.id)} for use in kept] if lost else [use.raw for use in kept]
+            # records that are left out shift the later ones, which are named by their place
+            named = [{**entry.raw, "id": entry.raw.get("id", entry.id)} for entry in kept]
+            self.usable[key] = named if count.left_out else [entry.raw for entry in kept]
 
-    def _wrong(self, key: tuple[str, str], use: _Use) -> Iterator[tuple[str, str, str]]:
-        """(problem, words, file) of all that is wrong with a record's media."""
-        for place, (path, kind) in enumerate(use.media):
-            at = self.files[path]
-            if at.problem:
-                yield at.problem, at.words, path
-                continue
+    def _check_media(self, slot: str, split: str, entry: _Entry) -> Iterator[tuple[str, str, str]]:
+        """(problem, words, file) of all that is wrong with the media of a record."""
+        for path, kind in entry.media:
+            at, result = self.media.files[path], self.media.probes[path, kind]
             if at.outside:
                 yield "link", at.outside, path
-            found = self.probes[path, kind]
-            if found.problem:
-                yield found.problem, found.words, path
+            if result.problem:
+                yield result.problem, result.words, path
                 continue
-            if found.named:
-                yield "name", found.named, path
-            if use.window and use.window[0] == place:
-                if found.seconds < use.window[1] + media.LEAST:
-                    yield ("no such second", f"lasts {found.seconds:.2f} s, and the record is about second {use.window[1]}; give the whole "
-                           "sound, or the right index", path)
-            elif kind == "audio" and 0 < found.seconds < media.LEAST:  # 0 where a container does not say
-                yield ("no sound", f"lasts {found.seconds * 1000:.3g} ms, too short to be heard; give a sound of {media.LEAST} s or more",
-                       path)
-            if key[1] == "train" and at.same in self.tested:
-                yield "overlap", f"is also shown by {self.tested[at.same]}; take one of the two out", path
-        if key[1] == "train" and "id" in use.raw and (key[0], use.id) in self.tested:
-            yield "overlap", f"field 'id': is also that of {self.tested[key[0], use.id]}; take one of the two out", tasks.json_path(*key)
+            if result.named:
+                yield "name", result.named, path
+            if kind == "audio" and entry.second is not None:
+                if result.seconds < entry.second + LEAST:
+                    about = f"lasts {result.seconds:.2f} s, and the record is about second {entry.second}"
+                    yield "no such second", f"{about}; give the whole sound, or the right index", path
+            elif kind == "audio" and 0 < result.seconds < LEAST:  # 0 if a container does not say it
+                fault = f"lasts {result.seconds * 1000:.3g} ms, too short to be heard"
+                yield "no sound", f"{fault}; give a sound of {LEAST} s or more", path
+            if split == "train" and at.same in self.tested:
+                yield "overlap", f"is also shown by {self.tested[at.same]}; remove one of the two", path
+        if split == "train" and "id" in entry.raw and (slot, entry.id) in self.tested:
+            words = f"field 'id': is also that of {self.tested[slot, entry.id]}; remove one of the two"
+            yield "overlap", words, tasks.json_path(slot, split)
 
-    def finish(self, keys: Sequence[tuple[str, str]]) -> Report:
+    def result(self, probed: int, known: int) -> Report:
         """The report, in the order of the lists."""
-        report = self.report
-        report.counts = [self.counts[key] for key in keys]
-        for key in (*keys, ("", "")):
-            report.findings += sorted(self.findings.get(key, ()), key=lambda f: -1 if f.index is None else f.index)
-        report.lists = {key: report.lists[key] for key in keys if key in report.lists}
-        digest = hashlib.sha256()
-        for path in sorted(self.used):
-            digest.update(f"{path}\0{self.files[path].size}\0{self.files[path].changed}\n".encode())
-        report.media = digest.hexdigest()
-        return report
+        findings = [finding for key in (*self.counts, ("", "")) for finding in self.findings[key]]
+        usable = {key: self.usable[key] for key in self.counts if key in self.usable}
+        return Report(list(self.counts.values()), findings, usable, self.chains, probed, known)
 
 
 def _name(slot: tasks.Slot, split: str, index: int, raw: Any) -> str:
     """The id of a record that may be anything."""
     own = raw.get("id") if isinstance(raw, dict) else None
-    return tasks.sample_id(slot, {"id": own} if isinstance(own, (str, int)) and own != "" else {}, index, split)[:200]
+    named = {"id": own} if isinstance(own, (str, int)) and own != "" else {}
+    return tasks.sample_id(slot, named, index, split)[:200]
 
 
-def _answered(slot: tasks.Slot, split: str, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _check_answer(slot: tasks.Slot, split: str, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Raise ValueError unless a record can be learned from (train) or scored on (test).
 
     Yields:
-        (problem, words) of what is wrong with an answer that is not needed, and of a truth that none can say.
+        (problem, words) for an answer that is not needed and is wrong, and for a truth that no answer can say.
     """
     tasks.instruction(slot, record)
-    labelled, others = slot.answer_field in record, ", ".join(slot.truth_fields) or "its other fields"
+    field, others = f"field '{slot.answer_field}'", ", ".join(slot.truth_fields) or "its other fields"
     if split == "train":
-        said, true = tasks.parse(slot, tasks.target(slot, record, "explicit")), tasks.truth(slot, record)
-        if not tasks.agree(slot, said, true):
-            raise ValueError(f"field '{slot.answer_field}' says {_shown(said)}, and {others} {_shown(true)}; correct what is wrong")
+        answer, truth = tasks.parse(slot, tasks.target(slot, record, "explicit")), tasks.truth(slot, record)
+        if not tasks.agree(slot, answer, truth):
+            raise ValueError(f"{field} says {_shown(answer)}, and {others} {_shown(truth)}; correct what is wrong")
         return
     blank = np.zeros((1, 1), bool)
     masks = tasks.Masks(lambda _: blank, lambda *_: blank) if slot.masks else None
-    tasks.score(slot, [record], [""], ids=["one"], masks=masks)  # all that the scorer asks of a record
+    tasks.score(slot, [record], [""], ids=["one"], masks=masks)  # needs all that scoring needs of a record
+    labelled = slot.answer_field in record
     if slot.masks and not labelled:
         return
-    true = tasks.truth(slot, record)
-    said = tasks.parse(slot, record[slot.answer_field]) if labelled else true
-    if said is None:
-        yield "unread answer", f"field '{slot.answer_field}' holds no answer that can be read; the truth is taken from {others}"
-    elif not tasks.agree(slot, said, true):
-        yield "other answer", (f"field '{slot.answer_field}' says {_shown(said)}, and {others} {_shown(true)}; the latter is taken for the "
-                               "truth, correct it if it is wrong")
+    truth = tasks.truth(slot, record)
+    answer = tasks.parse(slot, record[slot.answer_field]) if labelled else truth
+    if answer is None:
+        yield "unread answer", f"{field} holds no answer that can be read; the truth is taken from {others}"
+    elif not tasks.agree(slot, answer, truth):
+        used = "the latter is used as the truth, correct it if it is wrong"
+        yield "other answer", f"{field} says {_shown(answer)}, and {others} {_shown(truth)}; {used}"
     try:
-        tasks.answer(slot, true)
+        tasks.answer(slot, truth)
     except ValueError:
-        yield "unsaid truth", f"no answer can say {_shown(true)}, which {others} gives for the truth; every prediction will be wrong, correct it"
+        words = f"no answer can say {_shown(truth)}, the truth by {others}; every prediction will be wrong, correct it"
+        yield "unsaid truth", words
 
 
 def _shown(answer: Any) -> str:
     return repr(tuple(answer) if isinstance(answer, tuple) else answer)[:120]
 
 
-def _framed(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(problem, words) where an image slot's record numbers its frame otherwise than the file's name does, if that is a number."""
+def _check_frame(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(problem, words) if a field and the name of the file give a frame different numbers."""
     image, sound, *_ = record["media"]
     name, field = Path(image.path).stem, numbered(record)
     if image.kind == "image" and field and name.isascii() and name.isdigit() and int(name) != sound.second:
-        yield "other frame", (f"field '{field}' is {record[field]!r:.40}, and the frame's file is named {name}; the second of the sound is taken "
-                              "from the field, correct it if it is wrong")
+        used = "the second of the sound is taken from the field, correct it if it is wrong"
+        yield "other frame", f"field '{field}' is {record[field]!r:.40}, and the frame's file is named {name}; {used}"

@@ -1,4 +1,4 @@
-"""Worker processes that do not outlive the process that started them."""
+"""Worker processes that end when the process that started them ends."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from multiprocessing.connection import wait
 
 
 def end_with_parent() -> None:
-    """End this worker as soon as its parent has died, however it died; the initializer of a pool of spawned processes.
+    """End this worker as soon as its parent is dead. Use it as the initializer of a pool of spawned processes.
 
-    A pool tells its workers to stop, but a killed parent can no longer do so: they would finish their jobs, and then wait
-    for the next one for good. Each worker holds a pipe whose other end is the parent's, and closes with it.
+    A killed parent cannot stop its workers, and they would wait for the next job for ever. Each worker holds a pipe
+    that closes when the parent dies.
 
     Raises:
         RuntimeError: in a process that `multiprocessing` did not start.
     """
     parent = parent_process()
     if parent is None:
-        raise RuntimeError("end_with_parent: this is no worker; give it to a pool as its initializer")
+        raise RuntimeError(
+            "end_with_parent: this process is not a worker; pass the function to a pool as its initializer"
+        )
 
     def watch() -> None:
         wait([parent.sentinel])
-        os._exit(1)  # at once: the main thread is in the midst of a job, which nobody waits for
+        os._exit(1)  # at once: the main thread works on a job whose result nobody waits for
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

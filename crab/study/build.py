@@ -1,8 +1,8 @@
-"""The data root that a study reads, from where its data come: generated here, taken from a tree, or converted to one.
+"""The data root of a study: generated, taken from a tree, or converted from original data sets.
 
-Whichever it is, the tree is validated (:mod:`crab.data.validate`), and what the study reads is a folder with checked lists of
-records.  A generated tree has its media in that folder.  Of any other tree nothing but the lists is written there, and
-``root.json``, by which :mod:`crab.data.records` finds the media where they are: they are neither copied nor ever deleted.
+In each case the tree is validated (:mod:`crab.data.validate`), and the study reads a folder with checked lists of
+records and a manifest. A generated tree has its media in this folder. For any other tree the folder only holds the
+lists and ``root.json``, by which :mod:`crab.data.records` finds the media: they are neither copied nor ever deleted.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from crab import tasks
-from crab.world import generate, vocabulary
 from crab.data import records
 from crab.data.files import atomic_folder, write_json
 from crab.data.findings import Report
 from crab.data.validate import validate
+from crab.world import generate, vocabulary
 
 SOURCES = ("generated", "tree", "raw")
 
@@ -39,99 +39,105 @@ def assemble(
     progress: bool = True,
     **generated: int,
 ) -> Report:
-    """Fill the folder `out`, which is replaced as a whole, and say what the walk through its records and media found.
+    """Fill the folder ``out``, which is replaced as a whole, and return what the check of its records and media found.
 
     Args:
-        out: the data root to be. One that holds data which were not put there by this function is refused.
-        source: ``"generated"``: render the generated world into `out`; ``"tree"``: take the tree under `root`;
-            ``"raw"``: convert original data sets to a tree under `root`, and take that.
-        root: for any source but the generated one, the folder that holds ``AVUIE_2``, or is to hold it.
-        raw: slot -> folder of the original data set, for source ``"raw"`` (:mod:`crab.data.sources`).
-        rewrite: name or folder of a chat model that words the chains of what source ``"raw"`` converts for training
-            (:mod:`crab.data.sources.rewrite`); None for the templates' words.
-        slots, on_problem, tolerate, time_limit, decode, report, cache, workers: as for :func:`crab.data.validate.validate`.
-        generated: `seed`, `train`, `test` and `caption`, as for :func:`crab.world.generate.build`; no other source
-            looks at them.
+        out: the new data root. A folder with data that this function did not put there is refused.
+        source: ``"generated"`` renders the generated world into ``out``; ``"tree"`` takes the tree under ``root``;
+            ``"raw"`` converts original data sets to a tree under ``root``, and takes that.
+        root: for "tree" and "raw", the folder that holds, or will hold, ``AVUIE_2``.
+        raw: for "raw", slot -> folder of the original data set (:mod:`crab.data.sources`).
+        rewrite: for "raw", name or folder of a chat model that words the chains for training
+            (:mod:`crab.data.sources.rewrite`); None keeps the words of the templates.
+        slots, on_problem, tolerate, time_limit, decode, report, cache, workers: see `crab.data.validate.validate`.
+        generated: for "generated", ``seed``, ``train``, ``test`` and ``caption`` of `crab.world.generate.build`.
 
     Raises:
-        ValueError: a parameter that cannot be, or a root that is not there: named, with its mend.
-        crab.data.findings.ValidationError: there are problems and they are not to be skipped; a generated tree is then
-            complete in `out`, of any other nothing has been written.
+        ValueError: a wrong parameter, or a root that is not there; the message names it and how to fix it.
+        crab.data.findings.ValidationError: there are problems that must not be skipped. A generated tree is then
+            complete in ``out``; otherwise nothing is written.
     """
     out = Path(out)
     if source not in SOURCES:
         raise ValueError(f"build: source is {source!r}; choose one of {', '.join(SOURCES)}")
     if rewrite is not None and source != "raw":
-        raise ValueError(f"build: rewrite is {rewrite!r}, but source is {source!r}, and only chains that source raw makes are worded by a "
-                         "chat model; set rewrite to null")
+        fault = f"rewrite is {rewrite!r}, but source is {source!r}, and a chat model only words chains of source raw"
+        raise ValueError(f"build: {fault}; set rewrite to null")
     if source == "generated":
         if root is not None:
-            raise ValueError(f"build: root is '{root}', but source is 'generated'; set source to tree to read it, or root to null")
+            fix = "set source to tree to read it, or root to null"
+            raise ValueError(f"build: root is '{root}', but source is 'generated'; {fix}")
         generate.build(out, slots=slots, workers=workers or 2, progress=progress, **generated)
         folder, slots = out, slots or list(generate.VIEWS)
     else:
         folder = _root(root, out, source)
         if source == "raw":
-            made = _convert(raw, folder, on_problem, rewrite, workers, progress)
-            slots = slots or list(made)
-    found = validate(folder, slots, on_problem, tolerate, report, cache, time_limit, workers, progress, decode)
+            _convert(raw, folder, on_problem, rewrite, workers, progress)
+            slots = slots or list(raw)
+    result = validate(folder, slots, on_problem, tolerate, report, cache, time_limit, workers, progress, decode)
     if folder == out:
-        _shorten(found, out)
+        _shorten(result, out)
+        records.write_manifest(out)
     else:
-        _lay(found, out, folder)
-    return found
+        generate.refuse_foreign(out)
+        with atomic_folder(out) as part:
+            _write_lists(result, part, folder)
+    return result
 
 
 def _root(root: str | os.PathLike | None, out: Path, source: str) -> Path:
-    holds = "is to hold" if source == "raw" else "holds"
-    mend = f"set `root` of the build section in params.yaml to the folder that {holds} {tasks.FOLDER}"
+    holds = "will hold" if source == "raw" else "holds"
+    fix = f"set `root` of the build section in params.yaml to the folder that {holds} {tasks.FOLDER}"
     if root is None or not str(root):
-        raise ValueError(f"build: root is not set, and source '{source}' needs it; {mend}")
+        raise ValueError(f"build: root is not set, and source '{source}' needs it; {fix}")
     if not Path(root).expanduser().is_absolute():
-        raise ValueError(f"build: root is '{root}', which depends on the folder it is read in; {mend}, from / on")
+        raise ValueError(f"build: root is '{root}', which is a relative path; {fix}, as an absolute path")
     folder = Path(root).expanduser().resolve()
     if not folder.is_dir():
-        raise ValueError(f"build: root is '{root}', and there is no such folder; mount or make it, or {mend}")
+        raise ValueError(f"build: root is '{root}', and there is no such folder; mount or create it, or {fix}")
     if folder.is_relative_to(out.resolve()) or out.resolve().is_relative_to(folder / tasks.FOLDER):
-        raise ValueError(f"build: root is '{root}', which is where this stage writes, and DVC empties that first; move the tree "
-                         f"elsewhere, and {mend}")
+        fault = "this stage writes there, and DVC empties the folder first"
+        raise ValueError(f"build: root is '{root}', but {fault}; move the tree elsewhere, and {fix}")
     return folder
 
 
-def _convert(raw: Mapping[str, str | os.PathLike] | None, folder: Path, on_problem: str, rewrite: str | None, workers: int | None,
-             progress: bool) -> Mapping:
-    """Convert the original data sets to a tree under `folder`; files that are in place already are kept."""
-    from crab.data import sources  # only who converts needs it
+def _convert(
+    raw: Mapping[str, str | os.PathLike] | None,
+    folder: Path,
+    on_problem: str,
+    rewrite: str | None,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    """Convert the original data sets to a tree under ``folder``. Files that are in place stay."""
+    from crab.data import sources  # only this needs it
 
     if not raw:
-        raise ValueError("build: raw is not set, and source 'raw' converts what it names; give slot: folder of the original data set, for "
-                         "each slot that is wanted")
-    faults = {"error": "error", "skip": "skip-and-record"}.get(on_problem, on_problem)
-    worded = None
+        fix = "give slot: folder of the original data set, for each slot that you want"
+        raise ValueError(f"build: raw is not set, and source 'raw' converts the data sets that it names; {fix}")
+    rewriter = None
     if rewrite is not None:
-        from crab.data.sources.rewrite import Rewriter  # it needs no transformers until a model is loaded
+        from crab.data.sources.rewrite import Rewriter
 
-        worded = Rewriter.load(rewrite)
-    sources.convert_all(raw, folder, faults=faults, rewrite=worded, workers=workers or 2, progress=progress)
-    return raw
+        rewriter = Rewriter.load(rewrite)
+    faults = {"skip": "skip-and-record"}.get(on_problem, on_problem)
+    sources.convert_all(raw, folder, faults=faults, rewrite=rewriter, workers=workers or 2, progress=progress)
 
 
-def _shorten(found: Report, out: Path) -> None:
-    """Write the lists that have lost records, in place; one that has none left goes."""
-    for count in found.counts:
+def _shorten(result: Report, out: Path) -> None:
+    """Write the lists that lost records in place, and delete a list that lost all."""
+    for count in result.counts:
         if count.left_out and count.kept:
-            records.write(out, count.slot, count.split, found.lists[count.slot, count.split], ids=True)
+            records.write(out, count.slot, count.split, result.lists[count.slot, count.split], ids=True)
         elif count.left_out:
             (out / tasks.json_path(count.slot, count.split)).unlink()
 
 
-def _lay(found: Report, out: Path, folder: Path) -> None:
+def _write_lists(result: Report, out: Path, folder: Path) -> None:
     """Write the lists alone, and where their media are."""
-    generate.refuse_foreign(out)
-    with atomic_folder(out) as part:
-        for (slot, split), kept in found.lists.items():
-            records.write(part, slot, split, kept, ids=True)
-        # the base's tokenizer is made from it whatever the data are, so that one base serves all
-        write_json(part / generate.VOCABULARY, vocabulary.vocabulary())
-        # with the digest, what is made from the media is made again after they have changed
-        records.write_root(part, folder, found.media)
+    for (slot, split), rows in result.lists.items():
+        records.write(out, slot, split, rows, ids=True)
+    # the tokenizer of the base is made from it, whatever the data are, so that one base serves all
+    write_json(out / generate.VOCABULARY, vocabulary.vocabulary())
+    records.write_root(out, folder)
+    records.write_manifest(out)
