@@ -1,17 +1,25 @@
 """A real, tiny model with random weights, and encoded samples without media to go with it."""
 
+import json
+
 import pytest
 import torch
 
-from crab.models import omni
-from crab.study.dataset import write_slot
+from crab import tasks
+from crab.data.files import write_json
+from crab.models import omni, small
+from crab.study.cells import Cell
+from crab.study.samples import MANIFEST, SlotData, write_slot
+from crab.study.store import Store
 
-SIZE = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-    rope_theta=10000.0, encoder_size=32, vision_layers=1, audio_layers=1, patch_size=28, merge_size=2, image_size=224, mel_bins=16, hop_length=400, n_fft=400,
-)  # fmt: skip
+SIZE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "rope_theta": 10000.0, "encoder_size": 32, "vision_layers": 1, "audio_layers": 1,
+    "patch_size": 28, "merge_size": 2, "image_size": 224, "mel_bins": 16, "hop_length": 400, "n_fft": 400,
+}  # fmt: skip
 COLOURS = ("red", "green", "blue", "yellow")
 SLOTS = ("ks", "cremad")
+COUNTS = {"train": 16, "test": 8}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,15 +32,15 @@ def base(tmp_path_factory):
     """Folder of a saved base."""
     folder = tmp_path_factory.mktemp("base")
     words = [*COLOURS, "which", "action", "emotion", "i", "see", "?", "."]
-    processor = omni.build_processor(words, ["<answer>", "</answer>"], SIZE)
-    model = omni.build_model(processor, SIZE, seed=0)
-    model.lm_head.weight.data *= 30  # a frozen head of small random weights could prefer no word to another
+    processor = small.build_processor(words, ["<answer>", "</answer>"], SIZE)
+    model = small.build_model(processor, SIZE, seed=0)
+    model.lm_head.weight.data *= 30  # a frozen head of small random weights may prefer no word to another
     omni.save(folder, model, processor)
     return folder
 
 
 def make_samples(processor, count, seed):
-    """Text, two video and one audio placeholder; the features carry the answer's number."""
+    """Text, two video tokens and one of sound; the features carry the number of the answer."""
     draw = torch.Generator().manual_seed(seed)
     token = processor.tokenizer.convert_tokens_to_ids
     samples, answers = [], []
@@ -41,24 +49,58 @@ def make_samples(processor, count, seed):
         ids = [token("<|VIDEO|>")] * 2 + [token("<|AUDIO|>")] + [token("which")] * (1 + i % 3) + [token("?")]
         features = 0.1 * torch.randn(3, SIZE["hidden_size"], generator=draw)
         features[:, k] += 2
-        samples.append(
-            {"input_ids": torch.tensor(ids), "position_ids": torch.arange(len(ids)).expand(3, -1), "features": features}
-        )
+        positions = torch.arange(len(ids)).expand(3, -1)
+        samples.append({"input_ids": torch.tensor(ids), "position_ids": positions, "features": features})
         answers.append(COLOURS[k])
     return samples, answers
 
 
 @pytest.fixture(scope="session")
 def encoded(tmp_path_factory, base):
-    """Folder of encoded samples of two slots: 16 to train and 8 to test on."""
+    """Folder of encoded samples of two slots: 16 to train on and 8 to test on."""
     root = tmp_path_factory.mktemp("encoded")
     _, processor = omni.load(base)
     for number, slot in enumerate(SLOTS):
-        for split, count in (("train", 16), ("test", 8)):
+        for split, count in COUNTS.items():
             samples, answers = make_samples(processor, count, number)
             bare = [f"<answer>{a}</answer>" for a in answers]
-            write_slot(
-                root, slot, split, samples, [f"{slot}/{split}/{i:05d}" for i in range(count)], ["which ?"] * count,
-                {"bare": bare, "explicit": [f"i see {a} . {b}" for a, b in zip(answers, bare)]},
-            )  # fmt: skip
+            targets = {"bare": bare, "explicit": [f"i see {a} . {b}" for a, b in zip(answers, bare, strict=True)]}
+            ids = [f"{slot}/{split}/{i:05d}" for i in range(count)]
+            write_slot(root, SlotData(slot, split, samples, ids, ["which ?"] * count, targets))
+    parts = {f"{s}/{split}": {"samples": n, "digest": f"{s} {split}"} for s in SLOTS for split, n in COUNTS.items()}
+    write_json(root / MANIFEST, parts)
     return root
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """The records that the encoded samples belong to: the colours, in turn."""
+    root = tmp_path_factory.mktemp("dataset")
+    for slot, field in zip(SLOTS, ("action", "emotion"), strict=True):
+        for split, count in COUNTS.items():
+            path = root / tasks.json_path(slot, split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            media = {"video_path": "a.mp4", "audio_path": "a.wav"}
+            colours = [COLOURS[i % 4] for i in range(count)]
+            path.write_text(json.dumps([{**media, field: c, "label": f"<answer>{c}</answer>"} for c in colours]))
+    return root
+
+
+@pytest.fixture
+def store(encoded, dataset, base, tmp_path):
+    """A store that works in this process."""
+    answer = {"batch_size": 8, "max_new_tokens": 6, "segmenter": "grabcut"}
+    folders = (tmp_path / "cells", tmp_path / "cells.json.xz", tmp_path / "adapters")
+    return Store(encoded, dataset, base, *folders, batch_size=8, precision="fp32", answer=answer, workers=1)
+
+
+@pytest.fixture
+def cell():
+    """Makes cells: joint LoRA of rank 2 on both slots, for one pass, unless told otherwise."""
+
+    def make(family="joint-lora-bare", method="lora", rate=1e-2, slots=SLOTS, passes=1, options=None, **fields):
+        extra = {"num_heads": 2} if method == "ilora" else {}
+        options = {"r": 2, "lora_alpha": 4, **extra} if options is None else options
+        return Cell(family, method, options, rate, tuple(slots), passes, **fields)
+
+    return make

@@ -1,21 +1,27 @@
-"""Transfer against hand-worked cases and closed forms."""
+"""Comparisons against hand-worked cases and closed forms, and intervals by what they promise: their coverage."""
 
-import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from crab.study import compare, transfer
+from crab.study import compare
+from crab.study.compare import bootstrap_means, interval
 
 SINGLE, JOINT = "single-lora-bare", "joint-ilora-bare"
 
 
 def frame(family, slot, scores, seed=0):
     return pd.DataFrame(
-        {"run": family, "family": family, "seed": seed, "slot": slot,
-         "id": [f"{slot}/{i:03d}" for i in range(len(scores))], "score": scores}  # fmt: skip
+        {
+            "run": family,
+            "family": family,
+            "seed": seed,
+            "slot": slot,
+            "id": [f"{slot}/{i:03d}" for i in range(len(scores))],
+            "score": scores,
+        }  # fmt: skip
     )
 
 
@@ -56,15 +62,29 @@ def test_paired_interval_agrees_with_the_normal_one():
 
 def test_clear_ones_are_verdicts_whose_interval_leaves_out_zero():
     """Of 100 samples .30 up and .15 down (no sample both ways) are clear; a .03 up and a tie of .02 are not."""
-    more = [frame(SINGLE, "e", ones(50)), frame(JOINT, "e", ones(53)), frame(SINGLE, "f", ones(50)), frame(JOINT, "f", ones(52))]
-    _, summary = compare.compare(pd.concat([SAMPLES, *more]), CHANCE.reindex([*"abcdef"], fill_value=0.25), SINGLE, JOINT)
+    more = [
+        frame(SINGLE, "e", ones(50)),
+        frame(JOINT, "e", ones(53)),
+        frame(SINGLE, "f", ones(50)),
+        frame(JOINT, "f", ones(52)),
+    ]
+    _, summary = compare.compare(
+        pd.concat([SAMPLES, *more]), CHANCE.reindex([*"abcdef"], fill_value=0.25), SINGLE, JOINT
+    )
     assert (summary["gain"], summary["loss"], summary["tie"]) == (2, 1, 2)
     assert (summary["clear_gain"], summary["clear_loss"]) == (1, 1)
 
 
 def test_single_training_decides_what_is_at_chance():
     """So that every joint run is judged on the same slots; what only joint training learns is counted apart."""
-    learned = pd.concat([frame(SINGLE, "d", ones(21)), frame(JOINT, "d", ones(80)), frame(SINGLE, "a", ones(50)), frame(JOINT, "a", ones(20))])
+    learned = pd.concat(
+        [
+            frame(SINGLE, "d", ones(21)),
+            frame(JOINT, "d", ones(80)),
+            frame(SINGLE, "a", ones(50)),
+            frame(JOINT, "a", ones(20)),
+        ]
+    )
     table, summary = compare.compare(learned, CHANCE, SINGLE, JOINT)
     assert table.set_index("slot")["at_chance"].to_dict() == {"d": True, "a": False}
     assert (summary["slots_counted"], summary["at_chance"], summary["learned_only_jointly"]) == (1, ["d"], ["d"])
@@ -107,21 +127,24 @@ def test_rate_by_hand():
     assert compare.rate(0, 10) == pytest.approx((0, 0, 1 - 0.025**0.1))
     assert compare.rate(10, 10) == pytest.approx((1, 0.025**0.1, 1))
     share, low, high = compare.rate(14, 16)
-    tail = [sum(math.comb(16, k) * p**k * (1 - p) ** (16 - k) for k in ks) for p, ks in ((low, range(14, 17)), (high, range(15)))]
+    tail = [
+        sum(math.comb(16, k) * p**k * (1 - p) ** (16 - k) for k in ks)
+        for p, ks in ((low, range(14, 17)), (high, range(15)))
+    ]
     assert share == 14 / 16 and tail == pytest.approx([0.025, 0.025])
 
 
-def test_rows_are_corrected_together(tmp_path):
-    """Six gains of six: 2 / 64. A second row of one gain only: p = 1. Holm doubles the first."""
+def test_rows_are_corrected_together():
+    """Six gains of six: p = 2 / 64. A second row of one gain only: p = 1. Holm doubles the first."""
     slots = [*"abcdef"]
     parts = [frame(SINGLE, s, ones(50)) for s in slots]
     parts += [frame(JOINT, s, ones(80)) for s in slots]
-    parts += [frame("joint-lora-bare", s, ones(80 if s == "a" else 50)) for s in slots]
-    scores = pd.DataFrame({"slot": slots, "primary": True, "chance": 0.25})
-    (_, summary), _, _ = transfer.transfer(pd.concat(parts), scores, tmp_path)
-    assert summary[JOINT]["sign_test_p"] == pytest.approx(2 / 64)
-    assert summary[JOINT]["sign_test_holm"] == pytest.approx(4 / 64)
-    assert summary["joint-lora-bare"]["sign_test_holm"] == 1
+    parts += [frame("other", s, ones(80 if s == "a" else 50)) for s in slots]
+    pairs = {JOINT: SINGLE, "other": SINGLE}
+    table, summaries = compare.judge(pd.concat(parts), dict.fromkeys(slots, 0.25), pairs, SINGLE, 0.02, 500)
+    assert summaries[JOINT]["sign_test_p"] == pytest.approx(2 / 64)
+    assert summaries[JOINT]["sign_test_holm"] == pytest.approx(4 / 64)
+    assert summaries["other"]["sign_test_holm"] == 1 and len(table) == 12
 
 
 def test_relative_change_by_hand():
@@ -142,7 +165,9 @@ def test_seeds_are_averaged():
     assert (row["seeds"], row["baseline"], row["joint"]) == (2, pytest.approx(0.4), pytest.approx(0.85))
     assert summary["seeds"] == 2
     # the seeds gain .3 and .6: a standard error of .15 and one degree of freedom, +- 12.7 of them
-    assert row["low"] == pytest.approx(0.45 - 12.7 * 0.15, rel=0.15) and row["high"] == pytest.approx(0.45 + 12.7 * 0.15, rel=0.15)
+    assert row["low"] == pytest.approx(0.45 - 12.7 * 0.15, rel=0.15) and row["high"] == pytest.approx(
+        0.45 + 12.7 * 0.15, rel=0.15
+    )
 
 
 def planted(rng, effect, of_seed, slots=6, seeds=3, samples=40):
@@ -153,7 +178,12 @@ def planted(rng, effect, of_seed, slots=6, seeds=3, samples=40):
         hard = rng.normal(0.5, 0.2, samples)
         for family, gain in ((SINGLE, 0.0), (JOINT, effect)):
             for k in range(seeds):
-                scores = hard + gain + rng.normal(0, 0.1, samples) + (joint_seed[k] if family == JOINT else rng.normal(0, of_seed))
+                scores = (
+                    hard
+                    + gain
+                    + rng.normal(0, 0.1, samples)
+                    + (joint_seed[k] if family == JOINT else rng.normal(0, of_seed))
+                )
                 parts.append(frame(family, str(slot), scores, k))
     return pd.concat(parts)
 
@@ -170,7 +200,12 @@ def test_planted_effect_is_found_and_none_is_not_invented():
 
 def test_seeds_of_a_joint_run_move_all_its_slots_together():
     """Three seeds that gain .1, .2 and .3 on every sample of four slots are three observations, not twelve."""
-    parts = [frame(f, s, np.full(5, 0.4 + g), k) for s in "abcd" for k, gain in enumerate((0.1, 0.2, 0.3)) for f, g in ((SINGLE, 0), (JOINT, gain))]
+    parts = [
+        frame(f, s, np.full(5, 0.4 + g), k)
+        for s in "abcd"
+        for k, gain in enumerate((0.1, 0.2, 0.3))
+        for f, g in ((SINGLE, 0), (JOINT, gain))
+    ]
     table, summary = compare.compare(pd.concat(parts), CHANCE, SINGLE, JOINT)
     assert summary["mean_difference_interval"] == pytest.approx(table.loc[0, ["low", "high"]].tolist())
     assert table.loc[0, "low"] < -0.02 and table.loc[0, "high"] > 0.42 and summary["clear_gain"] == 0
@@ -178,75 +213,115 @@ def test_seeds_of_a_joint_run_move_all_its_slots_together():
 
 def test_refuses_what_cannot_be_compared():
     with pytest.raises(ValueError, match="a: the runs compared hold different samples or seeds .100 and 90 samples"):
-        compare.compare(pd.concat([frame(SINGLE, "a", ones(5)), frame(JOINT, "a", ones(5, 90))]), CHANCE, SINGLE, JOINT)
+        part = pd.concat([frame(SINGLE, "a", ones(5)), frame(JOINT, "a", ones(5, 90))])
+        compare.compare(part, CHANCE, SINGLE, JOINT)
     with pytest.raises(ValueError, match="joint-ilora-bare on a"):
         compare.compare(frame(SINGLE, "a", ones(5)), CHANCE, SINGLE, JOINT)
     with pytest.raises(ValueError, match="no scores of the baseline"):
         compare.compare(SAMPLES, CHANCE, "single-ilora-bare", JOINT)
-    with pytest.raises(ValueError, match="no joint run among"):
-        transfer.transfer(SAMPLES[SAMPLES["family"] == SINGLE], pd.DataFrame({"slot": [], "primary": [], "chance": []}), "unused")
 
 
-def test_all_at_chance_gives_no_rate(tmp_path):
-    part = SAMPLES[SAMPLES["slot"] == "d"]
-    scores = pd.DataFrame({"slot": ["d"], "primary": [True], "chance": [0.25]})
-    (_, summary), (beside, against), (forms, _) = transfer.transfer(part, scores, tmp_path)
-    assert summary[JOINT]["positive_rate"] is None and summary[JOINT]["slots_at_chance"] == 1
-    assert json.loads((tmp_path / "metrics.json").read_text())["baseline"] == SINGLE
-    assert len(pd.read_csv(tmp_path / "transfer.csv")) == 1 and len(beside) == len(against) == len(forms) == 0
-    assert "cannot be judged" in transfer.finding(summary, against, JOINT, JOINT)
-    assert transfer.summary_table(summary).loc[JOINT, "gains"] == "none above chance"
+def test_all_at_chance_gives_no_rate():
+    _, summaries = compare.judge(SAMPLES[SAMPLES["slot"] == "d"], CHANCE, {JOINT: SINGLE}, SINGLE, 0.02, 100)
+    assert summaries[JOINT]["positive_rate"] is None and summaries[JOINT]["slots_at_chance"] == 1
+    assert "sign_test_holm" not in summaries[JOINT]
 
 
-def test_rival_of_the_same_form_is_judged_on_the_slots_of_the_baseline(tmp_path):
-    rival = "joint-lora_matched-bare"
-    parts = pd.concat([SAMPLES, *(frame(rival, s, ones(n)) for s, n in zip("abcd", (70, 70, 50, 90)))])
-    scores = pd.DataFrame({"slot": [*"abcd"], "primary": True, "chance": 0.25})
-    _, (beside, against), _ = transfer.transfer(parts, scores, tmp_path)
-    assert list(against) == [JOINT] and set(beside["comparison"]) == {f"{JOINT} vs {rival}"}
-    assert np.allclose(beside["difference"], [0.10, -0.25, 0.01, -0.63])
-    assert (against[JOINT]["slots_counted"], against[JOINT]["at_chance"]) == (3, ["d"])
+def test_a_rival_is_judged_on_the_slots_of_the_floor_and_on_shared_seeds():
+    """The rival has a second seed, which the floor lacks: it does not count."""
+    parts = [frame("rival", s, ones(n)) for s, n in zip("abcd", (70, 70, 50, 90), strict=True)]
+    parts += [frame("rival", s, ones(0), 1) for s in "abcd"]
+    table, summaries = compare.judge(pd.concat([SAMPLES, *parts]), CHANCE, {JOINT: "rival"}, SINGLE, 0.02, 100)
+    assert np.allclose(table["difference"], [0.10, -0.25, 0.01, -0.63]) and (table["seeds"] == 1).all()
+    assert (summaries[JOINT]["slots_counted"], summaries[JOINT]["at_chance"]) == (3, ["d"])
 
 
-def test_explicit_answers_are_held_against_bare_ones_of_the_same_runs_on_the_slots_of_the_baseline(tmp_path):
-    explicit = "joint-ilora-explicit"
-    parts = pd.concat([SAMPLES, *(frame(explicit, s, ones(n)) for s, n in zip("abcd", (70, 70, 50, 90)))])
-    scores = pd.DataFrame({"slot": [*"abcd"], "primary": True, "chance": 0.25})
-    _, _, (forms, found) = transfer.transfer(parts, scores, tmp_path)
-    assert list(found) == [explicit] and set(forms["comparison"]) == {f"{explicit} vs {JOINT}"}
-    assert np.allclose(forms["difference"], [-0.10, 0.25, -0.01, 0.63])
-    assert (found[explicit]["gain"], found[explicit]["tie"], found[explicit]["loss"], found[explicit]["at_chance"]) == (1, 1, 1, ["d"])
-    assert json.loads((tmp_path / "metrics.json").read_text())["explicit_against_bare"] == found
-    assert len(pd.read_csv(tmp_path / "forms.csv")) == 4
+def test_mean_scores_know_how_far_apart_seeds_lie():
+    """Seeds score .5 and 1: Student's t with one degree of freedom is wider than all scores there are."""
+    part = pd.concat([frame(JOINT, "a", ones(50)), frame(JOINT, "a", ones(100), 1), frame(JOINT, "b", ones(50))])
+    table = compare.mean_scores(part, 4000).set_index("slot")
+    assert table.loc["a", "score"] == 0.75 and table.loc["a", "low"] < 0 and table.loc["a", "high"] > 1
+    error = 1.96 * 0.5 / math.sqrt(100)
+    assert table.loc["b", ["low", "high"]].tolist() == pytest.approx([0.5 - error, 0.5 + error], abs=0.015)
+    assert table[["seeds", "samples"]].to_numpy().tolist() == [[2, 100], [1, 100]]
 
 
-def test_a_rival_that_is_no_method_is_refused(tmp_path):
-    scores = pd.DataFrame({"slot": [*"abcd"], "primary": True, "chance": 0.25})
-    with pytest.raises(ValueError, match="transfer.rival: 'lora_match' is no method; choose one of lora, lora_unrouted, lora_matched, ilora"):
-        transfer.transfer(SAMPLES, scores, tmp_path, rival="lora_match")
+# ---- intervals
 
 
-def values(gain, loss, low, high):
-    return {"gain": gain, "loss": loss, "slots_counted": 16, "positive_rate": gain / 16, "positive_rate_interval": [0.1, 0.9],
-            "negative_rate": loss / 16, "negative_rate_interval": [0.1, 0.9], "mean_difference": (low + high) / 2,
-            "mean_difference_interval": [low, high]}  # fmt: skip
+def test_samples_agree_with_the_normal_interval():
+    values = np.repeat([1.0, 0.0], [30, 70])
+    low, high = interval(bootstrap_means(values, 4000, 0))
+    error = 1.96 * math.sqrt(0.3 * 0.7 / 100)
+    assert (low, high) == (pytest.approx(0.3 - error, abs=0.015), pytest.approx(0.3 + error, abs=0.015))
 
 
-def test_finding_comes_out_either_way():
-    plain, routed = "joint-lora-bare", "joint-ilora-explicit"
-    good = transfer.finding({plain: values(2, 9, -0.2, -0.1), routed: values(14, 1, 0.1, 0.2)}, {routed: values(12, 2, 0.01, 0.03)})
-    assert "`joint-lora-bare` loses on 9 of 16 slots" in good and "56 %" in good and "a loss overall" in good
-    assert "`joint-ilora-explicit` gains on 14 of 16" in good and "a gain overall" in good and "in its favour" in good
-    bad = transfer.finding({plain: values(8, 1, 0.1, 0.2), routed: values(3, 9, -0.2, -0.1)}, {routed: values(2, 9, -0.1, -0.05)})
-    assert "loses on 1 of 16" in bad and "gains on 3 of 16" in bad and "a loss overall" in bad and "against it" in bad
-    assert "no clear difference" in transfer.finding({plain: values(5, 5, -0.1, 0.1)}, {}) and "was not run" in transfer.finding({}, {})
-    assert good.count(". ") == 1  # two sentences
+def test_seeds_agree_with_students_interval():
+    """Three seeds at .1, .2, .3, every sample alike: .2 +- 4.303 * .1 / sqrt(3), far beyond the range of the three."""
+    values = np.repeat([[0.1], [0.2], [0.3]], 8, axis=1)
+    low, high = interval(bootstrap_means(values, 60_000, 0))
+    assert (low, high) == (pytest.approx(0.2 - 0.2484, abs=0.006), pytest.approx(0.2 + 0.2484, abs=0.006))
 
 
-def test_finding_says_what_both_forms_do_against_the_rival():
-    """The form that was not asked for may be the one that is clear."""
-    bare, explicit = "joint-ilora-bare", "joint-ilora-explicit"
-    said = transfer.finding({explicit: values(14, 1, 0.1, 0.2)}, {bare: values(0, 5, -0.05, -0.01), explicit: values(2, 2, -0.03, 0.01)})
-    assert "of its size that of `joint-ilora-explicit` is -0.010 [-0.030, +0.010], which favours neither" in said
-    assert ", and that of `joint-ilora-bare` is -0.030 [-0.050, -0.010], against it." in said
-    assert transfer.finding({}, {bare: values(0, 5, -0.05, -0.01)}, routed=bare).count("joint-ilora-bare") == 2
+def test_draws_are_paired_within_a_stream():
+    first, second = np.random.default_rng(0).normal(size=(2, 3, 20))
+    draws = [bootstrap_means(v, 50, 7, "ks") for v in (first, second, second - first)]
+    assert np.allclose(draws[1] - draws[0], draws[2])
+
+
+def test_streams_share_seeds_and_not_samples():
+    by_seed = np.repeat([[0.1], [0.4]], 5, axis=1)
+    assert (bootstrap_means(by_seed, 50, 7, "ks") == bootstrap_means(by_seed, 50, 7, "ave")).all()
+    by_sample = np.random.default_rng(0).normal(size=200)
+    draws = [bootstrap_means(by_sample, 3000, 7, stream) for stream in ("ks", "ave")]
+    assert abs(np.corrcoef(draws)[0, 1]) < 0.06
+
+
+def test_nothing_to_draw_from():
+    with pytest.raises(ValueError, match=r"expected non-empty \[samples\] or \[seeds, samples\], got \[1, 0\]"):
+        bootstrap_means(np.empty(0), 10, 0)
+
+
+def covered(seeds: int, of_seed: float, of_sample: float, of_both: float, trials: int = 500) -> float:
+    """How often the interval holds the true mean 0 when scores are seed + sample + noise, all normal."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(trials):
+        values = (
+            rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, of_sample, (1, 40)) + rng.normal(0, of_both, (seeds, 40))
+        )
+        low, high = interval(bootstrap_means(values, 400, trial))
+        hits += low <= 0 <= high
+    return hits / trials
+
+
+@pytest.mark.parametrize(
+    ("seeds", "of_seed", "of_sample", "of_both"),
+    [(1, 0, 1, 0), (3, 0, 1, 1), (3, 0.2, 1, 1), (3, 1, 0.1, 0.1), (5, 1, 1, 1)],
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds, of_seed, of_sample, of_both):
+    assert covered(seeds, of_seed, of_sample, of_both) >= 0.92
+
+
+def test_intervals_are_not_merely_wide():
+    assert covered(1, 0, 1, 0) <= 0.97 and covered(3, 1, 0.1, 0.1) <= 0.98
+
+
+def test_mean_over_streams_holds_the_truth_though_they_share_seeds():
+    """A joint run's seed moves all slots at once; drawn slot by slot it would seem to average out."""
+    rng = np.random.default_rng(2)
+    hits, apart = 0, 0
+    for trial in range(300):
+        shared = rng.normal(0, 0.3, (3, 1))
+        slots = [shared + rng.normal(size=(3, 20)) for _ in range(4)]
+        for together in (True, False):
+            draws = np.mean(
+                [bootstrap_means(v, 300, trial if together else trial + 1000 * k, str(k)) for k, v in enumerate(slots)],
+                axis=0,
+            )
+            low, high = interval(draws)
+            if together:
+                hits += low <= 0 <= high
+            else:
+                apart += low <= 0 <= high
+    assert hits / 300 >= 0.92 and apart < hits
