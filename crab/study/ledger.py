@@ -15,7 +15,7 @@ import pandas as pd
 from crab import tasks
 from crab.data.files import atomic_file
 from crab.study.cells import Cell
-from crab.study.faithfulness import COUNTS
+from crab.study.statements import COUNTS
 
 SAMPLE_COLUMNS = ["cell", "family", "seed", "slot", "id", "score"]
 
@@ -44,9 +44,9 @@ class Ledger:
         older = [key for key, e in self.cells.items() if json.dumps(e["cell"], sort_keys=True) in described]
         self.cells = {key: entry for key, entry in self.cells.items() if key not in older} | fresh
         self.references |= new
-        content = {"cells": self.cells, "references": self.references}
+        content = {"cells": dict(sorted(self.cells.items())), "references": dict(sorted(self.references.items()))}
         with atomic_file(self.path) as temporary:
-            text = json.dumps(content, separators=(",", ":"), sort_keys=True, allow_nan=False)
+            text = json.dumps(content, separators=(",", ":"), allow_nan=False)
             temporary.write_bytes(lzma.compress(text.encode()))
 
 
@@ -54,7 +54,7 @@ def sample_scores(ledger: str | Path, cells: Sequence[Cell], statements: bool = 
     """Primary score of every sample of keyed cells, one row each (`SAMPLE_COLUMNS`), from the ledger alone.
 
     Args:
-        statements: also the columns of `crab.study.faithfulness.COUNTS`; NaN for bare answers.
+        statements: also the columns of `crab.study.statements.COUNTS`; NaN for bare answers.
     """
     names = [*SAMPLE_COLUMNS, *(COUNTS if statements else ())]
     frames = []

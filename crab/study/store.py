@@ -30,7 +30,7 @@ from crab.study import prompts
 from crab.study.answer import answer, load_adapter
 from crab.study.cells import Cell
 from crab.study.code import code_digest
-from crab.study.faithfulness import statement_counts
+from crab.study.statements import statement_counts
 from crab.study.ledger import Ledger
 from crab.study.pool import run_pool
 from crab.study.samples import SlotData, read_manifest, read_slot
@@ -42,7 +42,7 @@ ANSWERS, SCORES = "answers.json", "scores.json"
 TRAINING = ("crab.study.train", "crab.study.samples")
 ANSWERING = ("crab.study.answer", "crab.study.samples")
 SCORING = ("crab.study.score", "crab.models.segment")
-REASONING = ("crab.study.faithfulness",)
+REASONING = ("crab.study.statements",)
 PROMPTS = ("crab.study.prompts",)
 
 

@@ -14,12 +14,13 @@ from crab.study.pool import run_pool
 
 
 def test_results_by_name_from_other_processes():
-    found = run_pool([("a", os.getpid), ("b", partial(divmod, 7, 2))], 2, "count")
-    assert found["b"] == (3, 1) and found["a"] != os.getpid()
+    results = run_pool([("a", os.getpid), ("b", partial(divmod, 7, 2))], 2, "count")
+    assert results["b"] == (3, 1) and results["a"] != os.getpid()
+    assert run_pool([("a", os.getpid)], 2, "count")["a"] != os.getpid()  # its threads do not depend on its company
     assert run_pool([("a", os.getpid)], 1, "count") == {"a": os.getpid()}
 
 
-def test_results_stand_in_the_order_of_the_jobs_not_of_their_ends():
+def test_results_are_in_the_order_of_the_jobs():
     assert list(run_pool([("slow", partial(time.sleep, 1.0)), ("quick", os.getpid)], 2, "count")) == ["slow", "quick"]
 
 
@@ -89,18 +90,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("state", ["idle", "busy"])
-def test_an_interrupt_ends_workers_without_a_word_and_lets_their_jobs_tidy_up(tmp_path, state):
+def test_an_interrupt_ends_workers_silently_and_lets_their_jobs_tidy_up(tmp_path, state):
     (tmp_path / "script.py").write_text(INTERRUPTED)
-    run = subprocess.run(
-        [sys.executable, "script.py", str(tmp_path), state], cwd=tmp_path, capture_output=True, text=True, start_new_session=True, timeout=60,
-    )  # fmt: skip
+    command = [sys.executable, "script.py", str(tmp_path), state]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "start_new_session": True, "timeout": 60}
+    run = subprocess.run(command, **options)
     assert "Traceback" not in run.stderr
     if state == "busy":
         assert run.returncode == 1 and "interrupted" in run.stderr
         assert len(list(tmp_path.glob("tidied *"))) == len(list(tmp_path.glob("started *"))) == 2
 
 
-# Each leaves something in the folder as soon as its workers are at work, for longer than the test lasts.
+# Each leaves files in the folder as soon as its workers are busy, for longer than the test lasts.
 PARENTS = {
     "pool": """
 import sys
@@ -117,15 +118,15 @@ build(sys.argv[1] + "/world", train=4000, test=1, workers=2, slots=["arig"], pro
 }
 
 
-def until(true, seconds=60):
+def until(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "in vain"
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
         time.sleep(0.05)
 
 
 def running(process):
-    try:  # an orphan that has ended stays a zombie where nobody collects it
+    try:  # an orphan that has ended may stay a zombie
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -136,8 +137,8 @@ def test_workers_end_with_a_killed_parent(name, tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", PARENTS[name], str(tmp_path)])
     workers = []
     try:
-        wanted = {"pool": "[ab]", "build": ".world*/AVUIE_2/**/*.jpg"}[name]
-        until(lambda: len(list(tmp_path.glob(wanted))) > 1 or parent.poll() is not None)
+        pattern = {"pool": "[ab]", "build": ".world*/AVUIE_2/**/*.jpg"}[name]
+        until(lambda: len(list(tmp_path.glob(pattern))) > 1 or parent.poll() is not None)
         workers = psutil.Process(parent.pid).children(recursive=True)
         assert sum("spawn_main" in " ".join(w.cmdline()) for w in workers) == 2
         parent.kill()
