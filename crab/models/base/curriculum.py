@@ -1,8 +1,9 @@
-"""Train the language model of a small base by stages, each advanced by its gate."""
+"""Train the language model of a small base by stages. The gate of each stage opens the next."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +11,34 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crab.data import files
-from crab.world.scene import Scene
+from crab.data.files import atomic_file
 from crab.models.base import probes
 from crab.models.base.bank import Bank
 from crab.models.base.optimize import MuonAdamW, warm_up_then_decay
 from crab.models.base.packing import Packer, Row
-from crab.models.base.probes import Probe
+from crab.models.base.probes import SKILLS, STAGES, Probe
 
-#: Skills in the order they are taught. A stage keeps all earlier ones in the mix.
-STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("text", ("copy", "read")),
-    ("presence", ("visible", "heard")),
-    ("selection", ("position", "colour", "motion", "at", "emotion", "voice", "seen at", "heard at", "still position", "still colour", "still heard")),
-    ("space and time", ("still box", "box", "time seen", "time heard", "count seen", "count heard", "order", "video of", "sound of")),
-    ("binding", ("which sounds", "where sounds", "still sounds", "still box sounds", "still box both", "still box around", "match", "which video", "which sound")),
-    ("describing", ("sights told", "sounds told", "sources told", "boxes told", "caption")),
-)
+PROBES_PER_ROW = 8
+REPLAY = 0.3  # weight of a skill that has passed its gate
+#: Kinds of context: share of the steps, and rows as a multiple of the batch size (short rows come in larger numbers).
+CONTEXTS = {
+    "text": (0.2, 1),
+    "reading": (0.5, 1),
+    "clip": (1.0, 1),
+    "still": (0.6, 1),
+    "match": (0.6, 3),
+    "pair": (0.8, 2),
+    # apart from the questions: sentences are long, and the loss of a step is a mean over all its answer tokens
+    "clip_told": (0.5, 1),
+    "still_told": (0.3, 1),
+}
 
 
 def initialize_from_words(model, norm: float = 5.0) -> None:
-    """Give all word embeddings the length of media tokens' order, and start the head from them.
+    """Scale all word embeddings to the length of media tokens, and start the output head from them.
 
-    Media tokens come out 7 to 20 long; beside them the first layers' outputs would drown a word of
-    length 1, and with it the name of what is to be selected.
+    Media tokens have a length of 7 to 20. Beside them, the first layers would lose a word of length 1, and with it the
+    name of what is to be selected.
     """
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
@@ -43,37 +48,44 @@ def initialize_from_words(model, norm: float = 5.0) -> None:
 
 
 class Sampler:
-    """Draws packed rows of one context kind from a bank.
+    """Draws packed rows of one kind of context from a bank.
 
     Args:
-        weights: skill -> how likely a probe of that skill is kept; 0 or missing leaves it out.
         vocabulary: words for copying.
+
+    Attributes:
+        weights: by skill, how likely a probe is kept; 0 or missing leaves it out.
     """
 
-    def __init__(self, bank: Bank, vocabulary: list[str], rng: np.random.Generator, per_row: int = 8):
-        self.bank, self.vocabulary, self.rng, self.per_row = bank, vocabulary, rng, per_row
+    def __init__(self, bank: Bank, vocabulary: list[str], rng: np.random.Generator):
+        self.bank, self.vocabulary, self.rng = bank, vocabulary, rng
         self.weights: dict[str, float] = {}
 
     def contexts(self) -> dict[str, float]:
-        """Context kinds the present weights can use, with their shares of the steps."""
-        heaviest = lambda skills: max((self.weights.get(s, 0) for s in skills), default=0)  # noqa: E731
-        return {kind: share * heaviest(skills) for kind, (share, _, skills) in CONTEXTS.items()}
+        """The kinds of context that practise a skill of some weight, with their shares of the steps."""
+        shares = {}
+        for kind, (share, _) in CONTEXTS.items():
+            heaviest = max(self.weights.get(name, 0) for name, skill in SKILLS.items() if kind in skill.contexts)
+            if heaviest > 0:
+                shares[kind] = share * heaviest
+        return shares
 
     def rows(self, kind: str, count: int) -> list[Row]:
-        """About ``count`` rows' worth of one kind; short ones come in larger numbers."""
-        return [getattr(self, f"_{kind}")() for _ in range(round(count * CONTEXTS[kind][1]))]
+        """Rows of one kind, about as long as ``count`` rows of a clip. Rows without a probe are left out."""
+        rows = [getattr(self, f"_{kind}")() for _ in range(round(count * CONTEXTS[kind][1]))]
+        return [row for row in rows if row.probes]
 
     def _keep(self, drawn: list[Probe]) -> list[Probe]:
-        weight = np.array([self.weights.get(p.skill, 0.0) * RARE.get(p.skill, 1.0) for p in drawn])
-        order = self.rng.random(len(drawn)) ** (1 / np.maximum(weight, 1e-9))  # weighted sampling without replacement
+        weight = np.array([self.weights.get(p.skill, 0.0) * SKILLS[p.skill].rarity for p in drawn])
+        order = self.rng.random(len(drawn)) ** (1 / np.maximum(weight, 1e-9))  # weighted, without replacement
         order[weight == 0] = -1
-        return [drawn[i] for i in np.argsort(-order)[: self.per_row] if order[i] >= 0]
+        return [drawn[i] for i in np.argsort(-order)[:PROBES_PER_ROW] if order[i] >= 0]
 
     def _index(self) -> int:
         return int(self.rng.integers(len(self.bank.scenes)))
 
     def _text(self) -> Row:
-        return Row([], self._keep([probes.copy_probe(self.vocabulary, self.rng) for _ in range(self.per_row)]))
+        return Row([], self._keep([probes.copy_probe(self.vocabulary, self.rng) for _ in range(PROBES_PER_ROW)]))
 
     def _reading(self) -> Row:
         scenes = self.bank.scenes
@@ -81,37 +93,34 @@ class Sampler:
             text, asked = probes.reading(scenes[self._index()], self.rng)
         else:
             which, a, b = self._ordered_pair()
-            text, asked = probes.pair_reading(scenes[a], scenes[b], which, str(self.rng.choice(["video", "sound"])), self.rng)
+            what = str(self.rng.choice(["video", "sound"]))
+            text, asked = probes.pair_reading(scenes[a], scenes[b], which, what, self.rng)
         if self.rng.random() < 0.5:
             return Row([], self._keep(asked), text)
-        return Row([], [replace(p, question=f"{p.question} {text}") for p in self._keep(asked)[:3]])  # the text anew with each
+        return Row([], [replace(p, question=f"{p.question} {text}") for p in self._keep(asked)[:3]])  # text after each
 
-    def _clip(self) -> Row:
+    def _clip(self, draw=probes.clip_probes) -> Row:
         i = self._index()
-        return Row([("video", i), ("audio", i)], self._keep(probes.clip_probes(self.bank.scenes[i], self.rng)))
+        return Row([("video", i), ("audio", i)], self._keep(draw(self.bank.scenes[i], self.rng)))
 
-    def _still(self) -> Row:
-        # of three, that in which most things sound: few stills have several, and what is asked of those is hard
-        i = max((self._index() for _ in range(3)), key=self.bank.sources.__getitem__)
-        drawn = probes.still_probes(self.bank.scenes[i], int(self.bank.seconds[i]), self.rng)
+    def _still(self, draw=probes.still_probes, scenes: int = 3) -> Row:
+        # the one in which most things sound: few stills have several sounds, and questions about those are hard
+        i = max((self._index() for _ in range(scenes)), key=self.bank.sources.__getitem__)
+        drawn = draw(self.bank.scenes[i], int(self.bank.seconds[i]), self.rng)
         return Row([("image", i), ("second", i)], self._keep(drawn))
 
     def _clip_told(self) -> Row:
-        i = self._index()
-        return Row([("video", i), ("audio", i)], self._keep(probes.clip_told(self.bank.scenes[i], self.rng)))
+        return self._clip(probes.clip_told)
 
     def _still_told(self) -> Row:
-        i = max(self._index(), self._index(), key=self.bank.sources.__getitem__)
-        told = probes.still_told(self.bank.scenes[i], int(self.bank.seconds[i]), self.rng)
-        return Row([("image", i), ("second", i)], self._keep(told))
+        return self._still(probes.still_told, scenes=2)
 
     def _matching(self) -> tuple[int, int]:
-        """A scene in which something is seen and heard, and another that does not hold it."""
+        """Two scenes that both have something seen and heard, which the other one has not."""
         scenes = self.bank.scenes
         while True:
             i, j = self._index(), self._index()
-            clear = lambda a, b: probes.shares_sound(scenes[a], scenes[a]) and not probes.shares_sound(scenes[a], scenes[b])  # noqa: E731
-            if clear(i, j) and clear(j, i):
+            if probes.sounds_alone(scenes[i], scenes[j]) and probes.sounds_alone(scenes[j], scenes[i]):
                 return i, j
 
     def _ordered_pair(self) -> tuple[str, int, int]:
@@ -122,194 +131,154 @@ class Sampler:
     def _match(self) -> Row:
         i, j = self._matching()
         same = self.rng.random() < 0.5
-        probe = Probe("match", probes.wording("match", self.rng), "yes" if same else "no")
-        return Row([("video", i), ("audio", i if same else j)], [probe])
+        asked = probes.probe("match", self.rng, "yes" if same else "no")
+        return Row([("video", i), ("audio", i if same else j)], [asked])
 
     def _pair(self) -> Row:
-        """Two videos and a sound, or two sounds and a video; what stands alone comes first, as in the tasks."""
+        """Two videos and a sound, or two sounds and a video. The single one comes first, as in the tasks."""
         answer, a, b = self._ordered_pair()
-        i = a if answer == "first" else b
         scenes = self.bank.scenes[a], self.bank.scenes[b]
-        if self.rng.random() < 0.5:
-            return Row([("audio", i), ("video", a), ("video", b)], self._of_pair("video", scenes, answer))
-        return Row([("video", i), ("audio", a), ("audio", b)], self._of_pair("sound", scenes, answer))
-
-    def _of_pair(self, what: str, scenes: tuple[Scene, Scene], answer: str) -> list[Probe]:
-        which = Probe(f"which {what}", probes.wording(f"which {what}", self.rng), answer)
-        told = probes.pair_told(*scenes, what, self.rng) if self.rng.random() < 0.5 else []  # long, beside the others
-        return self._keep([which, *probes.pair_probes(*scenes, what, self.rng), *told])
-
-
-#: Context kind -> share of the steps, rows beside the batch size, and the skills for whose sake it is drawn.
-CONTEXTS: dict[str, tuple[float, float, tuple[str, ...]]] = {
-    "text": (0.2, 1, ("copy",)),
-    "reading": (0.5, 1, ("read",)),
-    "clip": (1.0, 1, (
-        "visible", "heard", "colour", "motion", "position", "time seen", "time heard", "box", "at", "seen at", "heard at",
-        "which sounds", "where sounds", "count seen", "count heard", "order", "emotion", "voice")),
-    "still": (0.6, 1, (
-        "still position", "still colour", "still heard", "still box", "still sounds", "still box sounds", "still box both", "still box around")),
-    "match": (0.6, 3, ("match",)),
-    "pair": (0.8, 2, ("which video", "which sound", "video of", "sound of")),
-    # apart from the questions: sentences are long, and a step's loss is a mean over all that is said in it
-    "clip_told": (0.5, 1, ("caption", "sights told", "sounds told", "sources told")),
-    "still_told": (0.3, 1, ("sights told", "sounds told", "sources told", "boxes told")),
-}  # fmt: skip
-
-#: Questions that few scenes answer, and how much oftener one is kept when a scene does.
-RARE = {
-    "emotion": 4.0, "voice": 4.0, "box": 3.0, "still box": 2.0, "time heard": 3.0, "time seen": 3.0, "seen at": 2.0,
-    "order": 2.0, "which sounds": 2.0, "where sounds": 2.0, "still sounds": 2.0, "still box sounds": 3.0, "caption": 3.0,
-    "still box both": 2.0, "still box around": 4.0, "which video": 3.0, "which sound": 3.0,
-}  # fmt: skip
+        single, double, what = ("audio", "video", "video") if self.rng.random() < 0.5 else ("video", "audio", "sound")
+        which = probes.probe(f"which {what}", self.rng, answer)
+        told = probes.pair_told(*scenes, what, self.rng) if self.rng.random() < 0.5 else []  # long beside the others
+        asked = [which, *probes.pair_probes(*scenes, what, self.rng), *told]
+        return Row([(single, a if answer == "first" else b), (double, a), (double, b)], self._keep(asked))
 
 
 @torch.no_grad()
 def probe_accuracy(packer: Packer, sampler: Sampler, contexts: int, batch: int = 32) -> dict[str, dict[str, float]]:
-    """Exact-match accuracy a skill, with the majority answer and the random-object picker beside it.
+    """Exact-match accuracy of each skill, beside the majority answer and a reader that picks a random thing.
 
-    An answer counts only when every token, end included, is the greedy choice given those before
-    it, which is when greedy decoding would produce it.
+    An answer is right only if each of its tokens, with the end, is the greedy choice after those before it. Greedy
+    decoding would then produce it.
     """
-    right: dict[str, list[bool]] = {}
-    said: dict[str, list[str]] = {}
-    picker: dict[str, list[float]] = {}
+    results: dict[str, list[tuple[bool, str, float | None]]] = {}
     was_training = packer.model.training
     packer.model.eval()
-    shares = {k: v for k, v in sampler.contexts().items() if v > 0}
-    for kind in shares:
+    for kind in sampler.contexts():
         for first in range(0, contexts, batch):
-            rows = [r for r in sampler.rows(kind, min(batch, contexts - first)) if r.probes]
+            rows = sampler.rows(kind, min(batch, contexts - first))
             packed = packer.pack(rows, sampler.bank)
-            logits, target, where = packer.logits(packed)
-            hit = logits.argmax(-1) == target
-            width = packed["ids"].shape[1]
-            blocks = packed["block"].flatten()[where].tolist()
-            owner = (where // width).tolist()
-            ok: dict[tuple[int, int], bool] = {}
-            for h, r, b in zip(hit.tolist(), owner, blocks, strict=True):
-                ok[r, b] = ok.get((r, b), True) and h
-            for (r, b), good in ok.items():
-                probe = rows[r].probes[b - 1]
-                right.setdefault(probe.skill, []).append(good)
-                said.setdefault(probe.skill, []).append(probe.answer)
-                if probe.picked:
-                    picker.setdefault(probe.skill, []).append(np.mean([p == probe.answer for p in probe.picked]))
+            logits, target, index = packer.logits(packed)
+            blocks = packed["block"].flatten()[index].tolist()
+            owners = (index // packed["block"].shape[1]).tolist()
+            right: dict[tuple[int, int], bool] = {}
+            for row, block, hit in zip(owners, blocks, (logits.argmax(-1) == target).tolist(), strict=True):
+                right[row, block] = right.get((row, block), True) and hit
+            for (row, block), hit in right.items():
+                probe = rows[row].probes[block - 1]
+                picker = np.mean([p == probe.answer for p in probe.picked]) if probe.picked else None
+                results.setdefault(probe.skill, []).append((hit, probe.answer, picker))
     packer.model.train(was_training)
     report = {}
-    for skill, hits in right.items():
-        answers = said[skill]
-        majority = max(map(answers.count, set(answers))) / len(answers)
+    for skill, rows in results.items():
+        hits, answers, pickers = zip(*rows, strict=True)
+        pickers = [p for p in pickers if p is not None]
         report[skill] = {
             "accuracy": float(np.mean(hits)),
-            "majority": majority,
-            "picker": float(np.mean(picker[skill])) if skill in picker else None,
-            "n": len(hits),
+            "majority": Counter(answers).most_common(1)[0][1] / len(rows),
+            "picker": float(np.mean(pickers)) if pickers else None,
+            "n": len(rows),
         }
     return report
 
 
-@dataclass
-class Curriculum:
-    """How long and how hard: steps, learning rate, and when a stage is done.
-
-    Attributes:
-        gate: accuracy every skill of a stage must reach before the next begins.
-        stage_steps: most steps a stage may take before the next begins regardless.
-        steps: all steps; the learning rate decays over the last three fifths, all skills in the mix.
-        precision: ``bf16`` (autocast) or ``fp32``. With native bfloat16 a step on a CPU takes half the time, if
-            attention is written out: the fused kernel's backward is slower in bfloat16 than in float32.
-    """
-
-    steps: int
-    stage_steps: int
-    gate: float
-    batch_size: int
-    learning_rate: float
-    check_every: int
-    seed: int
-    precision: str = "fp32"
-    per_row: int = 8
-    history: list[dict] = field(default_factory=list)
-
-
 def train_language_model(
-    model, processor, train: Bank, held_out: Bank, plan: Curriculum, unfinished: Path | None = None
+    model,
+    processor,
+    train: Bank,
+    held_out: Bank,
+    *,
+    steps: int,
+    stage_steps: int,
+    gate: float,
+    batch_size: int,
+    learning_rate: float,
+    check_every: int,
+    precision: str = "fp32",
+    seed: int,
+    unfinished: Path | None = None,
 ) -> list[dict]:
-    """Run the staged curriculum; returns one record a check: step, stage, loss and accuracy a skill.
+    """Run the staged curriculum; returns one record per check: step, stage, loss, and the accuracy of each skill.
 
     Args:
-        unfinished: a file that holds the training as it stood at the last check. Where it exists, training goes on
-            from there, to the same weights as if it had never stopped.
+        steps: all steps. The learning rate decays over the last three fifths.
+        stage_steps: a stage takes at most this many steps before the next begins.
+        gate: the next stage begins when every skill of a stage has this accuracy.
+        precision: ``bf16`` (autocast) or ``fp32``. On a CPU with native bfloat16, bf16 takes half the time.
+        unfinished: a file that keeps the training as it was at the last check. If it exists, training goes on from
+            there, to the same weights as without an interruption.
     """
-    rng = np.random.default_rng(plan.seed)
-    sampler = Sampler(train, vocabulary(processor), rng, plan.per_row)
-    checker = Sampler(held_out, vocabulary(processor), np.random.default_rng(plan.seed + 1), plan.per_row)
-    packer = Packer(model, processor, plan.precision)
-    lm = model.model.language_model
-    attention = lm.config._attn_implementation
-    if model.device.type == "cpu" and plan.precision == "bf16":
-        lm.set_attn_implementation("eager")
-    rest = [*lm.embed_tokens.parameters(), *lm.norm.parameters(), *model.lm_head.parameters()]
-    optimizer = MuonAdamW(lm.layers, rest, plan.learning_rate, warm_up_then_decay(plan.steps, decay=0.6))
+    if precision not in ("bf16", "fp32"):
+        raise ValueError(f"base.language.precision: {precision!r} is unknown; use bf16 or fp32")
+    words = vocabulary(processor)
+    sampler = Sampler(train, words, np.random.default_rng(seed))
+    checker = Sampler(held_out, words, np.random.default_rng(seed + 1))
+    packer = Packer(model, processor, precision)
+    language_model = model.model.language_model
+    attention = language_model.config._attn_implementation
+    if model.device.type == "cpu" and precision == "bf16":  # the backward of the fused kernel is slow in bfloat16
+        language_model.set_attn_implementation("eager")
+    rest = [*language_model.embed_tokens.parameters(), *language_model.norm.parameters(), *model.lm_head.parameters()]
+    optimizer = MuonAdamW(language_model.layers, rest, learning_rate, warm_up_then_decay(steps))
     learning = (model, *optimizer.optimizers, *optimizer.schedules)
-    done, stage, since = 0, 0, 0
-    accuracy: dict[str, float] = {}
+    state = {"done": 0, "stage": 0, "since": 0, "accuracy": {}, "history": []}
     if unfinished is not None and unfinished.exists():
-        kept = torch.load(unfinished, weights_only=True)
-        done, stage, since, accuracy = kept["done"], kept["stage"], kept["since"], kept["accuracy"]
-        plan.history[:] = kept["history"]
-        for part, state in zip(learning, kept["learning"], strict=True):
-            part.load_state_dict(state)
-        for drawing, state in zip((rng, checker.rng), kept["draws"], strict=True):
-            drawing.bit_generator.state = state
+        state, weights, draws = torch.load(unfinished, weights_only=True)
+        for part, saved in zip(learning, weights, strict=True):
+            part.load_state_dict(saved)
+        for part, saved in zip((sampler, checker), draws, strict=True):
+            part.rng.bit_generator.state = saved
+    names = list(STAGES)
     model.train()
-    bar = tqdm(range(done, plan.steps), desc="language model", initial=done, total=plan.steps, mininterval=5)
-    running = []
+    bar = tqdm(range(state["done"], steps), "language model", initial=state["done"], total=steps, mininterval=5)
+    losses = []
     for step in bar:
-        sampler.weights = stage_weights(stage, accuracy, plan.gate)
-        shares = {k: v for k, v in sampler.contexts().items() if v > 0}
-        kind = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        rows = [r for r in sampler.rows(kind, plan.batch_size) if r.probes]
+        sampler.weights = stage_weights(state["stage"], state["accuracy"], gate)
+        shares = sampler.contexts()
+        kind = str(sampler.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+        rows = sampler.rows(kind, batch_size)
         if not rows:
             continue
         logits, target, _ = packer.logits(packer.pack(rows, train))
         loss = F.cross_entropy(logits, target)
         optimizer.step(loss)
-        running.append(loss.detach())
-        since += 1
-        if (step + 1) % plan.check_every == 0 or step + 1 == plan.steps:
-            checker.weights = {s: 1.0 for s in skills_until(stage)}
+        losses.append(loss.detach())
+        state["since"] += 1
+        if (step + 1) % check_every == 0 or step + 1 == steps:
+            stage = names[state["stage"]]
+            checker.weights = dict.fromkeys(skills_until(state["stage"]), 1.0)
             report = probe_accuracy(packer, checker, contexts=96)
-            accuracy = {k: v["accuracy"] for k, v in report.items()}
-            mean_loss = torch.stack(running).mean().item()
-            running = []
-            plan.history.append({"step": step + 1, "stage": STAGES[stage][0], "loss": mean_loss, **accuracy})
-            below = [f"{k} {v:.2f}" for k, v in sorted(accuracy.items(), key=lambda item: item[1]) if v < plan.gate]
-            bar.write(f"step {step + 1}, {STAGES[stage][0]}, loss {mean_loss:.3f}; under the gate: {', '.join(below) or 'none'}")
-            ready = all(accuracy.get(s, 0) >= plan.gate for s in STAGES[stage][1])
-            if stage + 1 < len(STAGES) and (ready or since >= plan.stage_steps):
-                stage, since = stage + 1, 0
+            accuracy = {skill: numbers["accuracy"] for skill, numbers in report.items()}
+            record = {"step": step + 1, "stage": stage, "loss": torch.stack(losses).mean().item(), **accuracy}
+            losses = []
+            below = sorted((value, skill) for skill, value in accuracy.items() if value < gate)
+            below = ", ".join(f"{skill} {value:.2f}" for value, skill in below) or "none"
+            bar.write(f"step {step + 1}, {stage}, loss {record['loss']:.3f}; under the gate: {below}")
+            state |= {"done": step + 1, "accuracy": accuracy, "history": [*state["history"], record]}
+            ready = all(accuracy.get(skill, 0) >= gate for skill in STAGES[stage])
+            if stage != names[-1] and (ready or state["since"] >= stage_steps):
+                state |= {"stage": state["stage"] + 1, "since": 0}
             if unfinished is not None:
-                draws = [rng.bit_generator.state, checker.rng.bit_generator.state]
-                kept = {"done": step + 1, "stage": stage, "since": since, "accuracy": accuracy, "history": plan.history, "draws": draws}
-                with files.atomic_file(unfinished) as path:
-                    torch.save(kept | {"learning": [part.state_dict() for part in learning]}, path)
-    lm.set_attn_implementation(attention)
+                draws = [part.rng.bit_generator.state for part in (sampler, checker)]
+                with atomic_file(unfinished) as path:
+                    torch.save((state, [part.state_dict() for part in learning], draws), path)
+    language_model.set_attn_implementation(attention)
     model.eval()
-    return plan.history
+    return state["history"]
 
 
 def vocabulary(processor) -> list[str]:
-    """The words copying draws from: all tokens but the special ones."""
+    """The words to copy: all tokens except the special ones."""
     return sorted(set(processor.tokenizer.get_vocab()) - set(processor.tokenizer.all_special_tokens))
 
 
 def skills_until(stage: int) -> list[str]:
-    return [s for _, skills in STAGES[: stage + 1] for s in skills]
+    """The skills of the stages 0 to ``stage``."""
+    return [name for skills in list(STAGES.values())[: stage + 1] for name in skills]
 
 
 def stage_weights(stage: int, accuracy: dict[str, float], gate: float) -> dict[str, float]:
-    """The newest skills and those still under their gate in full, what is mastered as replay."""
-    new = set(STAGES[stage][1])
-    return {s: 1.0 if s in new or accuracy.get(s, 0) < gate else 0.3 for s in skills_until(stage)}
+    """Weight 1 for the skills of this stage and for those under their gate, `REPLAY` for the others."""
+    new = set(list(STAGES.values())[stage])
+    return {s: 1.0 if s in new or accuracy.get(s, 0) < gate else REPLAY for s in skills_until(stage)}

@@ -1,7 +1,7 @@
-"""Muon for the matrices inside layers, AdamW for all else: what small base models are trained with here.
+"""Muon for the matrices inside layers, AdamW for the rest: how small bases are trained.
 
-On text copying at this size Muon was at .96 after 200 steps; AdamW was at .02 after 400. Selecting by
-name needs the same kind of attention, so it is reached in a fraction of the steps as well.
+On text copying at this size Muon reaches .96 after 200 steps; AdamW is at .02 after 400. Selecting a thing by its name
+needs the same kind of attention, so it takes a fraction of the steps as well.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from torch import nn
 
 
 class MuonAdamW:
-    """One optimizer step, clipped and scheduled, over two kinds of parameters.
+    """Two optimizers that step together, with clipping and a schedule.
 
     Args:
-        layers: their two-dimensional weights are Muon's, with updates scaled to AdamW's size, so
-            that one learning rate serves both.
-        others: further parameters, all AdamW's (embeddings, heads, convolutions).
-        learning_rate: at its highest.
+        layers: Muon takes their two-dimensional weights. Its updates are scaled to the size of AdamW's, so that one
+            learning rate serves both.
+        others: further parameters for AdamW (embeddings, heads, convolutions).
         schedule: step number -> factor of the learning rate.
     """
 
@@ -41,15 +40,13 @@ class MuonAdamW:
             optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for schedule in self.schedules:
-            schedule.step()
+        for part in (*self.optimizers, *self.schedules):
+            part.step()
 
 
-def warm_up_then_decay(steps: int, warm_up: int = 100, decay: float = 1 / 3) -> Callable[[int], float]:
-    """Linear warm-up, constant, then linear decay to a fiftieth over the last ``decay`` of all steps."""
-    decay_from = round(steps * (1 - decay))
+def warm_up_then_decay(steps: int, warm_up: int = 100) -> Callable[[int], float]:
+    """Linear warm-up, constant, then linear decay to a fiftieth over the last three fifths of all steps."""
+    decay_from = round(steps * 0.4)
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warm_up, max(0.02, (steps - step) / max(steps - decay_from, 1)))

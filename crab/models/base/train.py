@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,198 +13,188 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from crab.world import chains, render, scene as world
-from crab.data import files
-from crab.world.scene import sample_scene
-from crab.models.base import bank, curriculum, optimize, packing, perception, probes
-from crab.models import omni
+from crab.data.files import atomic_file, atomic_folder, digest_of, read_json, write_json
+from crab.models import omni, small
+from crab.models.base import curriculum, perception, probes
 from crab.models.base.bank import Bank
-from crab.models.checkpoint import point_to
+from crab.models.base.packing import Packer
+from crab.models.checkpoint import RECORD, point_to
+from crab.world.scene import sample_scene
 
-#: The base draws its scenes from this number on; records of the data start at `crab.world.staging.BASE_IDS`.
-FIRST_SCENE = 0
-#: Precision of the weights on disk: half of it is half a repository's growth at each new base.
-KEPT_AS = torch.float16
-
-
-def make_base(words: Sequence[str], tags: Sequence[str], *, checkpoint: str | None, **training: Any) -> tuple[Any, Any, dict]:
-    """The base to keep: trained here by `train_base`, or, where ``checkpoint`` names one, a published model.
-
-    Returns:
-        (model, processor, report) as `train_base`; for a checkpoint (None, None, a report in which nothing was measured).
-    """
-    if checkpoint is None:
-        return train_base(words, tags, **training)
-    return None, None, {"encoders": {}, "history": [], "gates": {}, "parameters": None, "seconds": {}}
+#: Precision of the weights on disk: half the size in the repository.
+STORED_AS = torch.float16
 
 
-def keep(folder: str | Path, model, processor, checkpoint: str | None) -> None:
-    """Write the base to a folder: its weights, or the name of the checkpoint that is taken for it."""
-    if checkpoint is None:
-        omni.save(folder, model, processor, KEPT_AS)
-    else:
-        point_to(folder, checkpoint)
-
-
-def said(report: Mapping[str, Any], checkpoint: str | None) -> str:
-    """One line on the base's size and cost, or on where it is from."""
-    if checkpoint is not None:
-        return f"Nothing is trained here: the base is the published checkpoint {checkpoint}."
-    return f"{report['parameters'] / 1e6:.2f} M parameters; seconds: {report['seconds']}"
-
-
-def train_base(
+def make_base(
+    folder: str | Path | None,
     words: Sequence[str],
     tags: Sequence[str],
     *,
+    checkpoint: str | None = None,
     seed: int,
     scenes: int,
     held_out: int,
     size: Mapping[str, Any],
     encoders: Mapping[str, Any],
     language: Mapping[str, Any],
+    code: Callable[[str], str],
+    phases: str | Path | None = None,
     workers: int = 1,
-    checkpoints: str | Path | None = None,
 ) -> tuple[Any, Any, dict]:
-    """Train a base on its own scenes: first the encoders on dense targets, then the language model by stages.
+    """The base of ``folder``: published, already there, or trained on its own scenes.
+
+    The encoders learn dense targets first, then the language model learns by stages.
 
     Args:
-        words, tags: the vocabulary of the data, so that adapters can use any of its words; the base
-            meets those that no probe uses only in copying.
-        scenes, held_out: how many scenes to learn from, and how many more to be gated on. The
-            latter pass through the media files' codecs, as the data does.
-        size: shapes of the model; see `crab.models.omni.build_model`.
+        folder: holds a base that `keep` wrote, or nothing yet.
+        words, tags: the vocabulary of the data, so that adapters can use any of its words. The base meets those that no
+            probe uses only in copying.
+        checkpoint: name of a published checkpoint. Nothing is trained then.
+        scenes, held_out: number of scenes to learn from, and of further scenes for the gates. The latter go through
+            the codecs of the media files, as the data does.
+        size: see `crab.models.small.build_model`.
         encoders: arguments of `crab.models.base.perception.train_encoders`.
-        language: fields of `crab.models.base.curriculum.Curriculum`.
+        language: arguments of `crab.models.base.curriculum.train_language_model`.
+        code: gives the digest of a module and of all that it imports, such as `crab.study.code.code_digest`.
+        phases: a folder that keeps each finished phase, and the language model as it was at its last check. A run that
+            was killed, or that missed a gate, repeats only what is missing.
         workers: processes that render.
-        checkpoints: a folder that keeps each finished phase, and the language model at its last check, under a hash
-            of what decides it, so that a killed run, or one that missed a gate, repeats only what is not there.
 
     Returns:
-        (model, processor, report); the model's weights are rounded to `KEPT_AS` before they are gated.
-        The report has the keys ``encoders`` (loss curves), ``history``
-        (accuracy a skill at each check), ``gates`` (final accuracy, majority and picker a skill),
-        ``parameters`` and ``seconds`` by phase.
+        (model, processor, report). Model and processor are None if nothing was trained: for a published checkpoint, and
+        for a folder with a base of the same parameters, words and code. The report holds ``key``, ``encoders`` (losses
+        by step), ``history`` (one record per check), ``gates`` (by skill: accuracy, majority, picker, n),
+        ``parameters``, and ``seconds`` by phase. The gates measure the weights as they are stored.
     """
-    processor = omni.build_processor(sorted({*words, *probes.words()}), tags, size)
-    model = omni.build_model(processor, size, seed)
-    scene_of = lambda i: sample_scene(FIRST_SCENE + i, seed)  # noqa: E731
-    decides = [sorted(words), sorted(tags), seed, scenes, dict(size), dict(encoders)]
-    sensing, speech = (omni, optimize, perception, render, world), (bank, chains, curriculum, packing, probes)
+    if checkpoint is not None:
+        return None, None, {"key": None, "encoders": {}, "history": [], "gates": {}, "parameters": None, "seconds": {}}
+    decides = [sorted(words), sorted(tags), seed, scenes, size, encoders]
+    encoders_key = digest_of([*decides, code("crab.models.base.perception")])
+    key = digest_of([*decides, held_out, language, code("crab.models.base.train")])
+    record = None if folder is None else Path(folder) / RECORD
+    if record is not None and record.exists():
+        report = read_json(record)
+        if report["key"] == key:
+            return None, None, report
+        print(f"{folder} holds a base of other parameters, words or code; a new one is trained")
+    processor = small.build_processor(sorted({*words, *probes.words()}), tags, size)
+    model = small.build_model(processor, size, seed)
+    unseen: list[Bank] = []
 
-    def see_and_hear(_) -> dict:
+    def held() -> Bank:
+        if not unseen:
+            last = [sample_scene(scenes + i, seed) for i in range(held_out)]
+            unseen.append(Bank(model, processor, last, seed + 1, workers, through_files=True))
+        return unseen[0]
+
+    def train_encoders(_) -> dict:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads - workers))  # rendering takes the rest
         try:
-            return perception.train_encoders(model, processor, scene_of, scenes, seed=seed, workers=workers, **encoders)
+            return perception.train_encoders(
+                model, processor, lambda i: sample_scene(i, seed), scenes, seed=seed, workers=workers, **encoders
+            )
         finally:
             torch.set_num_threads(threads)
 
-    curves, perceiving = _phase(model, checkpoints, "encoders", [*decides, _code(*sensing)], see_and_hear)
-    model.requires_grad_(False)
-    _round(model)  # the language model learns from, and is gated on, what the kept encoders give
-    held: list[Bank] = []
-
-    def unseen() -> Bank:
-        if not held:
-            found = [scene_of(scenes + i) for i in range(held_out)]
-            held.append(Bank(model, processor, found, seed + 1, workers, through_files=True))
-        return held[0]
-
-    def speak(unfinished: Path | None) -> list[dict]:
-        seen = Bank(model, processor, [scene_of(i) for i in range(scenes)], seed, workers)
+    def train_language_model(unfinished: Path | None) -> list[dict]:
+        seen = Bank(model, processor, [sample_scene(i, seed) for i in range(scenes)], seed, workers)
         curriculum.initialize_from_words(model)
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
-        plan = curriculum.Curriculum(seed=seed, **language)
-        return curriculum.train_language_model(model, processor, seen, unseen(), plan, unfinished)
+        return curriculum.train_language_model(
+            model, processor, seen, held(), seed=seed, unfinished=unfinished, **language
+        )
 
-    history, speaking = _phase(model, checkpoints, "language", [*decides, held_out, dict(language), _code(*sensing, *speech)], speak)
+    curves, encoder_seconds = _phase(model, phases, f"encoders-{encoders_key}", train_encoders)
+    model.requires_grad_(False)
+    _round(model)  # the language model learns from what the stored encoders give
+    history, language_seconds = _phase(model, phases, f"language-{key}", train_language_model)
     _round(model)
     report = {
+        "key": key,
         "encoders": curves,
         "history": history,
-        "gates": final_gates(model, processor, unseen(), seed),
+        "gates": final_gates(model, processor, held(), seed),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": {"encoders": perceiving, "language model": speaking},
+        "seconds": {"encoders": encoder_seconds, "language model": language_seconds},
     }
     return model.eval(), processor, report
 
 
-def _phase(model, folder: str | Path | None, name: str, decides: list, train) -> tuple[Any, float]:
-    """Run ``train`` on the model, or take what it left; returns (its record, the seconds it took, since it last went on).
+def keep(folder: str | Path, model, processor, report: Mapping[str, Any], checkpoint: str | None = None) -> None:
+    """Write what `make_base` returned to ``folder``. A base that is already there stays."""
+    if checkpoint is None and model is None:
+        return
+    with atomic_folder(folder) as part:
+        if checkpoint is not None:
+            point_to(part, checkpoint)
+        else:
+            omni.save(part, model, processor, STORED_AS)
+            write_json(part / RECORD, report)
 
-    ``train`` is called with a file in which it may keep what is not finished, or None.
+
+def _phase(model, folder: str | Path | None, name: str, train: Callable[[Path | None], Any]) -> tuple[Any, float]:
+    """Run ``train`` on the model, or load what it left in ``folder``; returns (its record, its seconds).
+
+    ``train`` gets a file in which it may keep unfinished work, or None.
     """
-    path = unfinished = None
-    if folder is not None:
-        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-        path, unfinished = (Path(folder) / f"{name}-{key}{suffix}" for suffix in (".safetensors", ".unfinished.pt"))
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["record"])
-            model.load_state_dict(load_file(path))
-            return record["value"], record["seconds"]
     began = time.perf_counter()
+    if folder is None:
+        return train(None), round(time.perf_counter() - began, 1)
+    path, unfinished = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.unfinished.pt"
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            record = json.loads(file.metadata()["record"])
+        model.load_state_dict(load_file(path))
+        return record["value"], record["seconds"]
     value = train(unfinished)
     seconds = round(time.perf_counter() - began, 1)
-    if path is not None:
-        state = {k: v.contiguous() for k, v in model.state_dict().items()}
-        with files.atomic_file(path) as part:
-            save_file(state, part, metadata={"record": json.dumps({"value": value, "seconds": seconds})})
-        unfinished.unlink(missing_ok=True)
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    with atomic_file(path) as part:
+        save_file(state, part, metadata={"record": json.dumps({"value": value, "seconds": seconds})})
+    unfinished.unlink(missing_ok=True)
     return value, seconds
 
 
 def _round(model) -> None:
-    """Round the weights to the precision in which they are kept, so that what is gated is what is kept."""
+    """Round the weights to the precision on disk, so that the gates measure what is stored."""
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(weight.to(KEPT_AS))
-
-
-def _code(*modules) -> str:
-    """Digest of the code that decides what a phase learns."""
-    return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in modules)).hexdigest()
+            weight.copy_(weight.to(STORED_AS))
 
 
 def final_gates(model, processor, held: Bank, seed: int) -> dict[str, dict[str, float]]:
-    """Every skill on held-out scenes, each beside the majority answer and the random-object picker."""
+    """All skills on held-out scenes, see `crab.models.base.curriculum.probe_accuracy`."""
     checker = curriculum.Sampler(held, curriculum.vocabulary(processor), np.random.default_rng(seed + 2))
-    checker.weights = {s: 1.0 for s in curriculum.skills_until(len(curriculum.STAGES) - 1)}
-    return curriculum.probe_accuracy(packing.Packer(model, processor), checker, contexts=4 * len(held.scenes))
+    checker.weights = dict.fromkeys(probes.SKILLS, 1.0)
+    return curriculum.probe_accuracy(Packer(model, processor), checker, contexts=4 * len(held.scenes))
 
 
 def floors(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> dict[str, float]:
-    """The least accuracy of each skill.
+    """The least accuracy of each skill that has a gate.
 
     Args:
-        gates: from the report. least: skill -> least accuracy; ``all`` stands for those it does not name.
+        gates: of the report.
+        least: ``base.gates`` of params.yaml: skill -> least accuracy; ``all`` is for the skills that it does not name.
 
     Raises:
-        ValueError: when ``least`` names a skill that was not measured.
+        ValueError: ``least`` names a skill that was not measured.
     """
     unknown = sorted(set(least) - set(gates) - {"all"})
     if unknown:
-        raise ValueError(f"gates: no skill {', '.join(unknown)}; known: {', '.join(sorted(gates))}")
+        raise ValueError(f"base.gates: there is no skill {', '.join(unknown)}; known: {', '.join(sorted(gates))}")
     return {skill: least.get(skill, least.get("all")) for skill in gates if skill in least or "all" in least}
 
 
-def missed(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> list[str]:
-    """Sentences naming each gate that is missed; empty when all hold.
-
-    Args:
-        gates: from the report. least: as for `floors`.
-    """
-    return [
+def require(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> None:
+    """Raise RuntimeError, naming each skill under its gate, so that the stage fails. Arguments as for `floors`."""
+    missed = [
         f"{skill}: accuracy {gates[skill]['accuracy']:.3f} is under its gate of {floor}"
         for skill, floor in floors(gates, least).items()
         if gates[skill]["accuracy"] < floor
     ]
-
-
-def require(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> None:
-    """Raise RuntimeError when a gate is missed; the stage then fails and its report says which."""
-    found = missed(gates, least)
-    if found:
-        raise RuntimeError("the base misses its gates: " + "; ".join(found) + "; give it more steps (profiles.*.base.language)")
+    if missed:
+        raise RuntimeError(
+            f"the base misses its gates: {'; '.join(missed)}; increase base.language.steps in params.yaml"
+        )
