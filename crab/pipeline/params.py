@@ -1,259 +1,206 @@
-"""params.yaml: one section a stage and profile, checked against the parameters cell of the stage's notebook.
-
-``python -m crab.pipeline.params show`` names the chosen profile, ``choose PROFILE`` changes it, ``check`` holds all of its
-sections against the notebooks, which ``dvc repro`` does first of all, and ``defaults`` writes the tiny profile's values
-into the parameters cells of the notebooks.
-"""
+"""params.yaml: the sections of a profile, checked; and the notebooks' parameters cells, which hold the defaults."""
 
 from __future__ import annotations
 
-import argparse
 import ast
-import difflib
-import math
 import re
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from pprint import pformat
-from textwrap import fill
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from crab.data.files import atomic_file
-from crab.pipeline.ipynb import nbformat
-from crab.pipeline.paths import root
+from crab.pipeline.schema import SECTIONS, faults, nearest
 
-DEFAULT_PROFILE = "tiny"  # its values are the defaults in the notebooks
-#: Whole numbers that must be at least 1; of others 0 may mean none.
-COUNTS = (
-    "batch_size", "passes", "seeds", "resamples", "samples", "swap_samples", "gradient_samples", "chunk", "neighbours", "max_new_tokens",
-    "new_tokens", "rank", "heads", "threads",
-)  # fmt: skip
-NULLABLE = ("given",)  # may be null, though its default is not
-#: Maps whose keys the user chooses and the stage checks; all others have their default's keys.
-CHOSEN_KEYS = ("settings", "given", "gates", "variants", "maps", "routed", "raw")
+# nbformat imports jsonschema, which takes a second to compile a grammar of internet addresses that no notebook has;
+# jsonschema does without it if this package is absent
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+import nbformat  # noqa: E402
 
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """What was perhaps meant, or all there is."""
-    known = sorted(map(str, known))
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+STAGES = [name for name in SECTIONS if name != "shared"]
+#: Maps whose keys the user chooses: a profile's replaces the default's as a whole.
+REPLACED = {
+    ("build", "raw"), ("base", "gates"), ("train", "methods"), ("train", "given_rates"),
+    ("experiments", "variants"), ("experiments", "maps"), ("experiments", "routed"),
+}  # fmt: skip
 
 
-def load(folder: Path | None = None) -> dict[str, Any]:
-    """Contents of params.yaml (YAML 1.2, as DVC reads it: ``5e-3`` is a number).
+def load(folder: Path) -> dict[str, Any]:
+    """Contents of params.yaml, as DVC reads it (YAML 1.2: ``5e-3`` is a number).
 
     Raises:
-        ValueError: when it is missing or malformed, or chooses a profile it does not hold.
+        ValueError: the file is missing or malformed, or chooses a profile that it does not hold.
     """
-    path = (folder or root()) / "params.yaml"
+    path = folder / "params.yaml"
     try:
-        # the pure reader: the C one speaks YAML 1.1, where 5e-3 is text and `no` is False
+        # the pure reader: the one in C reads YAML 1.1, where 5e-3 is text and `no` is False
         params = YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; take it from git again") from None
+        raise ValueError(f"{path}: no such file; restore it with git") from None
     except YAMLError as error:
-        raise ValueError(f"{path}: malformed YAML; mend it there: {error}") from None
+        raise ValueError(f"{path}: malformed YAML; correct it there: {error}") from None
     if not isinstance(params, dict) or not isinstance(params.get("profiles"), dict):
-        raise ValueError(f"{path}: expected the keys `profile` and `profiles`")
-    check_profile(params, params.get("profile"))
+        raise ValueError(f"{path}: the keys `profile` and `profiles` are missing; restore them with git")
+    _check_profile(params, params.get("profile"))
     return params
 
 
-def check_profile(params: Mapping, profile: Any) -> None:
-    """ValueError unless ``profile`` is one of params.yaml."""
+def _check_profile(params: Mapping, profile: Any) -> None:
     if profile not in params["profiles"]:
-        raise ValueError(f"params.yaml: profile {profile!r} is unknown; {_nearest(str(profile), params['profiles'])}")
+        raise ValueError(f"params.yaml: profile {profile!r} is unknown; {nearest(profile, params['profiles'])}")
 
 
-def section(params: Mapping, profile: str, stage: str, method: str | None = None) -> dict[str, Any]:
-    """Parameters the notebook of ``stage`` is run with: its section and ``profile``.
+def _merge(default: Any, changes: Any, place: tuple[str, ...] = ()) -> Any:
+    if not isinstance(default, dict) or not isinstance(changes, dict) or place in REPLACED:
+        return changes
+    merged = {**default, **changes}
+    return {k: _merge(default[k], v, (*place, k)) if k in default and k in changes else v for k, v in merged.items()}
 
-    With a ``method``, also ``method`` and ``settings``, that method's own section.
+
+def sections(params: Mapping, profile: str) -> dict[str, Any]:
+    """All sections of a profile: the defaults with what the profile changes. Not checked."""
+    merged = _merge({k: v for k, v in params.items() if k not in ("profile", "profiles")}, params["profiles"][profile])
+    match merged:  # a map of the experiments takes from them what it leaves out
+        case {"experiments": {"maps": dict() as maps, "slots": slots, "passes": passes, "seeds": seeds} as plan}:
+            rest = {"passes": passes, "samples": None, "conventions": 1, "seeds": seeds, "routed": None}
+            filled = dict(maps)
+            for name, each in maps.items():
+                if isinstance(each, dict) and isinstance(each.get("slots", slots), list):
+                    filled[name] = {"slots": slots, **rest, "tasks": len(each.get("slots", slots)), **each}
+            merged["experiments"] = {**plan, "maps": filled}
+    return merged
+
+
+def resolve(folder: Path, profile: str | None = None) -> dict[str, Any]:
+    """The sections of a profile, by default the chosen one, checked; ``profile`` is its name.
+
+    Raises:
+        ValueError: naming every parameter that is unknown, missing or wrong, and how to fix it.
     """
-    check_profile(params, profile)
-    sections = params["profiles"][profile]
-    if stage not in sections:
-        raise ValueError(f"params.yaml: profiles.{profile} has no section {stage!r}; {_nearest(stage, sections)}")
-    if not isinstance(sections[stage], dict):
-        raise ValueError(f"params.yaml: profiles.{profile}.{stage} is {sections[stage]!r}; give the parameters of {stage}.ipynb")
-    values = {"profile": profile, **sections[stage]}
-    if method is not None:
-        methods = sections.get("methods") or {}
-        if method not in methods:
-            raise ValueError(
-                f"params.yaml: profiles.{profile}.methods has no {method!r}; {_nearest(method, methods)}"
+    params = load(folder)
+    profile = profile or params["profile"]
+    _check_profile(params, profile)
+    values, lines = sections(params, profile), []
+    for place, fix in faults(values):
+        node = params["profiles"][profile]
+        for key in place:
+            node = node.get(key) if isinstance(node, dict) else node
+        origin = "" if node is None else f" (set in profiles.{profile})"
+        lines.append(f"params.yaml, profile {profile}: {'.'.join(map(str, place))} {fix}{origin}")
+    for other in params["profiles"] if not lines else ():
+        base = sections(params, other)["base"]
+        if base != values["base"] and base["folder"] == values["base"]["folder"]:
+            lines.append(
+                f"params.yaml: profiles {profile} and {other} share base.folder {base['folder']!r}, but not the "
+                f"rest of base; set profiles.{profile}.base.folder to a folder that no other profile uses"
             )
-        values |= {"method": method, "settings": methods[method]}
-    return values
+    if lines:
+        raise ValueError("\n".join(lines))
+    return {"profile": profile, **values}
 
 
-def _parameters_cell(path: Path, notebook: Any) -> Any:
+def choose(folder: Path, profile: str) -> None:
+    """Set ``profile:`` in params.yaml. All other bytes stay as they are."""
+    params = load(folder)
+    _check_profile(params, profile)
+    if params["profile"] != profile:
+        path = folder / "params.yaml"
+        line = f"profile: {profile}".encode()
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(re.sub(rb"(?m)^profile:[^#\r\n]*?(?=\s*(#|$))", line, path.read_bytes(), count=1))
+
+
+def notebooks(folder: Path) -> dict[str, Path]:
+    """Notebooks by stage: ``NN_<stage>.ipynb``. Notebooks without a number are no stages.
+
+    Raises:
+        ValueError: a stage has no notebook or two, or params.yaml has no section of that name.
+    """
+    paths: dict[str, Path] = {}
+    for path in sorted((folder / "notebooks").glob("[0-9]*_*.ipynb")):
+        stage = path.stem.partition("_")[2]
+        if stage not in STAGES:
+            raise ValueError(f"{path}: there is no stage {stage!r}; {nearest(stage, STAGES)}")
+        if stage in paths:
+            raise ValueError(f"{path}: {paths[stage].name} is the same stage; delete one, or take its number away")
+        paths[stage] = path
+    if missing := [stage for stage in STAGES if stage not in paths]:
+        raise ValueError(f"{folder / 'notebooks'}: no notebook NN_{missing[0]}.ipynb; restore it with git")
+    return paths
+
+
+def read_notebook(path: Path) -> Any:
+    """A notebook in the current format. ValueError: it cannot be read."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except nbformat.reader.NotJSONError:
+        raise ValueError(f"{path}: not a notebook; resolve a merge's conflict marks, or restore it with git") from None
+
+
+def cell(path: Path, notebook: Any) -> tuple[Any, dict[str, Any]]:
+    """A notebook's parameters cell, and the names and values in it.
+
+    Raises:
+        ValueError: not exactly one code cell is tagged, or it holds more than ``name = value`` lines.
+    """
     tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1 or tagged[0].cell_type != "code":
         raise ValueError(f"{path}: {len(tagged)} cells are tagged `parameters`; tag exactly one code cell")
-    return tagged[0]
-
-
-def defaults(path: Path) -> dict[str, Any]:
-    """Names and default values in the notebook's parameters cell.
-
-    Raises:
-        ValueError: when there is not exactly one such cell, or it holds more than ``name = literal`` lines.
-    """
-    cell = _parameters_cell(path, nbformat.read(path, as_version=4))
-    found: dict[str, Any] = {}
-    for node in ast.parse(cell.source).body:
+    values = {}
+    for node in ast.parse(tagged[0].source).body:
         try:
-            (target,) = node.targets if isinstance(node, ast.Assign) else ()
-            found[target.id] = ast.literal_eval(node.value)
+            (target,) = node.targets
+            values[target.id] = ast.literal_eval(node.value)
         except (ValueError, AttributeError):
             raise ValueError(
-                f"{path}: line {node.lineno} of the parameters cell is not `name = value`, the value written out"
+                f"{path}: line {node.lineno} of the parameters cell is not `name = value`; write the value out"
             ) from None
-    return found
+    return tagged[0], values
 
 
-def check(path: Path, values: Mapping[str, Any]) -> None:
-    """Hold ``values`` against the notebook's parameters cell.
-
-    Raises:
-        ValueError: naming the notebook, the parameter and the nearest name, when one is unknown, missing or of another kind
-            than its default, also inside a map (papermill only warns, and runs with the default), or a number or list that nothing
-            can be done with.
-    """
-    known = defaults(path)
-    where = f"{path.name}, profile {values.get('profile')}"
-    _check_keys(where, "", known, values)
-    for name, default in known.items():
-        value = values[name]
-        if value == [] and default:
-            raise ValueError(f"{where}: parameter {name!r} is an empty list; give at least one, such as {default[0]!r}")
-        for place, inner in _leaves(name, value):
-            least = int(place in COUNTS)
-            if isinstance(inner, int | float) and not isinstance(inner, bool) and not least <= inner < math.inf:
-                raise ValueError(f"{where}: parameter {place!r} is {inner!r}; give a number of at least {least}")
-            if place.rpartition(".")[2] == "segmenter" and inner != "grabcut" and "/" not in str(inner):  # else told after all answers
-                raise ValueError(f"{where}: parameter {place!r} is {inner!r}; give 'grabcut', or a SAM 2 checkpoint by its folder or its name "
-                                 "on the hub, which has a slash, such as 'facebook/sam2.1-hiera-large'")  # fmt: skip
-
-
-def _check_keys(where: str, inside: str, known: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """ValueError unless ``values`` has the keys of ``known``, the defaults, and under each the same kind of thing."""
-    for name in values:
-        if name not in known:
-            missing = [k for k in known if k not in values]
-            raise ValueError(f"{where}: parameter {inside + str(name)!r} is unknown; {_nearest(name, missing or known)}")
-    for name, default in known.items():
-        if name not in values:
-            raise ValueError(f"{where}: parameter {inside + name!r} is missing; add it to the notebook's section of params.yaml")
-        value = values[name]
-        kinds = (int, float) if type(default) is float else type(default)
-        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-        if default is not None and not fits and not (value is None and name in NULLABLE):
-            raise ValueError(
-                f"{where}: parameter {inside + name!r} is {value!r}; expected {type(default).__name__}, such as {default!r}"
-            )
-        if isinstance(default, dict) and name not in CHOSEN_KEYS:
-            _check_keys(where, f"{inside}{name}.", default, value)
-
-
-def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """All numbers and words in a parameter, however deep, each with its place."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{place}.{key}", inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(f"{place}[]", inner)
-    else:
-        yield place, value
-
-
-def check_all(folder: Path | None = None) -> None:
-    """Hold every section of the chosen profile against its notebook, and each method's too.
+def parameters(path: Path, notebook: Any, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the notebook of ``stage`` is run with: ``profile``, its section, and the shared values that its cell names.
 
     Raises:
-        ValueError: on the first that does not fit, see `check`, or a section that is no notebook's.
+        ValueError: the cell names something else, or lacks a parameter of its section.
     """
-    folder = folder or root()
-    params = load(folder)
-    profile, sections = params["profile"], params["profiles"][params["profile"]]
-    notebooks = {path.stem: path for path in sorted((folder / "notebooks").glob("*.ipynb"))}
-    for name in sections:
-        if name not in notebooks and name != "methods":
-            raise ValueError(f"params.yaml: profiles.{profile}.{name} is the section of no notebook; {_nearest(name, notebooks)}")
-    for stage, path in notebooks.items():
-        for method in (sections.get("methods") or {}) if "method" in defaults(path) else (None,):
-            check(path, section(params, profile, stage, method))
-
-
-def choose(profile: str, folder: Path | None = None) -> None:
-    """Set ``profile:`` in params.yaml, leaving every other byte as it is."""
-    folder = folder or root()
-    params = load(folder)
-    check_profile(params, profile)
-    if params["profile"] != profile:
-        path = folder / "params.yaml"
-        text = re.sub(r"(?m)^profile:[^#\n]*?(?=\s*(#|$))", f"profile: {profile}", path.read_text(), count=1)
-        with atomic_file(path) as temporary:
-            temporary.write_text(text)
-
-
-def _literal(value: Any) -> str:
-    """A value as Python source, in few lines: `pformat` gives each key of a long dict its own."""
-    filled = fill(repr(value), width=110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    try:
-        return filled if ast.literal_eval(filled) == value else pformat(value, width=100, sort_dicts=False)
-    except SyntaxError:  # broken inside a string
-        return pformat(value, width=100, sort_dicts=False)
-
-
-def write_defaults(folder: Path | None = None) -> list[str]:
-    """Write the tiny profile's values into the notebooks' parameters cells; returns the names of those changed."""
-    folder = folder or root()
-    params = load(folder)
-    changed = []
-    for path in sorted((folder / "notebooks").glob("*.ipynb")):
-        known = defaults(path)
-        values = section(params, DEFAULT_PROFILE, path.stem, known.get("method"))
-        if values == known:
-            continue
-        notebook = nbformat.read(path, as_version=4)
-        order = [n for n in known if n in values] + [n for n in values if n not in known]
-        _parameters_cell(path, notebook).source = "\n".join(
-            f"{n} = {_literal(values[n])}" for n in order
+    _, old = cell(path, notebook)
+    own = {"profile": values["profile"], **values[stage]}
+    if missing := [name for name in own if name not in old]:
+        raise ValueError(
+            f"{path}: {missing[0]!r} is missing in the parameters cell; run python -m crab.pipeline defaults"
         )
-        with atomic_file(path) as temporary:
-            nbformat.write(notebook, temporary)
-        changed.append(path.name)
+    for name in old:
+        if name not in own and name not in values["shared"]:
+            known = nearest(name, [*own, *values["shared"]])
+            raise ValueError(
+                f"{path}: {name!r} in the parameters cell is not in section {stage} of params.yaml; {known}"
+            )
+    return {name: own.get(name, values["shared"].get(name)) for name in old}
+
+
+def write_defaults(folder: Path) -> list[str]:
+    """Write the default values into the notebooks' parameters cells; returns the names of changed files.
+
+    Names of the section that are missing are added; names that are no parameters are taken out.
+    """
+    default = next(name for name, changes in load(folder)["profiles"].items() if not changes)
+    values, changed = resolve(folder, default), []
+    for stage, path in notebooks(folder).items():
+        notebook = read_notebook(path)
+        target, old = cell(path, notebook)
+        known = {**values["shared"], "profile": default, **values[stage]}
+        names = dict.fromkeys(["profile", *(name for name in old if name in known), *values[stage]])
+        if [(name, known[name]) for name in names] != list(old.items()):
+            source = "\n".join(f"{name} = {known[name]!r}" for name in names)
+            ruff = [sys.executable, "-m", "ruff", "format", "--line-length", "120", "-"]
+            done = subprocess.run(ruff, input=source, capture_output=True, check=True, encoding="utf-8")
+            target.source = done.stdout.rstrip("\n")
+            with atomic_file(path) as temporary:
+                nbformat.write(notebook, temporary)
+            changed.append(path.name)
     return changed
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m crab.pipeline.params", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("show", help="name the chosen profile")
-    commands.add_parser("choose", help="choose a profile").add_argument("profile")
-    commands.add_parser("check", help="hold the chosen profile against the notebooks")
-    commands.add_parser("defaults", help="write the tiny values into the notebooks' parameters cells")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "choose":
-            choose(options.profile)
-        if options.command == "defaults":
-            print("changed:", ", ".join(write_defaults()) or "nothing")
-        elif options.command == "check":
-            check_all()
-        else:
-            print(f"profile: {load()['profile']} (params.yaml)")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

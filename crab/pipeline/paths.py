@@ -1,80 +1,61 @@
-"""Where each thing of a profile lies. The same names stand in dvc.yaml."""
+"""Where the files of a profile are. The same names stand in dvc.yaml."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+from crab.models.checkpoint import read_pointer
 
-def root(start: str | Path | None = None) -> Path:
-    """The repository: the first folder with a ``dvc.yaml``, from ``start`` (here) upwards, else the package's parent.
 
-    A notebook therefore finds its files from ``notebooks/``, from ``reports/`` and from the top alike.
+def root() -> Path:
+    """The repository: the first folder with ``dvc.yaml`` and ``crab``, from the working folder upwards.
+
+    So a notebook finds its files from ``notebooks/``, ``reports/`` and the top. If there is none: the package's parent.
     """
-    here = Path(start or Path.cwd()).resolve()
+    here = Path.cwd().resolve()
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").is_file() and (folder / "crab").is_dir():
             return folder
     return Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
 class Paths:
-    """Folders of one profile, absolute.
+    """Absolute paths of one profile of params.yaml."""
 
-    Args:
-        profile: ``smoke``, ``tiny``, ``study`` or ``full``.
-    """
-
-    profile: str
-
-    @cached_property
-    def root(self) -> Path:
-        return root()
-
-    @property
-    def dataset(self) -> Path:
-        """Holds ``AVUIE_2``, the published layout; written by `build`, which replaces the whole folder."""
-        return self.root / "data" / self.profile / "dataset"
-
-    @property
-    def vocabulary(self) -> Path:
-        """Words and tags for the base's tokenizer; written by `build`, the same for any seed and counts."""
-        return self.dataset / "vocabulary.json"
-
-    @property
-    def encoded(self) -> Path:
-        """The frozen encoders' work, a file a slot and split, and ``provenance.json``, on which later stages depend; written by `encode`."""
-        return self.root / "data" / self.profile / "encoded"
+    def __init__(self, profile: str) -> None:
+        self.profile, self.root = profile, root()
+        #: AV-UIE v2 in its published layout, and manifest.json. The build stage replaces the whole folder.
+        self.dataset = self.root / "data" / profile / "dataset"
+        #: Words and tags of the base's tokenizer; the same for any seed and sample counts.
+        self.vocabulary = self.dataset / "vocabulary.json"
+        #: Output of the frozen encoders: one file per slot and split, and manifest.json.
+        self.encoded = self.root / "data" / profile / "encoded"
+        #: All models. The base stage writes to its ``folder`` in here.
+        self.models = self.root / "models"
+        #: Names the base of this profile, since profiles may share one. Written by the base stage.
+        self.base_pointer = self.models / profile / "base.json"
+        #: Published adapters, one folder per name. The analyses show these.
+        self.adapters = self.models / profile / "adapters"
+        #: Trained cells on this machine. DVC does not track this folder; it is safe to delete.
+        self.cells = self.root / "runs" / profile / "cells"
+        #: Where an interrupted training of the base goes on. Safe to delete, too.
+        self.checkpoints = self.root / "runs" / profile / "checkpoints"
+        #: Scores of every sample of every finished cell, in git. Several stages add to it.
+        self.ledger = self.report("cells.json.xz")
+        #: The cells of the train stage, with their learning rates.
+        self.train_cells = self.report("train") / "cells.json"
+        #: The executed notebooks as HTML.
+        self.pages = self.report("pages")
 
     @property
     def base(self) -> Path:
-        """The frozen base model and its processor; in git."""
-        return self.root / "models" / self.profile / "base"
-
-    def adapters(self, method: str) -> Path:
-        """Trained adapters of one method, a folder a run."""
-        return self.root / "models" / self.profile / "adapters" / method
-
-    def checkpoints(self, method: str) -> Path:
-        """Where interrupted runs of one method resume from; not an output, safe to delete."""
-        return self.root / "runs" / self.profile / "checkpoints" / method
-
-    @property
-    def evaluation(self) -> Path:
-        """Raw answers, with the scores of each; written by `evaluate`, whose report holds all scores in two tables."""
-        return self.root / "runs" / self.profile / "evaluate"
+        """The frozen base and its processor. ValueError: the base stage has not run, or made other weights."""
+        return read_pointer(self.base_pointer)
 
     def report(self, name: str) -> Path:
-        """Metrics, tables and the executed notebook of one stage, e.g. ``evaluate`` or ``train-ilora``."""
+        """Metrics, tables, figures and executed notebook of a stage, e.g. ``evaluate``."""
         return self.root / "reports" / self.profile / name
 
-    def figures(self, name: str) -> Path:
-        """Pictures of one stage, png."""
-        return self.report(name) / "figures"
-
-    @property
-    def pages(self) -> Path:
-        """HTML of the executed notebooks."""
-        return self.root / "reports" / self.profile / "pages"
+    def figures(self, stage: str) -> Path:
+        """Figures of a stage, as PNG."""
+        return self.report(stage) / "figures"

@@ -1,150 +1,141 @@
-"""The report of a profile: ``index.html``, which leads with the result, and a page for each notebook.
+"""The report of a profile: ``index.html``, which starts with the result, and one page per notebook.
 
-``python -m crab.pipeline.report [--profile P]`` reads only the executed notebooks, and the metrics of `transfer`. A cell tagged ``result`` is
-lifted onto the index, outputs only: what the notebook calls its result is shown nowhere else anew. Pages show
-the prose and comments of today's notebooks around the recorded outputs, so that mending a sentence runs nothing.
+It is rendered from what is in ``reports/<profile>``: executed notebooks, figures, and the metrics of `transfer`. The
+front page shows the outputs of cells tagged ``result``. Pages show the prose and comments of today's notebooks around
+the recorded outputs, so a better sentence needs no run.
 """
 
 from __future__ import annotations
 
-import argparse
+import base64
 import copy
-import sys
+import re
+import shutil
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from crab.data.files import atomic_file, atomic_folder, read_json, write_json
+from crab.data.files import atomic_file, read_json, write_json
 from crab.pipeline import params
-from crab.pipeline.ipynb import nbformat
-from crab.pipeline.stage import page
-from crab.pipeline.paths import root
-from crab.study.code import FOLDER, code_cells
+from crab.pipeline.params import nbformat
+from crab.pipeline.stages import TEMPLATES, code_cells
+from crab.study.code import plain
 
-# In the order a reader wants them: the claim, what it rests on, why, and how it was made.
+#: In the order a reader wants them: the result, what it rests on, why, and how it was made.
 ORDER = (
-    "transfer", "ablation", "regime", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "sweep", "train", "encode",
+    "transfer", "experiments", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "train", "encode",
     "build",
 )  # fmt: skip
-#: What a reader of results must know of their words.
-WORDS = """\
-A *slot* is one data set's task. A *single* run trains an adapter for one slot, a *joint* run one adapter for all of them, with as
-many passes over each slot's samples. *Bare* answers are the tagged answer alone, in *explicit* ones reasons come first. `lora` is
-plain LoRA of the rank of I-LoRA's heads, `lora_unrouted` one with as many parameters as I-LoRA without its router, `lora_matched` one with
-as many as all of it. A slot *gains* or *loses* where the difference exceeds the margin; a difference is *clear* where its 95 % interval
-leaves out zero. Where there is one seed, intervals hold for that seed alone, and another may come out on the other side.
-[All findings in words](../README.md).
-"""
-#: First in a page, which lies in a folder of its own.
-BACK = "[The report](../index.html)"
 
 
-def executed(folder: Path, profile: str) -> dict[str, Any]:
-    """Executed notebooks by name, in `ORDER`, others last."""
+def _page(notebook: Any, title: str, figures: Mapping[bytes, str], top: str) -> str:
+    """A notebook as HTML with its code folded.
 
-    def place(name: str) -> tuple[int, str]:
-        stage = name.partition("-")[0]
-        return (ORDER.index(stage) if stage in ORDER else len(ORDER)), name
+    Args:
+        figures: path from the report's folder to each figure, by the bytes of the PNG. Other images are embedded.
+        top: path from the page to the report's folder, such as ``../``; empty for the front page.
+    """
+    from nbconvert import HTMLExporter
 
-    # a killed stage leaves its half-run notebook in a hidden folder
-    paths = {p.parent.name: p for p in (folder / "reports" / profile).glob("[!.]*/notebook.ipynb")}
-    if not paths:
-        raise ValueError(f"reports/{profile}: no executed notebook; run dvc repro")
-    return {name: nbformat.read(paths[name], as_version=4) for name in sorted(paths, key=place)}
+    notebook, heading = copy.deepcopy(notebook), title
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
+        # the defaults, which were replaced
+        notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = [heading, *re.findall(r"^#+ (.+)", cell.source, re.MULTILINE)][-1]
+        for output in cell.get("outputs", []):
+            png = output.get("data", {}).get("image/png")
+            if png and (path := figures.get(base64.b64decode(png))):
+                output.data = {"text/html": f'<img src="{escape(top + path)}" alt="{escape(heading)}" loading="lazy">'}
+            elif png:
+                output.metadata["image/png"] = {"alt": heading}
+    exporter = HTMLExporter(template_name="page", extra_template_basedirs=[str(TEMPLATES)])
+    return exporter.from_notebook_node(notebook, resources={"title": title, "top": top})[0]
+
+
+def _figures(reports: Path, stage: str) -> dict[bytes, str]:
+    paths = sorted((reports / stage / "figures").glob("*.png"))
+    return {path.read_bytes(): path.relative_to(reports).as_posix() for path in paths}
+
+
+def write_page(notebook: Any, stage: str, reports: Path) -> Path:
+    """Write the page of a stage, with the style sheet beside it; returns the page's path."""
+    path = reports / "pages" / f"{stage}.html"
+    with atomic_file(path) as part:
+        part.write_text(_page(notebook, f"{stage} ({reports.name})", _figures(reports, stage), "../"), encoding="utf-8")
+    shutil.copyfile(TEMPLATES / "style.css", path.with_name("style.css"))
+    return path
 
 
 def refreshed(run: Any, now: Any, name: str = "notebook") -> Any:
-    """The executed notebook ``run`` with the prose and comments of ``now``.
+    """The executed notebook ``run`` with the prose, comments and tags of the notebook ``now``.
 
-    Left as it is where the code differs: outputs are shown only beside the code that made them.
+    If the code differs it stays as it is: outputs are shown only beside the code that made them.
     """
-    injected = [c for c in run.cells if "injected-parameters" in c.metadata.get("tags", [])]
-    before = [c for c in run.cells if c.cell_type == "code" and c not in injected]
-    bare = copy.deepcopy(run)
-    bare.cells = before
-    if code_cells(bare, name) != code_cells(now, name):
+    injected = [cell for cell in run.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    before = nbformat.from_dict({**run, "cells": [cell for cell in run.cells if cell not in injected]})
+    if code_cells(before, name) != code_cells(now, name):
         return run
-    result, recorded = copy.deepcopy(now), iter(before)
-    result.metadata, result.cells = run.metadata, []
-    for cell in now.cells:
-        cell = copy.deepcopy(cell)
-        result.cells.append(cell)
+    recorded = iter([cell for cell in before.cells if cell.cell_type == "code" and plain(cell.source)])
+    before.cells = []
+    for cell in copy.deepcopy(now.cells):
+        before.cells.append(cell)
         if cell.cell_type == "code":
-            old = next(recorded)
-            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+            old = next(recorded) if plain(cell.source) else {"outputs": [], "execution_count": None}
+            cell.outputs, cell.execution_count = old["outputs"], old["execution_count"]
             if "parameters" in cell.metadata.get("tags", []):
-                result.cells += injected
-    return result
+                before.cells += injected
+    return before
 
 
-def _stages(notebooks: dict[str, Any]) -> str:
-    rows = ["| notebook | last execution | peak memory |", "|---|---:|---:|"]
+def _front(notebooks: Mapping[str, Any], profile: str) -> Any:
+    """The front page as a notebook: results of each stage, then what each stage cost."""
+    markdown, words = nbformat.v4.new_markdown_cell, (TEMPLATES / "words.md").read_text(encoding="utf-8")
+    cells = [markdown(f"# The Crab+ study, profile `{profile}`\n\n{words}")]
+    rows = ["## All notebooks\n", "| notebook | last execution | peak memory |", "|---|---:|---:|"]
     for name, notebook in notebooks.items():
         cost = notebook.metadata.get("crab", {})
-        rows.append(f"| [{name}](pages/{name}.html) | {cost.get('seconds', 0.0):.0f} s | {cost.get('peak_gib', 0):.2f} GiB |")
-    rows += ["", "A notebook whose results still stood (the base, the sweeps, adapters, answers, rows of the ablation and points of the maps are",
-             "taken over while what decides them is the same) took only as long as it takes to find that; what training took is on its page."]  # fmt: skip
-    return "\n".join(rows)
-
-
-def index(notebooks: dict[str, Any], profile: str) -> Any:
-    """The front page as a notebook: results of each stage in `ORDER`, then what each stage cost."""
-    cells = [nbformat.v4.new_markdown_cell(f"# The Crab+ study, profile `{profile}`\n\n{WORDS}")]
-    for name, notebook in notebooks.items():
-        outputs = [
-            output
-            for cell in notebook.cells
-            if cell.cell_type == "code" and "result" in cell.metadata.get("tags", [])
-            for output in cell.outputs
-            if output.output_type in ("display_data", "execute_result")
-        ]
+        seconds, memory = cost.get("seconds", 0.0), cost.get("peak_gib", 0.0)
+        rows.append(f"| [{name}](pages/{name}.html) | {seconds:.0f} s | {memory:.2f} GiB |")
+        results = [c for c in notebook.cells if c.cell_type == "code" and "result" in c.metadata.get("tags", [])]
+        outputs = [o for c in results for o in c.outputs if o.output_type in ("display_data", "execute_result")]
         if outputs:
-            cells.append(nbformat.v4.new_markdown_cell(f"## {name.capitalize()}\n\n[How it was made](pages/{name}.html)"))
+            cells.append(markdown(f"## {name.capitalize()}\n\n[How it was made](pages/{name}.html)"))
             cells.append(nbformat.v4.new_code_cell("", outputs=outputs))
-    cells.append(nbformat.v4.new_markdown_cell("## All notebooks\n\n" + _stages(notebooks)))
+    rows.append("\nA notebook whose results were there, trained adapters for example, took only the time to read them.")
+    cells.append(markdown("\n".join(rows)))
     for number, cell in enumerate(cells):
-        cell.id = f"index-{number}"  # in place of a drawn one, so that equal results are equal pages
+        cell.id = f"index-{number}"  # in place of a random one, so that equal results are equal pages
     return nbformat.v4.new_notebook(cells=cells)
 
 
 def headline(transfer: Mapping[str, Any]) -> dict[str, float]:
-    """Of each joint run what joint training adds, on average over slots: few enough numbers to be columns of ``dvc exp show``.
+    """From the metrics of `transfer`, what joint training adds in each joint run: the columns of ``dvc exp show``."""
+    means = {name: row.get("mean_difference") for name, row in transfer.items() if isinstance(row, dict)}
+    return {name: round(mean, 4) for name, mean in means.items() if mean is not None}
 
-    Args:
-        transfer: metrics of that stage.
+
+def write(folder: Path, profile: str) -> Path:
+    """Write ``index.html``, ``pages`` and ``metrics.json``, the `headline`; returns the path of the index.
+
+    Raises:
+        ValueError: no notebook of this profile has been executed.
     """
-    found = {name: values.get("mean_difference") for name, values in transfer.items() if isinstance(values, dict)}
-    return {name: round(value, 4) for name, value in found.items() if value is not None}
-
-
-def write(profile: str | None = None, folder: Path | None = None) -> Path:
-    """Write ``index.html``, ``pages`` and ``metrics.json``, the `headline`; returns the index's path."""
-    folder = folder or root()
-    profile = profile or params.load(folder)["profile"]
-    reports = folder / "reports" / profile
-    notebooks = executed(folder, profile)
-    with atomic_folder(reports / "pages") as pages:
-        for name, notebook in notebooks.items():
-            now = folder / FOLDER / "notebooks" / f"{name.partition('-')[0]}.ipynb"
-            if now.is_file():
-                notebook = refreshed(notebook, nbformat.read(now, as_version=4), name)
-            notebook.cells.insert(0, nbformat.v4.new_markdown_cell(BACK, id="back"))
-            (pages / f"{name}.html").write_text(page(notebook, f"{name} ({profile})"))
-    if (measured := reports / "transfer" / "metrics.json").is_file():
-        write_json(reports / "metrics.json", headline(read_json(measured)))
+    reports, now = folder / "reports" / profile, params.notebooks(folder)
+    stages = [stage for stage in ORDER if (reports / stage / "notebook.ipynb").is_file()]
+    if not stages:
+        raise ValueError(f"{reports}: no executed notebook; run dvc repro")
+    shutil.rmtree(reports / "pages", ignore_errors=True)
+    notebooks, figures = {}, {}
+    for stage in stages:
+        run = params.read_notebook(reports / stage / "notebook.ipynb")
+        notebooks[stage] = refreshed(run, params.read_notebook(now[stage]), stage)
+        figures |= _figures(reports, stage)
+        write_page(notebooks[stage], stage, reports)
+    if (metrics := reports / "transfer" / "metrics.json").is_file():
+        write_json(reports / "metrics.json", headline(read_json(metrics)))
     with atomic_file(reports / "index.html") as part:
-        part.write_text(page(index(notebooks, profile), f"Crab+ ({profile})", inputs=False))
+        part.write_text(_page(_front(notebooks, profile), f"Crab+ ({profile})", figures, ""), encoding="utf-8")
     return reports / "index.html"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m crab.pipeline.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", help="of params.yaml; by default the one chosen there")
-    try:
-        print(write(parser.parse_args(arguments).profile))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

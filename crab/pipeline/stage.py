@@ -1,17 +1,7 @@
-"""Run a stage: execute its notebook with the parameters of its section, and leave a page to read.
-
-``python -m crab.pipeline.stage STAGE [--profile P] [--method M]`` executes ``notebooks/STAGE.ipynb`` and writes
-
-- ``reports/<profile>/<name>/notebook.ipynb``, the executed notebook, only when every cell succeeded;
-- ``reports/<profile>/pages/<name>.html``, always: where a cell failed, it shows which and why.
-
-The name is the stage's, with ``-<method>`` where there is one.
-"""
+"""Run a stage: execute its notebook with its parameters, and leave a page to read."""
 
 from __future__ import annotations
 
-import argparse
-import copy
 import logging
 import os
 import re
@@ -21,75 +11,34 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from crab.data.files import atomic_file
-from crab.pipeline import params
-from crab.pipeline.ipynb import nbformat
-from crab.pipeline.paths import root
+from crab.data.files import atomic_file, read_json
+from crab.pipeline import params, report
+from crab.pipeline.params import nbformat
+from crab.pipeline.stages import FOLDER
+
+_PROGRESS = re.compile(r"\d+%\||\d+(it)? \[\d+:\d+")
 
 
 class StageError(RuntimeError):
     """A notebook's cell failed, or its kernel died."""
 
 
-#: What a page adds to Jupyter's own looks: a long table scrolls, and leaves what follows in sight.
-_STYLE = "<style>.jp-OutputArea-output.jp-RenderedHTML { max-height: 48em; overflow: auto; }</style>"
-_NO_NAME = "No description has been provided for this image"  # what nbconvert calls every figure
-_PROGRESS = re.compile(r"\d+%\||\d+(it)? \[\d+:\d+")
-
-
-def page(notebook: Any, title: str, inputs: bool = True) -> str:
-    """The notebook as one self-contained HTML page (images embedded); without its code if not ``inputs``.
-
-    Default parameters that were replaced and progress bars are left out, and a figure is named by the heading it stands under.
-    """
-    from nbconvert import HTMLExporter
-
-    notebook, heading, figures = copy.deepcopy(notebook), title, []
-    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
-        notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", [])]
-    for cell in notebook.cells:
-        if found := re.findall(r"^#+ (.+)", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []:
-            heading = found[-1]
-        if cell.cell_type == "code":
-            for output in cell.outputs:
-                if output.get("name") == "stderr":
-                    output.text = "".join(line for line in output.text.splitlines(True) if not _PROGRESS.search(line))
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text.strip()]
-        figures += [heading for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    exporter = HTMLExporter(
-        embed_images=True,
-        exclude_input=not inputs,
-        exclude_input_prompt=not inputs,
-        exclude_output_prompt=not inputs,
-    )
-    exporter.log.setLevel(logging.ERROR)  # it would warn of the names that figures get below
-    html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title, "path": str(root())}})
-    headings = iter(figures)
-    html = re.sub(_NO_NAME, lambda found: escape(next(headings, title)), html)
-    return html.replace("</head>", f"{_STYLE}</head>", 1)
-
-
 class _Meter(threading.Thread):
-    """Peak memory of this process' descendants, in GiB, sampled each half second, or less often where looking takes long.
-
-    Memory they share counts once (proportional set size) where the system tells, else each time. To tell, the system
-    walks through all their pages: at two looks a second that took a tenth of a core from large workers.
-    """
+    """Peak memory of this process' descendants, in GiB. Memory that they share counts once where the system tells."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = 0.0
-        self._stop_asked = threading.Event()
+        self.peak, self.stop = 0.0, threading.Event()
 
     def run(self) -> None:
         pause = 0.5
-        while not self._stop_asked.wait(pause):
+        while not self.stop.wait(pause):
             begin, total = time.thread_time(), 0
             for process in psutil.Process().children(recursive=True):
                 try:
@@ -98,37 +47,35 @@ class _Meter(threading.Thread):
                 except psutil.Error:
                     continue  # it has ended meanwhile
             self.peak = max(self.peak, total / 2**30)
-            pause = max(0.5, 50 * (time.thread_time() - begin))  # 2 % of a core at most
-
-    def stop(self) -> float:
-        self._stop_asked.set()
-        self.join()
-        return self.peak
+            # the system walks through all pages of large processes: take 2 % of a core at most
+            pause = max(0.5, 50 * (time.thread_time() - begin))
 
 
 @contextmanager
-def _environment(folder: Path) -> Iterator[None]:
-    """Kernels import `crab` of this repository, and run this interpreter, not another of the user's."""
-    new = {"PYTHONPATH": str(folder), "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    # bars are text in a page that outlives its kernel; PEFT asks transformers by an old name, which nobody here can mend
-    new["PYTHONWARNINGS"] = "ignore:IProgress not found,ignore:`is_gradient_checkpointing`"
-    old = {name: os.environ.get(name) for name in new}
-    os.environ.update(new)
+def _environment(folder: Path, scratch: Path) -> Iterator[None]:
+    """Kernels run this interpreter and import `crab` of ``folder``. They read no start-up file or style of the user."""
+    before = dict(os.environ)
+    for name in ("JUPYTER_PATH", "MPLBACKEND", "PYTHONSTARTUP"):
+        os.environ.pop(name, None)
+    os.environ |= {
+        "IPYTHONDIR": str(scratch),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "MATPLOTLIBRC": str(Path(find_spec("matplotlib").origin).parent / "mpl-data" / "matplotlibrc"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONPATH": str(folder),
+        "PYTHONUTF8": "1",
+        # a page has no widgets, so bars are text; PEFT asks transformers by an old name, which we cannot change
+        "PYTHONWARNINGS": "ignore:IProgress not found,ignore:`is_gradient_checkpointing`",
+    }
     try:
         yield
     finally:
-        for name, value in old.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def _tidy(notebook: Any) -> None:
-    """Drop papermill's clock times and paths of this machine, which would differ with every run.
-
-    Of each progress bar only the last state stays: a page is read when all is over.
-    """
+def _tidy(notebook: Any, folder: Path) -> None:
+    """Drop what differs between runs (times, paths of this machine) and progress bars."""
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     CoalesceStreamsPreprocessor().preprocess(notebook, {})
@@ -137,47 +84,49 @@ def _tidy(notebook: Any) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":  # warnings name the file they come from
-                output.text = output.text.replace(f"{root()}/", "")
+        for output in [o for o in cell.get("outputs", []) if o.output_type == "stream"]:
+            output.text = output.text.replace(f"{folder}/", "")  # warnings name the file they come from
+            if output.name == "stderr":
+                output.text = "".join(line for line in output.text.splitlines(True) if not _PROGRESS.search(line))
+            if not output.text.strip():
+                cell.outputs.remove(output)
 
 
-def run(stage: str, profile: str | None = None, method: str | None = None, folder: Path | None = None) -> Path:
-    """Execute the notebook of ``stage``; returns the executed notebook's path.
+def show_output() -> None:
+    """Print what the cells print, without papermill's own lines about each cell."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    chatter = ("Executing ", "Ending ", "Input Notebook", "Output Notebook", "Working directory")
+    logging.root.handlers[0].addFilter(lambda record: not record.getMessage().startswith(chatter))
 
-    Args:
-        stage: name of a notebook in ``notebooks``.
-        profile: of params.yaml; by default the one chosen there.
-        method: for stages run once a method.
+
+def run(folder: Path, stage: str) -> Path:
+    """Execute the notebook of ``stage`` with the parameters in ``.stage/<stage>.json``, which `resolve` writes.
+
+    Returns:
+        The executed notebook, ``reports/<profile>/<stage>/notebook.ipynb``. It is written only if every cell succeeded.
+        ``pages/<stage>.html`` beside it is always written.
 
     Raises:
-        ValueError: when parameters and notebook do not fit; nothing has run then.
-        StageError: when a cell failed; the page is written, the executed notebook is not.
+        ValueError: there is no such stage, or it is not resolved.
+        StageError: a cell failed; the page shows which and why.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    folder = folder or root()
-    source = folder / "notebooks" / f"{stage}.ipynb"
-    if not source.is_file():
-        raise ValueError(f"{source}: no such notebook; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
-    everything = params.load(folder)
-    profile = profile or everything["profile"]
-    values = params.section(everything, profile, stage, method)
-    params.check(source, values)
-
-    name = stage if method is None else f"{stage}-{method}"
-    reports = folder / "reports" / profile
-    target, html = reports / name / "notebook.ipynb", reports / "pages" / f"{name}.html"
+    if stage not in params.STAGES:
+        raise ValueError(f"{stage}: there is no such stage; {params.nearest(stage, params.STAGES)}")
+    source = params.notebooks(folder)[stage]
+    values = read_json(folder / FOLDER / f"{stage}.json")["parameters"]
+    reports = folder / "reports" / values["profile"]
+    reports.mkdir(parents=True, exist_ok=True)
     failure: Exception | None = None
     meter, begin = _Meter(), time.monotonic()
     meter.start()
-    # apart from the target's folder, which the notebook itself may replace as a whole
-    reports.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=reports) as apart:
-        temporary = Path(apart) / "notebook.ipynb"
+    # outside the stage's folder, which the notebook itself may replace as a whole
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=reports) as scratch:
+        temporary = Path(scratch) / "notebook.ipynb"
         try:
-            with _environment(folder):
+            with _environment(folder, Path(scratch)):
                 papermill.execute_notebook(
                     source,
                     temporary,
@@ -191,33 +140,15 @@ def run(stage: str, profile: str | None = None, method: str | None = None, folde
                 )
         except (papermill.exceptions.PapermillExecutionError, DeadKernelError) as error:
             failure = error
-        notebook = nbformat.read(temporary, as_version=4)
-    _tidy(notebook)
-    notebook.metadata["crab"] = {"seconds": round(time.monotonic() - begin, 1), "peak_gib": round(meter.stop(), 2)}
-    with atomic_file(html) as part:
-        part.write_text(page(notebook, f"{name} ({profile})"))
+        notebook = params.read_notebook(temporary)
+    meter.stop.set()
+    meter.join()
+    _tidy(notebook, folder)
+    notebook.metadata["crab"] = {"seconds": round(time.monotonic() - begin, 1), "peak_gib": round(meter.peak, 2)}
+    page = report.write_page(notebook, stage, reports)
     if failure is not None:
-        raise StageError(f"{source.relative_to(folder)}: {failure}\nSee {html.relative_to(folder)}")
+        raise StageError(f"{source.relative_to(folder)}: {failure}\nSee {page.relative_to(folder)}")
+    target = reports / stage / "notebook.ipynb"
     with atomic_file(target) as part:
         nbformat.write(notebook, part)
     return target
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m crab.pipeline.stage", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", help="name of a notebook in notebooks/, e.g. train")
-    parser.add_argument("--profile", help="of params.yaml; by default the one chosen there")
-    parser.add_argument("--method", help="lora, lora_unrouted, lora_matched or ilora, for stages run once a method")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    # what the cells say, without papermill's own lines about each cell
-    chatter = ("Executing ", "Ending ", "Input Notebook", "Output Notebook", "Working directory")
-    logging.root.handlers[0].addFilter(lambda record: not record.getMessage().startswith(chatter))
-    try:
-        run(options.stage, options.profile, options.method)
-    except (ValueError, StageError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

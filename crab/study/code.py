@@ -1,67 +1,78 @@
-"""What each stage's result hangs on in code: its notebook's code cells, and the modules of `crab` these import.
+"""Which code decides a result: modules found by reading imports, and a digest that ignores what only people read.
 
-``python -m crab.study.code`` (the DVC stage `sources`) writes, for each notebook,
-
-- ``.stage/<name>.json``: its code cells, and a digest of every module of `crab` it imports, directly or
-  through others. The stage depends on this file, so that nothing else makes it run again: not a notebook
-  saved with outputs, not its prose, not a comment or docstring, not a module it never imports.
-- ``.stage/notebooks/<name>.ipynb``: the notebook without outputs, for the report, which shows the prose of now.
-
-``python -m crab.study.code STAGE`` prints the files that stage hangs on. Imports are found by reading the
-code (`ast`), wherever they stand, also inside functions; ``importlib`` with a name put together is not seen.
+Comments, docstrings, blank lines and the kind of line end do not count. Imports are found with `ast` wherever they
+stand, also inside functions; a module that is imported by a name put together at run time is not found.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import io
-import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from crab.data.files import atomic_file, atomic_folder, write_json
-from crab.pipeline.ipynb import nbformat
-from crab.pipeline.paths import root
+import crab
 
-FOLDER = ".stage"
 PACKAGE = "crab"
+#: Tokens that hold the text of a string. f-strings have tokens of their own since Python 3.12.
+_TEXT = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 
 
 def plain(code: str, name: str = "<code>") -> str:
-    """``code`` without comments, docstrings and blank lines: what can change a result.
+    """``code`` without comments, docstrings and blank lines, with ``\\n`` line ends.
 
-    The text itself is kept, not a dump of its tree, so that all versions of Python agree on it.
+    The rest stays as it is written, so that all versions of Python agree.
 
     Raises:
-        ValueError: when it is not Python (also for IPython magics and shell lines, whose files nobody sees).
+        ValueError: ``code`` is not Python. This includes IPython magics and shell lines: files they use are not seen.
     """
+    code = code.replace("\r\n", "\n").replace("\r", "\n")
     try:
         tree = ast.parse(code)
     except SyntaxError as error:
-        raise ValueError(f"{name}: line {error.lineno} is not plain Python ({error.msg}); magics are not tracked") from None
-    lines = code.splitlines()
+        raise ValueError(
+            f"{name}: line {error.lineno} is not plain Python ({error.msg}); correct it, and use no magics (% or !)"
+        ) from None
+    lines = code.split("\n")  # splitlines() also splits at form feeds and U+2028, where Python does not
+    exact = set()  # lines whose end lies inside a string
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        row, column = token.start
         if token.type == tokenize.COMMENT:
-            row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
+        elif token.type in _TEXT:
+            exact.update(range(row - 1, token.end[0] - 1))
+    for node, alone in _docstrings(tree):
+        # the tree counts columns in bytes
+        head = lines[node.lineno - 1].encode()[: node.col_offset].decode()
+        tail = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+        text = '""' if alone or head.strip() or tail.strip() else ""
+        lines[node.lineno - 1 : node.end_lineno] = [head + text + tail] + [""] * (node.end_lineno - node.lineno)
+        exact.difference_update(range(node.lineno - 1, node.end_lineno - 1))
+    return "".join(
+        f"{line}\n" if number in exact else f"{line.rstrip()}\n"
+        for number, line in enumerate(lines)
+        if number in exact or line.strip()
+    )
+
+
+def _docstrings(tree: ast.AST) -> Iterator[tuple[ast.Expr, bool]]:
+    """Docstrings of a tree, and whether each is all that its function or class holds."""
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-                # the tree counts columns in bytes
-                head = lines[first.lineno - 1].encode()[: first.col_offset].decode()
-                tail = lines[first.end_lineno - 1].encode()[first.end_col_offset :].decode()
-                lines[first.lineno - 1 : first.end_lineno] = [head + '""' + tail] + [""] * (first.end_lineno - first.lineno)
-    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                yield first, len(node.body) == 1 and not isinstance(node, ast.Module)
 
 
-def _named(code: str, package: str) -> Iterator[str]:
-    """Dotted names that ``code`` imports; relative ones are resolved against ``package``."""
+def _imports(code: str, package: str) -> Iterator[str]:
+    """Dotted names that ``code`` imports. Relative ones are resolved against ``package``."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -69,88 +80,55 @@ def _named(code: str, package: str) -> Iterator[str]:
             parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             stem = ".".join(parts + ([node.module] if node.module else []))
             yield stem
-            # `from a import b`: b may be a module
-            yield from (f"{stem}.{alias.name}" for alias in node.names)
+            yield from (f"{stem}.{alias.name}" for alias in node.names)  # `from a import b`: b may be a module
+
+
+@cache
+def _read(path: Path, package: str, changed: int) -> tuple[str, tuple[str, ...]]:
+    code = path.read_text(encoding="utf-8")
+    text = plain(code, str(path))
+    return hashlib.sha256(text.encode()).hexdigest(), tuple(_imports(code, package))
 
 
 def _file(folder: Path, name: str) -> Path | None:
     path = folder.joinpath(*name.split("."))
-    for candidate in (path / "__init__.py", path.with_suffix(".py")):
-        if candidate.is_file():
-            return candidate
-    return None
+    return next((p for p in (path / "__init__.py", path.with_suffix(".py")) if p.is_file()), None)
 
 
-def modules(folder: Path, code: str) -> list[Path]:
-    """Files of `crab` that importing ``code`` may load, sorted, relative to ``folder``.
+def modules(folder: Path, code: str) -> dict[str, str]:
+    """Files of `crab` that importing ``code`` may load: paths relative to ``folder``, and digests of their `plain` text.
 
-    Each package on the way counts with its ``__init__.py``, which Python runs first.
+    Python runs the ``__init__.py`` of each package on the way, so these count too.
     """
-    found: dict[str, Path] = {}
-    waiting = list(_named(code, ""))
+    digests: dict[str, str] = {}
+    waiting = list(_imports(code, ""))
     while waiting:
         parts = waiting.pop().split(".")
-        if parts[0] != PACKAGE:
-            continue
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            path = None if name in found else _file(folder, name)
-            if path is not None:
-                found[name] = path.relative_to(folder)
-                package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-                waiting += _named(path.read_text(), package)
-    return sorted(found.values())
+        names = (".".join(parts[:end]) for end in range(1, len(parts) + 1)) if parts[0] == PACKAGE else ()
+        for name in names:
+            path = _file(folder, name)
+            if path is None or (key := path.relative_to(folder).as_posix()) in digests:
+                continue
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            digests[key], imports = _read(path, package, path.stat().st_mtime_ns)
+            waiting += imports
+    return dict(sorted(digests.items()))
 
 
-def code_cells(notebook: Any, name: str) -> list[str]:
-    """Code of the notebook, cell by cell, as `plain` text; without the parameters cell, since params.yaml sets those."""
-    cells = [c for c in notebook.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
-    return [plain(c.source, f"{name}, code cell {i}") for i, c in enumerate(cells, 1)]
+def modules_of(names: Iterable[str]) -> dict[str, str]:
+    """`modules` of this package, from dotted names such as ``crab.study.train``.
+
+    Raises:
+        ValueError: there is no module of that name.
+    """
+    folder, names = Path(crab.__file__).parents[1], list(names)
+    for name in names:
+        if _file(folder, name) is None:
+            raise ValueError(f"{name}: no such module in {folder}; correct the name where its digest is taken")
+    return modules(folder, "\n".join(f"import {name}" for name in names))
 
 
-def stripped(notebook: Any) -> Any:
-    """The notebook without outputs and counts, in place."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    notebook.metadata = {k: v for k, v in notebook.metadata.items() if k == "kernelspec"}
-    return notebook
-
-
-def sources(folder: Path, path: Path) -> dict[str, Any]:
-    """Code cells of the notebook at ``path``, and the SHA-256 of each module's `plain` text."""
-    cells = code_cells(nbformat.read(path, as_version=4), path.name)
-    return {
-        "cells": cells,
-        "modules": {
-            module.as_posix(): hashlib.sha256(plain((folder / module).read_text(), str(module)).encode()).hexdigest()
-            for module in modules(folder, "\n".join(cells))
-        },
-    }
-
-
-def write(folder: Path) -> None:
-    """Write ``.stage`` for all notebooks."""
-    with atomic_folder(folder / FOLDER) as out:
-        (out / "notebooks").mkdir()
-        for path in sorted((folder / "notebooks").glob("*.ipynb")):
-            write_json(out / f"{path.stem}.json", sources(folder, path))
-            with atomic_file(out / "notebooks" / path.name) as temporary:
-                nbformat.write(stripped(nbformat.read(path, as_version=4)), temporary)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m crab.study.code", description=__doc__)
-    parser.add_argument("stage", nargs="?", help="print what this stage hangs on, and write nothing")
-    stage = parser.parse_args(arguments).stage
-    try:
-        if stage is None:
-            write(root())
-        else:
-            print(*sources(root(), root() / "notebooks" / f"{stage}.ipynb")["modules"], sep="\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+@cache
+def code_digest(*names: str) -> str:
+    """Digest of these modules of `crab` (dotted names) and of all that they import. ValueError: no such module."""
+    return hashlib.sha256("\n".join(modules_of(names).values()).encode()).hexdigest()

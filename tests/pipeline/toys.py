@@ -1,4 +1,4 @@
-"""A clone of this repository with toy notebooks: the real dvc.yaml, params.yaml and runner, a second a stage."""
+"""A clone of this repository with toy notebooks: the real dvc.yaml, params.yaml and runner, one second per stage."""
 
 from __future__ import annotations
 
@@ -12,44 +12,38 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from crab.pipeline import params
+from crab.pipeline.params import STAGES
+from crab.pipeline.schema import SECTIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STAGES = (
-    "build", "base", "encode", "sweep", "train", "evaluate", "transfer", "ablation", "regime", "mechanism", "routing", "features",
-    "benchmark",
-)  # fmt: skip
-A_METHOD = ("sweep", "train")  # stages run once a method
 
-# What each stage leaves besides its report, as an expression of `paths`.
-OUTS = {
-    "build": "paths.dataset",
-    "base": "paths.base",
-    "encode": "paths.encoded",
-    "train": "paths.adapters(method)",
-    "evaluate": "paths.evaluation",
+#: What each toy stage writes besides its report: files by path, as an expression of ``paths``.
+FILES = {
+    "build": 'paths.dataset / "manifest.json", paths.vocabulary, paths.dataset / "clip.mp4"',
+    "base": "paths.models / folder / 'model.json',",
+    "encode": 'paths.encoded / "manifest.json", paths.encoded / "ave.safetensors"',
+    "train": 'paths.adapters / "joint-toy-bare" / "record.json", paths.train_cells, paths.ledger',
+    "evaluate": "paths.ledger,",
 }
-
 WORK = """
 from crab.data.files import write_json
 from crab.pipeline.paths import Paths
 paths = Paths(profile)
-name = {name}
-write_json({out} / "made.json", {{"by": name, "toy": {toy}}})
-if name == "build":
-    write_json(paths.vocabulary, {{"words": [], "tags": []}})
-if name == "encode":
-    write_json(paths.encoded / "provenance.json", {{"toy": {toy}}})
-if name == "evaluate":
-    for table in "scores.csv", "samples.csv.xz":
-        write_json(paths.report(name) / table, {{"toy": {toy}}})
-write_json(paths.report(name) / "metrics.json", {{"score": 0.5, "joint-toy-bare": {{"mean_difference": 0.12345}}}})
+for path in ({files}):
+    write_json(path, {{"toy": "{stage} made this"}})
+if "{stage}" == "base":
+    paths.point_base(folder, "a key")
+write_json(paths.report("{stage}") / "metrics.json", {{"score": 0.5, "joint-toy-bare": {{"mean_difference": 0.12345}}}})
 """
 FIGURE = """
 import base64
+from IPython.display import Image
 pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-(paths.figures(name)).mkdir(parents=True, exist_ok=True)
-(paths.figures(name) / "pixel.png").write_bytes(base64.b64decode(pixel))
+paths.figures("{stage}").mkdir(parents=True, exist_ok=True)
+(paths.figures("{stage}") / "pixel.png").write_bytes(base64.b64decode(pixel))
+Image(data=base64.b64decode(pixel))
 """
+RESULT = 'from IPython.display import Markdown\nMarkdown("**joint gains on 3 of 4**")'
 
 
 def code(source: str, *tags: str):
@@ -57,15 +51,24 @@ def code(source: str, *tags: str):
 
 
 def write_notebook(folder: Path, stage: str, values: dict, *cells) -> Path:
-    """A notebook whose parameters cell holds ``values``."""
+    """A notebook of ``stage`` whose parameters cell holds ``values``."""
     head = [
         new_markdown_cell(f"# Toy {stage}"),
         code("\n".join(f"{k} = {v!r}" for k, v in values.items()), "parameters"),
     ]
-    path = folder / "notebooks" / f"{stage}.ipynb"
+    path = folder / "notebooks" / f"{STAGES.index(stage) + 1:02}_{stage}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=head + list(cells)), path)
     return path
+
+
+def write_notebooks(folder: Path) -> None:
+    """Toy notebooks of all stages, with the default parameters."""
+    for stage in STAGES:
+        values = dict.fromkeys(["profile", *SECTIONS[stage], *(["resamples"] if stage == "evaluate" else [])])
+        work = WORK.format(stage=stage, files=FILES.get(stage, ""))
+        write_notebook(folder, stage, values, code(work), code(FIGURE.format(stage=stage), "result"), code(RESULT, "result"))
+    params.write_defaults(folder)
 
 
 def clone(folder: Path) -> Path:
@@ -79,8 +82,13 @@ def clone(folder: Path) -> Path:
         if source.is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, folder / name)
-    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "clone"]):
-        sh(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", *command)
+    sh(folder, "git", "init", "-q", "-b", "main")
+    return commit(folder)
+
+
+def commit(folder: Path) -> Path:
+    sh(folder, "git", "add", "-A")
+    sh(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "a state")
     return folder
 
 
@@ -90,34 +98,27 @@ def toy_clone(folder: Path) -> Path:
     for name in ("notebooks", "models", "reports"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "dvc.lock").unlink(missing_ok=True)
-    loaded = params.load(folder)
-    for stage in STAGES:
-        values = params.section(loaded, "tiny", stage, "lora" if stage in A_METHOD else None)
-        name = f'"{stage}-" + method' if stage in A_METHOD else repr(stage)
-        work = WORK.format(name=name, out=OUTS.get(stage, "paths.report(name)"), toy=f'"{stage} made this"')
-        result = 'from IPython.display import Markdown\nMarkdown("**joint gains on 3 of 4**")'
-        write_notebook(folder, stage, values, code(work), code(FIGURE), code(result, "result"))
+    write_notebooks(folder)
     return folder
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Commands as a user has them after activating the environment; `crab` is the clone's."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "PYTEST_"))}
-    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    kept["PYTHONPATH"] = str(folder)
-    return kept
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return {**kept, "PATH": path, "PYTHONPATH": str(folder)}
 
 
 def sh(folder: Path, *command: str, fails: bool = False, seconds: float = 900) -> str:
-    """Run a command in ``folder``; returns what it said, and fails the test when it did not end as expected."""
+    """Run a command in ``folder``; returns its output, and fails the test if it does not end as expected."""
     done = subprocess.run(
-        command, cwd=folder, env=environment(folder), timeout=seconds,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, cwd=folder, env=environment(folder), timeout=seconds, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert (done.returncode != 0) == fails, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}"
     return done.stdout
 
 
-def ran(said: str) -> list[str]:
-    """Stages that `dvc repro` ran, out of what it said."""
-    return [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage '")]
+def ran(output: str) -> list[str]:
+    """Stages that `dvc repro` ran, from its output."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]

@@ -1,0 +1,51 @@
+"""Commands of the pipeline. DVC runs `resolve`, `run` and `report`; the Makefile runs `show` and `choose`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from crab.data.files import read_json
+from crab.pipeline import params, stages
+from crab.pipeline.paths import root
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m crab.pipeline", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("show", help="name the profile that params.yaml chooses")
+    commands.add_parser("choose", help="choose another profile").add_argument("profile")
+    commands.add_parser("defaults", help="write the default values into the notebooks' parameters cells")
+    commands.add_parser("resolve", help="check everything and write what each stage depends on")
+    commands.add_parser("modules", help="list the modules that a stage depends on").add_argument("stage")
+    commands.add_parser("run", help="execute the notebook of a stage").add_argument("stage")
+    commands.add_parser("report", help="render the report from executed notebooks").add_argument("--profile")
+    options = parser.parse_args(arguments)
+    folder = root()
+    try:
+        match options.command:
+            case "show":
+                print(f"profile: {params.load(folder)['profile']} (params.yaml)")
+            case "choose":
+                params.choose(folder, options.profile)
+            case "defaults":
+                print("changed:", ", ".join(params.write_defaults(folder)) or "nothing")
+            case "resolve":
+                stages.resolve(folder)
+            case "modules":
+                print(*read_json(folder / stages.FOLDER / f"{options.stage}.json")["modules"], sep="\n")
+            case "run":
+                from crab.pipeline import stage
+
+                stage.show_output()
+                stage.run(folder, options.stage)
+            case "report":
+                from crab.pipeline import report
+
+                print(report.write(folder, options.profile or params.load(folder)["profile"]))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

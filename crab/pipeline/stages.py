@@ -1,0 +1,42 @@
+"""What each stage depends on, besides its data: its notebook's code, the modules that this imports, and its parameters.
+
+The DVC stage `resolve` writes this to ``.stage/<stage>.json``, so a stage reruns when this file changes, and not when
+outputs, prose, comments or other modules do. ``.stage/report.json`` is the same for the report, with the prose.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from crab.data.files import atomic_folder, digest_of, file_digest, write_json
+from crab.pipeline import params
+from crab.study.code import modules, modules_of, plain
+
+FOLDER = ".stage"
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def code_cells(notebook: Any, name: str) -> list[str]:
+    """The notebook's code as `plain` text, one member per cell. Empty cells and the parameters cell are left out."""
+    cells = [c for c in notebook.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
+    return [text for i, c in enumerate(cells, 1) if (text := plain(c.source, f"{name}, code cell {i}"))]
+
+
+def resolve(folder: Path) -> None:
+    """Check params.yaml and all notebooks, then write ``.stage``. ValueError: what is wrong, and how to fix it."""
+    values, files, prose = params.resolve(folder), {}, {}
+    for stage, path in params.notebooks(folder).items():
+        notebook = params.read_notebook(path)
+        cells = code_cells(notebook, path.name)
+        files[stage] = {
+            "cells": cells,
+            "modules": modules(folder, "\n".join(cells)),
+            "parameters": params.parameters(path, notebook, stage, values),
+        }
+        prose[stage] = digest_of([[c.cell_type, c.source, c.metadata.get("tags")] for c in notebook.cells])
+    templates = {path.name: file_digest(path) for path in sorted(TEMPLATES.rglob("*.*"))}
+    files["report"] = {"modules": modules_of(["crab.pipeline.report"]), "templates": templates, "prose": prose}
+    with atomic_folder(folder / FOLDER) as out:
+        for name, content in files.items():
+            write_json(out / f"{name}.json", content)
