@@ -15,7 +15,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 VOICE = "voice"  # a face, when it is heard
 NOTHING = "nothing"
 
-#: Every statement. The functions below fill in the blanks; :mod:`crab.world.verify` reads them by the same table.
+#: Every statement, with blanks. :mod:`crab.world.verify` reads them by the same table.
 STATEMENTS = {
     "see no": "i see no {thing}",  # no bell, no red bell: there is none at any time
     "hear no": "i hear no {source}",
@@ -32,7 +32,8 @@ STATEMENTS = {
 SOUNDS, SILENT = "sounds", "is silent"
 
 
-def _statement(kind: str, **words: str) -> str:
+def say(kind: str, **words: str) -> str:
+    """A statement of :data:`STATEMENTS` with these words in its blanks."""
     return f"{STATEMENTS[kind].format(**words)} ."
 
 
@@ -65,58 +66,33 @@ def sound(thing: Thing, times: bool = True) -> str:
 
 def see(things: Sequence[Thing], does: bool = False, times: bool = False) -> str:
     """These things are seen, in reading order."""
-    return _statement("see", sights=" and ".join(sight(t, does, times) for t in by_place(things)) or NOTHING)
+    return say("see", sights=" and ".join(sight(t, does, times) for t in by_place(things)) or NOTHING)
 
 
 def hear(things: Sequence[Thing], times: bool = True) -> str:
     """These things are heard, by their beginning; without times by name, because a moment does not show who began."""
     ordered = by_time(things) if times else sorted(things, key=lambda t: t.name)
-    return _statement("hear", sounds=" and ".join(sound(t, times) for t in ordered) or NOTHING)
+    return say("hear", sounds=" and ".join(sound(t, times) for t in ordered) or NOTHING)
 
 
 def sounds(thing: Thing) -> str:
     """This seen thing is the source of a sound."""
-    return _statement("source", colour=thing.colour, name=thing.name, state=SOUNDS)
+    return say("source", colour=thing.colour, name=thing.name, state=SOUNDS)
 
 
 def silent(thing: Thing) -> str:
     """This seen thing makes no sound."""
-    return _statement("source", colour=thing.colour, name=thing.name, state=SILENT)
-
-
-def no_sight(words: str) -> str:
-    """Nothing of this class, or colour and class, is seen."""
-    return _statement("see no", thing=words)
-
-
-def no_sound(name: str) -> str:
-    """Nothing of this class is heard."""
-    return _statement("hear no", source=name)
-
-
-def counted(number: int, what: str) -> str:
-    """How many things are `what`: "seen", "heard" or "seen and heard"."""
-    return _statement("count", number=NUMBERS[number], what=what)
-
-
-def first(name: str) -> str:
-    """The sound of this class begins before any other."""
-    return _statement("first", source=name)
-
-
-def both_hold(interval: Interval) -> str:
-    """The seconds that the two statements before share."""
-    return _statement("both", times=lasting(interval))
+    return say("source", colour=thing.colour, name=thing.name, state=SILENT)
 
 
 def video_shows(which: str, thing: Thing) -> str:
     """A thing of the video called "one" or "two"."""
-    return _statement("video", which=which, sights=sight(thing))
+    return say("video", which=which, sights=sight(thing))
 
 
 def sound_is(which: str, thing: Thing) -> str:
     """A sound of those called "one" and "two"."""
-    return _statement("sound", which=which, sounds=sound(thing, times=False))
+    return say("sound", which=which, sounds=sound(thing, times=False))
 
 
 def by_place(things: Sequence[Thing]) -> list[Thing]:
@@ -137,5 +113,5 @@ def heard_and_seen(heard: Sequence[Thing], seen: Sequence[Thing], *ends: str, do
 def caption(scene: Scene) -> str:
     """A whole scene: how many things are seen and heard, then each with its place and times."""
     seen, heard = by_place(scene.visible), by_time(scene.sounding)
-    counts = _statement("counts", seen=NUMBERS[len(seen)], heard=NUMBERS[len(heard)])
+    counts = say("counts", seen=NUMBERS[len(seen)], heard=NUMBERS[len(heard)])
     return " ".join([counts, *(see([t], does=True, times=True) for t in seen), *(hear([t]) for t in heard)])

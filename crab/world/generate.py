@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from crab import tasks
@@ -25,7 +26,6 @@ from crab.data.files import atomic_folder, write_json
 from crab.data.workers import end_with_parent
 from crab.world import render, vocabulary
 from crab.world.views import VIEWS, view
-from crab.world.views.view import Moment
 
 VOCABULARY = "vocabulary.json"  # in the tree's root, for a tokenizer; the same for every seed and count
 SUMMARY = "build.json"  # in the tree's root, written last; it also marks a tree that a build may replace
@@ -71,9 +71,13 @@ def build(
     root = Path(root)
     refuse_foreign(root)
     began = time.perf_counter()
-    with atomic_folder(root) as folder:
-        jobs = _jobs(slots, train, test, caption)
-        summary = _finish(folder, seed, jobs, _run(folder, seed, jobs, workers, progress))
+    jobs = _jobs(slots, train, test, caption)
+    # Spawned, not forked: the caller may be a notebook with its own threads.
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent) if workers > 1 else None
+    with atomic_folder(root) as folder, pool or nullcontext():
+        parts = (pool.map if pool else map)(partial(_make, folder, seed), jobs)
+        parts = tqdm(parts, "build", len(jobs), unit="batch", disable=not progress)
+        summary = _finish(folder, seed, zip(jobs, parts, strict=True))
     return {**summary, "seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -108,36 +112,14 @@ def _jobs(slots: Sequence[str], train: int, test: int, caption: int) -> list[Job
     return jobs
 
 
-def _run(folder: Path, seed: int, jobs: Sequence[Job], workers: int, progress: bool) -> Iterator[Part]:
-    """The parts of the jobs, in order. A job that fails cancels those that wait."""
-    make = partial(_make, folder, seed)
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=sum(end - start for *_, start, end in jobs), unit="record", disable=not progress, desc="build")
-        )
-        run = map
-        if workers > 1:
-            # Spawned, not forked: the caller may be a notebook with its own threads.
-            spawn = get_context("spawn")
-            run = stack.enter_context(ProcessPoolExecutor(min(workers, len(jobs)), spawn, end_with_parent)).map
-        for part in run(make, jobs):
-            bar.update(len(part[0]))
-            yield part
-
-
-#: Field of :class:`crab.world.views.view.View` -> what writes its files.
+#: Field of :class:`crab.world.staging.View` -> what writes its files.
 _WRITERS = {
     "video": lambda path, scene: media.write_video(path, render.frames(scene), render.FPS),
     "audio": lambda path, scene: media.write_audio(path, render.waveform(scene)),
     "image": lambda path, moment: media.write_image(path, render.frame(*moment)),
-    "second": lambda path, moment: media.write_audio(path, _second_of_sound(moment)),
+    "second": lambda path, moment: media.write_audio(path, render.second_of_sound(*moment)),
     "mask": lambda path, things: media.write_mask(path, render.union(*things)),
 }
-
-
-def _second_of_sound(moment: Moment):
-    scene, second = moment
-    return render.waveform(scene)[second * render.SAMPLE_RATE : (second + 1) * render.SAMPLE_RATE]
 
 
 def _make(folder: Path, seed: int, job: Job) -> Part:
@@ -155,17 +137,17 @@ def _make(folder: Path, seed: int, job: Job) -> Part:
     return made, sizes
 
 
-def _finish(folder: Path, seed: int, jobs: Sequence[Job], parts: Iterator[Part]) -> dict:
+def _finish(folder: Path, seed: int, parts: Iterable[tuple[Job, Part]]) -> dict:
     """Write the records, the vocabulary and the summary."""
     table: dict[str, dict[str, dict]] = {}
-    for (slot, split), group in groupby(zip(jobs, parts, strict=True), key=lambda pair: pair[0][:2]):
+    for (slot, split), group in groupby(parts, key=lambda pair: pair[0][:2]):
         made, sizes = [], {}
         for _, part in group:
             made += part[0]
             sizes |= part[1]
         vocabulary.check(slot, made)
         records.write(folder, slot, split, made)
-        scenes = {number for r in made for number in (r["scene"] if isinstance(r["scene"], list) else [r["scene"]])}
+        scenes = {number for record in made for number in np.atleast_1d(record["scene"]).tolist()}
         row = {"records": len(made), "scenes": len(scenes), "files": len(sizes), "bytes": sum(sizes.values())}
         table.setdefault(slot, {})[split] = row
     write_json(folder / VOCABULARY, vocabulary.vocabulary())

@@ -18,7 +18,7 @@ import numpy as np
 
 from crab.world import chains
 from crab.world.scene import CLASSES, COLOURS, MOTIONS, QUADRANTS, SECONDS, Thing, sample_interval, sample_thing
-from crab.world.staging import OFF_SCREEN, apart, cast, others, pick, somewhere, sound_somewhere
+from crab.world.staging import apart, cast, makers, others, pick
 
 YES_NO = ("yes", "no")
 COUNTS = ("one", "two", "three")
@@ -54,81 +54,68 @@ class Question(NamedTuple):
 
 
 def _sound_present(rng, answer) -> Staged:
-    name, *rest = others(rng)
-    makers = cast(rng, [name, *rest])
-    start = YES_NO.index(answer)
-    heard = [sound_somewhere(rng, make) for make in makers[start : start + 1 + int(rng.integers(2))]]
-    unheard = [makers[0]()] if answer == "no" and rng.random() < 0.5 else []
-    end = "" if answer == "yes" else f" {chains.no_sound(name)}"
-    chain = chains.hear(heard, times=False) + end
-    return Staged([*heard, *unheard], f"is there {chains.article(name)} sound ?", chain)
+    make, absent = cast(rng), answer == "no"
+    heard = [m.sounds_anywhere() for m in make[absent : absent + 1 + int(rng.integers(2))]]
+    silent = [make[0]()] if absent and rng.random() < 0.5 else []
+    end = f" {chains.say('hear no', source=make[0].name)}" if absent else ""
+    text = f"is there {chains.article(make[0].name)} sound ?"
+    return Staged([*heard, *silent], text, chains.hear(heard, times=False) + end)
 
 
 def _sound_count(rng, answer) -> Staged:
-    count = COUNTS.index(answer) + 1
-    makers = cast(rng, others(rng)[:4])
-    heard = [sound_somewhere(rng, make) for make in makers[:count]]
-    silent = [makers[count]()] if rng.random() < 0.5 else []
-    chain = f"{chains.hear(heard, times=False)} {chains.counted(count, 'heard')}"
+    make, count = cast(rng), COUNTS.index(answer) + 1
+    heard = [m.sounds_anywhere() for m in make[:count]]
+    silent = [make[count]()] if rng.random() < 0.5 else []
+    chain = f"{chains.hear(heard, times=False)} {chains.say('count', number=answer, what='heard')}"
     return Staged([*heard, *silent], "how many sounds are heard ?", chain)
 
 
 def _sound_order(rng, answer) -> Staged:
-    first, second, *_ = others(rng)
-    intervals = apart(rng, swap=answer == "no")
-    makers = cast(rng, [first, second])
-    things = [make(sounding=times, **somewhere(rng)) for make, times in zip(makers, intervals, strict=True)]
-    chain = f"{chains.hear(things)} {chains.first(first if answer == 'yes' else second)}"
-    return Staged(things, f"does the {first} sound before the {second} ?", chain)
+    names = others(rng)
+    times = apart(rng) if answer == "yes" else apart(rng)[::-1]
+    things = [m.sounds_anywhere(t) for m, t in zip(makers(rng, names), times, strict=False)]
+    chain = f"{chains.hear(things)} {chains.say('first', source=names[0 if answer == 'yes' else 1])}"
+    return Staged(things, f"does the {names[0]} sound before the {names[1]} ?", chain)
 
 
 def _sight_count(rng, answer) -> Staged:
-    count = COUNTS.index(answer) + 1
-    makers = cast(rng, others(rng)[:4])
-    seen = [make() for make in makers[: count - 1]]
-    seen.append(makers[count - 1](sounding=sample_interval(rng, 3)))
-    unseen = [makers[count](**OFF_SCREEN, sounding=sample_interval(rng, 3))] if rng.random() < 0.5 else []
-    chain = f"{chains.see(seen)} {chains.counted(count, 'seen')}"
+    make, count = cast(rng), COUNTS.index(answer) + 1
+    seen = [*(m() for m in make[: count - 1]), make[count - 1].sounds()]
+    unseen = [make[count].sounds(visible=None)] if rng.random() < 0.5 else []
+    chain = f"{chains.see(seen)} {chains.say('count', number=answer, what='seen')}"
     return Staged([*seen, *unseen], "how many things are seen ?", chain)
 
 
 def _sight_present(rng, answer) -> Staged:
     name, *rest = others(rng)
-    makers = cast(rng, [name, *rest])
+    make, absent = makers(rng, [name, *rest]), answer == "no"
     heard = sample_interval(rng, 3) if rng.random() < 0.5 else None
-    start = YES_NO.index(answer)
-    seen = [
-        make(sounding=heard if make is makers[0] else None) for make in makers[start : start + 1 + int(rng.integers(3))]
-    ]
+    seen = [m(sounding=heard if m is make[0] else None) for m in make[absent : absent + 1 + int(rng.integers(3))]]
     unseen = [sample_thing(rng, rest[-1], visible=None, sounding=sample_interval(rng, 3))]
-    if answer == "no" and heard:
-        unseen.append(makers[0](**OFF_SCREEN, sounding=heard))
-    end = "" if answer == "yes" else f" {chains.no_sight(name)}"
+    if absent and heard:
+        unseen.append(make[0](visible=None, sounding=heard))
+    end = f" {chains.say('see no', thing=name)}" if absent else ""
     return Staged([*seen, *unseen], f"is there {chains.article(name)} in the video ?", chains.see(seen) + end)
 
 
 def _sight_place(rng, answer) -> Staged:
     place = QUADRANTS.index(answer)
-    elsewhere = [int(q) for q in rng.permutation([q for q in range(4) if q != place])]
+    places = [place, *(int(q) for q in rng.permutation([q for q in range(4) if q != place]))]
     names = others(rng)[: 2 + int(rng.integers(2))]
-    sounding = sample_interval(rng, 3)
-    source = int(rng.integers(len(names)))
-    things = [
-        sample_thing(rng, name, quadrant, sounding=sounding if i == source else None)
-        for i, (name, quadrant) in enumerate(zip(names, [place, *elsewhere], strict=False))
-    ]
+    times = sample_interval(rng, 3)
+    sounding = {int(rng.integers(len(names))): times}
+    things = [sample_thing(rng, name, places[i], sounding=sounding.get(i)) for i, name in enumerate(names)]
     return Staged(things, f"where is the {chains.noun(things[0])} ?", chains.see(things[:1]))
 
 
 def _source_seen(rng, answer) -> Staged:
-    makers = cast(rng, others(rng)[:3])
-    seen = answer == "yes"
-    source = makers[0](sounding=sample_interval(rng, 3), **({} if seen else OFF_SCREEN))
+    make, seen = cast(rng), answer == "yes"
+    source = make[0].sounds(**({} if seen else {"visible": None}))
     silent = int(rng.integers(2)) + (not seen)  # so that one or two things are on screen for both answers
-    things = [source, *(make() for make in makers[1 : 1 + silent])]
-    end = chains.sounds(source) if seen else chains.no_sight(source.name)
-    chain = chains.heard_and_seen([source], [t for t in things if t.visible], end)
-    return Staged(things, "is the sounding thing in the video ?", chain)
+    rest = [m() for m in make[1 : 1 + silent]]
+    end = chains.sounds(source) if seen else chains.say("see no", thing=source.name)
+    chain = chains.heard_and_seen([source], [source, *rest] if seen else rest, end)
+    return Staged([source, *rest], "is the sounding thing in the video ?", chain)
 
 
 def _source_place(rng, answer) -> Staged:
@@ -142,32 +129,27 @@ def _source_place(rng, answer) -> Staged:
 
 
 def _source_count(rng, answer) -> Staged:
-    count = COUNTS.index(answer) + 1
-    makers = cast(rng, others(rng)[:4])
-    things = [make(sounding=sample_interval(rng, 3)) for make in makers[:count]]
-    if count < 3 and rng.random() < 0.5:
-        things.append(makers[count]())
-    if rng.random() < 0.5:
-        things.append(makers[3](**OFF_SCREEN, sounding=sample_interval(rng, 3)))
-    heard, seen = [t for t in things if t.sounding], [t for t in things if t.visible]
-    chain = chains.heard_and_seen(heard, seen, chains.counted(count, "seen and heard"))
-    return Staged(things, "how many things are both seen and heard ?", chain)
+    make, count = cast(rng), COUNTS.index(answer) + 1
+    both = [m.sounds() for m in make[:count]]
+    silent = [make[count]()] if count < 3 and rng.random() < 0.5 else []
+    unseen = [make[3].sounds(visible=None)] if rng.random() < 0.5 else []
+    end = chains.say("count", number=answer, what="seen and heard")
+    chain = chains.heard_and_seen([*both, *unseen], [*both, *silent], end)
+    return Staged([*both, *silent, *unseen], "how many things are both seen and heard ?", chain)
 
 
 def _source_first(rng, answer) -> Staged:
-    intervals = apart(rng)
-    makers = cast(rng, [answer, *others(rng, answer)[:1]])
-    things = [make(sounding=times) for make, times in zip(makers, intervals, strict=True)]
-    return Staged(things, "which thing sounds first ?", f"{chains.hear(things)} {chains.first(answer)}")
+    times = apart(rng)
+    things = [m(sounding=t) for m, t in zip(cast(rng, answer), times, strict=False)]
+    return Staged(things, "which thing sounds first ?", f"{chains.hear(things)} {chains.say('first', source=answer)}")
 
 
 def _place_order(rng, answer) -> Staged:
-    intervals = apart(rng, swap=answer == "no")
-    makers = cast(rng, others(rng)[:2])
-    things = one, other = [make(sounding=times) for make, times in zip(makers, intervals, strict=True)]
+    times = apart(rng) if answer == "yes" else apart(rng)[::-1]
+    things = one, other = [m(sounding=t) for m, t in zip(cast(rng), times, strict=False)]
+    end = chains.say("first", source=(one if answer == "yes" else other).name)
     text = f"does the thing at {one.quadrant} sound before the thing at {other.quadrant} ?"
-    leader = one if answer == "yes" else other
-    return Staged(things, text, f"{chains.see(things)} {chains.hear(things)} {chains.first(leader.name)}")
+    return Staged(things, text, f"{chains.see(things)} {chains.hear(things)} {end}")
 
 
 QUESTIONS = (
@@ -190,22 +172,21 @@ QUESTIONS = (
 
 def _which_heard(rng, answer) -> Staged:
     """One sound, on or off screen, and one or two silent things on screen."""
-    makers = cast(rng, [answer, *others(rng, answer)])
-    source = sound_somewhere(rng, makers[0])
-    things = [source, *(make() for make in makers[1 : 2 + int(rng.integers(2))])]
+    make = cast(rng, answer)
+    source = make[0].sounds_anywhere()
+    things = [source, *(m() for m in make[1 : 2 + int(rng.integers(2))])]
     return Staged(things, "which thing is heard ?", chains.hear([source], times=False), [t.name for t in things])
 
 
 def _sound_before(rng, answer) -> Staged:
     """Three sounds, on or off screen."""
     starts = np.cumsum([int(rng.integers(3)), *(2 + rng.integers(2, size=2))])
-    makers = cast(rng, [answer, *others(rng, answer)[:2]])
     things = [
-        make(sounding=(int(start), int(rng.integers(start + 2, SECONDS + 1))), **somewhere(rng))
-        for make, start in zip(makers, starts, strict=True)
+        m.sounds_anywhere((int(start), int(rng.integers(start + 2, SECONDS + 1))))
+        for m, start in zip(cast(rng, answer), starts, strict=False)
     ]
-    text = f"which thing sounds before the {things[1].name} ?"
-    return Staged(things, text, f"{chains.hear(things)} {chains.first(answer)}", [things[2].name])
+    chain = f"{chains.hear(things)} {chains.say('first', source=answer)}"
+    return Staged(things, f"which thing sounds before the {things[1].name} ?", chain, [things[2].name])
 
 
 _INTERVALS = {chains.lasting((a, b)): (a, b) for a in range(SECONDS) for b in range(a + 2, SECONDS + 1)}
@@ -214,9 +195,7 @@ _INTERVALS = {chains.lasting((a, b)): (a, b) for a in range(SECONDS) for b in ra
 def _sound_when(rng, answer) -> Staged:
     """Two sounds, on or off screen."""
     other = sample_interval(rng, 3)
-    makers = cast(rng, others(rng)[:2])
-    intervals = _INTERVALS[answer], other
-    things = [make(sounding=times, **somewhere(rng)) for make, times in zip(makers, intervals, strict=True)]
+    things = [m.sounds_anywhere(t) for m, t in zip(cast(rng), (_INTERVALS[answer], other), strict=False)]
     return Staged(things, f"when does the {things[0].name} sound ?", chains.hear(things), [chains.lasting(other)])
 
 
@@ -232,32 +211,29 @@ def _which_seen(rng, answer) -> Staged:
 def _happens(rng, answer) -> Staged:
     """Two things on screen, of which either may sound."""
     motion = pick(rng, MOTIONS, answer)
-    heard = [sample_interval(rng, 3), None]
-    makers, order = cast(rng, others(rng)[:2]), rng.permutation(2)
-    things = [
-        make(motion=does, sounding=heard[i]) for make, does, i in zip(makers, (answer, motion), order, strict=True)
-    ]
+    sounding = [sample_interval(rng, 3), None]
+    make, order = cast(rng), rng.permutation(2)
+    things = [make[i](motion=does, sounding=sounding[order[i]]) for i, does in enumerate((answer, motion))]
     return Staged(things, f"what happens to the {things[0].name} ?", chains.see(things, does=True), [motion])
 
 
 def _sounding_happens(rng, answer) -> Staged:
     """Two things on screen, of which one sounds."""
     motion = pick(rng, MOTIONS, answer)
-    makers = cast(rng, others(rng)[:2])
-    source, other = makers[0](motion=answer, sounding=sample_interval(rng, 3)), makers[1](motion=motion)
-    chain = chains.heard_and_seen([source], [source, other], chains.sounds(source), does=True)
-    return Staged([source, other], "what happens to the sounding thing ?", chain, [motion])
+    make = cast(rng)
+    things = source, _ = [make[0].sounds(motion=answer), make[1](motion=motion)]
+    chain = chains.heard_and_seen([source], things, chains.sounds(source), does=True)
+    return Staged(things, "what happens to the sounding thing ?", chain, [motion])
 
 
 def _comes_from(rng, answer) -> Staged:
     """Two things on screen, in different colours. The sound shows the class, and the picture its colour."""
     colour, name = answer.split()
-    makers = cast(rng, [name, *others(rng, name)[:1]])
-    source = makers[0](colour=colour, sounding=sample_interval(rng, 3))
-    other = makers[1](colour=pick(rng, COLOURS, colour))
-    chain = chains.heard_and_seen([source], [source, other], chains.sounds(source))
+    make = cast(rng, name)
+    things = source, other = [make[0].sounds(colour=colour), make[1](colour=pick(rng, COLOURS, colour))]
+    chain = chains.heard_and_seen([source], things, chains.sounds(source))
     wrong = [chains.noun(other), f"{colour} {other.name}", f"{other.colour} {name}"]
-    return Staged([source, other], "what does the sound come from ?", chain, wrong)
+    return Staged(things, "what does the sound come from ?", chain, wrong)
 
 
 CHOICES = (

@@ -14,7 +14,7 @@ import numpy as np
 
 from crab.world import chains
 from crab.world.scene import CLASSES, COLOURS, Interval, Thing, sample_thing
-from crab.world.staging import cast, others, pick
+from crab.world.staging import cast, makers, others, pick
 
 
 class Reference(NamedTuple):
@@ -41,59 +41,57 @@ def _looks(rng, name, colour, there, times) -> Reference:
     same, third, off, *_ = others(rng, name)
     twin, second_twin = (str(c) for c in rng.permutation([c for c in COLOURS if c != colour])[:2])
     another = rng.random() < 0.5
-    makers = cast(rng, [name, same, name if another else third])
-    target = makers[0](colour=colour if there else twin)
+    make = makers(rng, [name, same, name if another else third])
+    target = make[0](colour=colour if there else twin)
     loud = rng.random() < 0.5
-    seen = [
-        target,
-        makers[1](colour=colour, sounding=times if loud else None),
-        makers[2](**({"colour": second_twin} if another else {})),
-    ]
+    beside = make[1](colour=colour, sounding=times if loud else None)
+    seen = [target, beside, make[2](**({"colour": second_twin} if another else {}))]
     unseen = [] if loud else [_off_screen(rng, off, times)]
-    words = f"{colour} {name}"
-    chain = f"{chains.see(seen)} {chains.see([target]) if there else chains.no_sight(words)}"
-    return Reference(f"the {words}", [*seen, *unseen], target, chain)
+    end = chains.see([target]) if there else chains.say("see no", thing=f"{colour} {name}")
+    return Reference(f"the {colour} {name}", [*seen, *unseen], target, f"{chains.see(seen)} {end}")
 
 
 def _place(rng, name, colour, there, times) -> Reference:
     """As "the bell at top left": if it is not there, it is elsewhere."""
     other, third, off, *_ = others(rng, name)
     another = rng.random() < 0.5
-    makers = cast(rng, [name, other, name if another else third])
-    target, beside = makers[0](colour=colour), makers[1]()
-    seen = [target, beside, makers[2](**({"colour": pick(rng, COLOURS, colour)} if another else {}))]
+    make = makers(rng, [name, other, name if another else third])
+    target, beside = make[0](colour=colour), make[1]()
+    seen = [target, beside, make[2](**({"colour": pick(rng, COLOURS, colour)} if another else {}))]
     at_place = target if there else beside
-    chain = f"{chains.see(seen)} {chains.see([at_place])}"
-    return Reference(f"the {name} at {at_place.quadrant}", [*seen, _off_screen(rng, off, times)], target, chain)
+    things = [*seen, _off_screen(rng, off, times)]
+    return Reference(
+        f"the {name} at {at_place.quadrant}", things, target, f"{chains.see(seen)} {chains.see([at_place])}"
+    )
 
 
 def _sounding(rng, name, colour, there, times) -> Reference:
     """As "the thing that sounds": if it is not there, the sound is off screen."""
-    other, third, off, *_ = others(rng, name)
-    makers = cast(rng, [name, other, third])[: 2 + int(rng.integers(2))]
-    target = makers[0](colour=colour, sounding=times if there else None)
-    seen = [target, *(make() for make in makers[1:])]
-    unseen = [] if there else [_off_screen(rng, off, times)]
-    source = target if there else unseen[0]
-    chain = chains.heard_and_seen([source], seen, chains.sounds(target) if there else chains.no_sight(off))
+    *make, off = cast(rng, name)
+    make = make[: 2 + int(rng.integers(2))]
+    target = make[0](colour=colour, sounding=times if there else None)
+    seen = [target, *(m() for m in make[1:])]
+    unseen = [] if there else [_off_screen(rng, off.name, times)]
+    end = chains.sounds(target) if there else chains.say("see no", thing=off.name)
+    chain = chains.heard_and_seen([target] if there else unseen, seen, end)
     return Reference("the thing that sounds", [*seen, *unseen], target, chain)
 
 
 def _looks_and_sound(rng, name, colour, there, times) -> Reference:
     """As "the red bell that sounds": if it is not there, the red bell is silent and another thing sounds."""
-    makers = cast(rng, [name, *others(rng, name)[: 1 + int(rng.integers(2))]])
-    target = makers[0](colour=colour, sounding=times if there else None)
-    seen = [target, makers[1](sounding=None if there else times), *(make() for make in makers[2:])]
-    source = seen[0 if there else 1]
-    chain = chains.heard_and_seen([source], seen, chains.sounds(target) if there else chains.silent(target))
+    make = makers(rng, [name, *others(rng, name)[: 1 + int(rng.integers(2))]])
+    target = make[0](colour=colour, sounding=times if there else None)
+    seen = [target, make[1](sounding=None if there else times), *(m() for m in make[2:])]
+    end = chains.sounds(target) if there else chains.silent(target)
+    chain = chains.heard_and_seen([target if there else seen[1]], seen, end)
     return Reference(f"the {colour} {name} that sounds", seen, target, chain)
 
 
 def _silent(rng, name, colour, there, times) -> Reference:
     """As "the silent thing": if it is not there, all things sound."""
-    makers = cast(rng, [name, *others(rng, name)[: 1 + int(rng.integers(2))]])
-    target = makers[0](colour=colour, sounding=None if there else times)
-    seen = [target, *(make(sounding=times) for make in makers[1:])]
+    make = makers(rng, [name, *others(rng, name)[: 1 + int(rng.integers(2))]])
+    target = make[0](colour=colour, sounding=None if there else times)
+    seen = [target, *(m(sounding=times) for m in make[1:])]
     heard = seen[1:] if there else seen
     ends = [chains.silent(target)] if there else [chains.sounds(t) for t in chains.by_place(heard)]
     return Reference("the silent thing", seen, target, chains.heard_and_seen(heard, seen, *ends))

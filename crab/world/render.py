@@ -49,15 +49,6 @@ def silhouette(name: str, width: int, height: int) -> np.ndarray:
     return inside & full
 
 
-@lru_cache(maxsize=256)
-def _texture(name: str, width: int, height: int) -> np.ndarray:
-    """Brightness of the surface, [height, width, 1] in 0..1: plain, or stripes across or along."""
-    kind = CLASSES.index(name) % 3 if name in CLASSES else 0
-    rows, columns = np.indices((height, width))
-    stripe = (0 * rows, rows // 8 % 2, columns // 8 % 2)[kind]
-    return np.where(stripe, 0.65, 1.0)[..., None]
-
-
 @lru_cache(maxsize=64)
 def _expression(emotion: str, width: int, height: int) -> np.ndarray:
     """Dark features of a face (eyes, brows, mouth): bool [height, width]."""
@@ -94,20 +85,14 @@ def _background(pattern: int, shift: int) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _surface(name: str, colour: str, dim: bool, emotion: str | None, width: int, height: int) -> np.ndarray:
-    """The pixels of a thing's box, uint8 [height, width, 3]."""
+    """The pixels of a thing's box, uint8 [height, width, 3]: plain, or striped across or along."""
+    rows, columns = np.indices((height, width))
+    stripes = (0 * rows, rows // 8 % 2, columns // 8 % 2)[CLASSES.index(name) % 3 if name in CLASSES else 0]
     rgb = np.asarray(_RGB[colour], float) * (0.45 if dim else 1.0)
-    surface = (rgb * _texture(name, width, height)).astype(np.uint8)
+    surface = (rgb * np.where(stripes, 0.65, 1.0)[..., None]).astype(np.uint8)
     if emotion:
         surface[_expression(emotion, width, height)] = 15
     return surface
-
-
-def _paint(image: np.ndarray, thing: Thing, second: int) -> None:
-    x1, y1, x2, y2 = thing.box(second)
-    size = x2 - x1, y2 - y1
-    dim = thing.motion == "flashing" and second % 2 == 1
-    surface = _surface(thing.name, thing.colour, dim, thing.emotion, *size)
-    np.copyto(image[y1:y2, x1:x2], surface, where=silhouette(thing.name, *size)[..., None])
 
 
 def frame(scene: Scene, second: int) -> np.ndarray:
@@ -115,7 +100,11 @@ def frame(scene: Scene, second: int) -> np.ndarray:
     image = _background(scene.background, scene.pan * second).copy()
     for thing in scene.things:
         if thing.seen_at(second):
-            _paint(image, thing, second)
+            x1, y1, x2, y2 = thing.box(second)
+            size = x2 - x1, y2 - y1
+            dim = thing.motion == "flashing" and second % 2 == 1
+            surface = _surface(thing.name, thing.colour, dim, thing.emotion, *size)
+            np.copyto(image[y1:y2, x1:x2], surface, where=silhouette(thing.name, *size)[..., None])
     return image
 
 
@@ -184,3 +173,8 @@ def waveform(scene: Scene) -> np.ndarray:
         loop = np.roll(sound_loop(thing.heard_emotion or thing.name), -thing.shift)
         mix[start * SAMPLE_RATE : end * SAMPLE_RATE] += 0.4 * thing.gain * np.tile(loop, end - start)
     return np.clip(mix, -1, 1).astype(np.float32)
+
+
+def second_of_sound(scene: Scene, second: int) -> np.ndarray:
+    """The sound of one second: float32 [16000]."""
+    return waveform(scene)[second * SAMPLE_RATE : (second + 1) * SAMPLE_RATE]

@@ -1,23 +1,22 @@
-"""Scenes made for a wanted answer: which random stream draws what, and labels in balance."""
+"""Scenes made for a wanted answer: labels in balance, things in different quadrants, and the record that comes of them."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from crab import tasks
 from crab.world.scene import CLASSES, SECONDS, Interval, Scene, Thing, sample_interval, sample_thing
-
-ALWAYS = (0, SECONDS)
-OFF_SCREEN = {"visible": None}
-
-Maker = Callable[..., Thing]
 
 # Scenes with an id below this are for the training of the base model only. Above it each slot and split has a block of
 # this many ids. So every id has one owner, and a build with more samples keeps the scenes of a smaller one.
 BASE_IDS = 2**20
+
+Moment = tuple[Scene, int]  # a scene and one of its seconds
 
 
 def scene_id(slot: str, split: str, number: int) -> int:
@@ -27,6 +26,19 @@ def scene_id(slot: str, split: str, number: int) -> int:
             f"scene {number} of {slot}/{split}: a split has room for {BASE_IDS} scenes; build fewer records"
         )
     return (zlib.crc32(f"{slot}/{split}".encode()) + 1) * BASE_IDS + number
+
+
+@dataclass(frozen=True)
+class View:
+    """One record, its scenes, and what its files show: path below the media slot's folder -> what is rendered there."""
+
+    record: dict
+    scenes: tuple[Scene, ...]
+    video: dict[str, Scene] = field(default_factory=dict)
+    audio: dict[str, Scene] = field(default_factory=dict)
+    image: dict[str, Moment] = field(default_factory=dict)
+    second: dict[str, Moment] = field(default_factory=dict)  # one second of sound
+    mask: dict[str, tuple[tuple[Thing, ...], int]] = field(default_factory=dict)  # of these things together
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,24 @@ class Stage:
         order = [int(i) for i in rng.permutation(len(things))]
         return Scene(self.scene_id(which), int(rng.integers(8)), tuple(things[i] for i in order))
 
+    def answer(self, chain: str, truth: Any) -> dict[str, str]:
+        """The record's answer field: a chain, then the tagged answer."""
+        text = tasks.answer(self.slot, truth)
+        return {tasks.get_slot(self.slot).answer_field: f"{chain} {text}" if chain else text}
+
+    def clip(self, scene: Scene, chain: str, truth: Any, path: str = "", form: str = "mp4", **fields) -> View:
+        """A record about one video and its sound.
+
+        Args:
+            path: the two files without their endings; by default the stem.
+            form: the ending of the video.
+            fields: other fields of the record, in order; the answer comes after them.
+        """
+        path = path or self.stems[0]
+        record = {"video_path": f"{path}.{form}", "audio_path": f"{path}.mp3", **fields, **self.answer(chain, truth)}
+        record["scene"] = scene.id
+        return View(record, (scene,), video={f"video/{path}.{form}": scene}, audio={f"audio/{path}.mp3": scene})
+
 
 def skewed(**shares: int) -> tuple[str, ...]:
     """Labels for :meth:`Stage.wanted`, each as often as its share."""
@@ -91,26 +121,36 @@ def others(rng: np.random.Generator, *taken: str) -> list[str]:
     return [str(name) for name in rng.permutation([c for c in CLASSES if c not in taken])]
 
 
-def cast(rng: np.random.Generator, names: Sequence[str]) -> list[Maker]:
-    """A maker for each of up to four things, each in its own quadrant.
+@dataclass(frozen=True)
+class Maker:
+    """Makes a thing of one class in one quadrant. It takes the fields to fix (`motion`, ...) and draws the others."""
 
-    A maker takes the fields to fix (`visible`, `sounding`, `motion`, ...) and draws the others.
-    """
-    places = [int(q) for q in rng.permutation(4)]
-    return [
-        lambda name=name, place=place, **fixed: sample_thing(rng, name, place, **{"visible": ALWAYS, **fixed})
-        for name, place in zip(names, places, strict=False)
-    ]
+    rng: np.random.Generator
+    name: str
+    quadrant: int
+
+    def __call__(self, **fixed) -> Thing:
+        """On screen throughout and silent, if nothing else is fixed."""
+        return sample_thing(self.rng, self.name, self.quadrant, **fixed)
+
+    def sounds(self, shortest: int = 3, **fixed) -> Thing:
+        """It sounds for some seconds."""
+        return self(sounding=sample_interval(self.rng, shortest), **fixed)
+
+    def sounds_anywhere(self, sounding: Interval | None = None, shortest: int = 3, **fixed) -> Thing:
+        """It sounds for some seconds, or then, on or off screen."""
+        sounding = sounding or sample_interval(self.rng, shortest)
+        return self(sounding=sounding, **({} if self.rng.random() < 0.5 else {"visible": None}), **fixed)
 
 
-def somewhere(rng: np.random.Generator) -> dict:
-    """The field of a thing that is on screen throughout, or off screen."""
-    return {} if rng.random() < 0.5 else OFF_SCREEN
+def makers(rng: np.random.Generator, names: Sequence[str]) -> list[Maker]:
+    """Makers of up to four things, each in its own quadrant."""
+    return [Maker(rng, name, int(place)) for name, place in zip(names, rng.permutation(4), strict=False)]
 
 
-def sound_somewhere(rng: np.random.Generator, make: Maker) -> Thing:
-    """A thing that sounds for three seconds or more, on or off screen."""
-    return make(sounding=sample_interval(rng, 3), **somewhere(rng))
+def cast(rng: np.random.Generator, *names: str) -> list[Maker]:
+    """Makers of four things: of these classes, then of others."""
+    return makers(rng, [*names, *others(rng, *names)])
 
 
 def around(rng: np.random.Generator, core: Interval) -> tuple[Interval, Interval]:
@@ -121,11 +161,8 @@ def around(rng: np.random.Generator, core: Interval) -> tuple[Interval, Interval
     return (starts[0], ends[0]), (starts[1], ends[1])
 
 
-def apart(rng: np.random.Generator, swap: bool = False) -> tuple[Interval, Interval]:
-    """Two intervals of at least two seconds. The first begins at least two seconds before the second; `swap` turns them
-    round.
-    """
+def apart(rng: np.random.Generator) -> tuple[Interval, Interval]:
+    """Two intervals of at least two seconds. The first begins at least two seconds before the second."""
     late = int(rng.integers(2, SECONDS - 1))
     early = int(rng.integers(0, late - 1))
-    first, second = ((start, int(rng.integers(start + 2, SECONDS + 1))) for start in (early, late))
-    return (second, first) if swap else (first, second)
+    return tuple((start, int(rng.integers(start + 2, SECONDS + 1))) for start in (early, late))

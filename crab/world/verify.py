@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from crab.world import chains
 from crab.world.chains import NUMBERS, VOICE
 from crab.world.generate import SUMMARY
 from crab.world.scene import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, QUADRANTS, Interval, Scene, Thing
+from crab.world.staging import View
 from crab.world.views import view
-from crab.world.views.view import View
 
 TRUE, FALSE, UNREADABLE = "true", "false", "unreadable"
 
@@ -98,25 +98,19 @@ def known(root: str | os.PathLike) -> bool:
 
 def _evidence(slot: str, one: View) -> Evidence:
     folder = f"{tasks.FOLDER}/{tasks.get_slot(slot).media_slot}/"
-    moments = {name: moment(*at) for name, at in (*one.image.items(), *one.second.items())}
-    sources: dict[str, Scene] = {**one.video, **one.audio, **moments}
-    items = [(item.kind, sources[item.path.removeprefix(folder)]) for item in tasks.media_paths(slot, one.record)]
-    return Evidence(
-        tuple(scene for kind, scene in items if kind != "audio"),
-        tuple(scene for kind, scene in items if kind == "audio"),
-    )
+    sources = {**one.video, **one.audio, **{name: moment(*at) for name, at in (one.image | one.second).items()}}
+    items = [
+        (item.kind == "audio", sources[item.path.removeprefix(folder)]) for item in tasks.media_paths(slot, one.record)
+    ]
+    return Evidence(*(tuple(scene for audio, scene in items if audio is heard) for heard in (False, True)))
 
 
 def moment(scene: Scene, second: int) -> Scene:
     """The scene with only what is seen and heard in one second. Intervals keep their whole length."""
-    things = (
-        replace(
-            t,
-            visible=t.visible if t.seen_at(second) else None,
-            sounding=t.sounding if t.heard_at(second) else None,
-        )
-        for t in scene.things
-    )
+    things = []
+    for t in scene.things:
+        seen, heard = t.visible if t.seen_at(second) else None, t.sounding if t.heard_at(second) else None
+        things.append(replace(t, visible=seen, sounding=heard))
     return replace(scene, things=tuple(things))
 
 
@@ -144,11 +138,11 @@ def verify(text: str, shown: Evidence) -> list[Verdict]:
     """The verdict on each statement of a chain, in order. The text may be any text."""
     if len(text) > LONGEST:
         return [Verdict(s, UNREADABLE) for s in statements(text)]
-    facts = _Facts(shown)
+    facts = _facts(shown)
     verdicts: list[Verdict] = []
     before: list[_Claim] = []
     for statement in statements(text):
-        claim = _judge(statement, facts, before)
+        claim = _judge(statement, *facts, before)
         verdicts.append(Verdict(statement, UNREADABLE if claim is None else TRUE if claim.holds else FALSE))
         before.append(claim or _Claim(False))
     return verdicts
@@ -161,69 +155,33 @@ def verify_answer(slot: str | tasks.Slot, text: str, shown: Evidence) -> list[Ve
 
 # ---------------------------------------------------------------- the grammar
 
-
-def _any(words: Sequence[str], name: str) -> str:
-    return f"(?P<{name}>{'|'.join(words)})"
-
-
-_NAME, _SOURCE = _any((*CLASSES, FACE), "name"), _any((*CLASSES, VOICE), "name")
-_COLOUR, _EMOTION = _any(COLOURS, "colour"), _any(EMOTIONS, "emotion")
-_TIMES = "(?P<times>from [0-9]{1,4} to [0-9]{1,4})"
-_SIGHT = re.compile(
-    f"an? (?:{_COLOUR} )?{_NAME}(?: showing {_EMOTION}| {_any(MOTIONS, 'motion')})?"
-    f"(?: at {_any(QUADRANTS, 'quadrant')})?(?: {_TIMES})?"
-)
-_SOUND = re.compile(f"an? {_SOURCE}(?: showing {_EMOTION})?(?: {_TIMES})?")
-#: What the blanks of `chains.STATEMENTS` may hold.
-_BLANKS = {
-    "thing": f"(?:{_COLOUR} )?{_NAME}",
-    "colour": _COLOUR,
-    "name": _NAME,
-    "source": _SOURCE,
-    "sights": "(?P<sights>.+)",
-    "sounds": "(?P<sounds>.+)",
-    "state": _any((chains.SOUNDS, chains.SILENT), "state"),
-    "times": _TIMES,
-    "what": _any(("seen", "heard", "seen and heard"), "what"),
-    **{name: _any(NUMBERS, name) for name in ("which", "number", "seen", "heard")},
+_WORDS = {
+    "colour": COLOURS,
+    "name": (*CLASSES, FACE),
+    "source": (*CLASSES, VOICE),
+    "motion": MOTIONS,
+    "emotion": EMOTIONS,
+    "quadrant": QUADRANTS,
+    "state": (chains.SOUNDS, chains.SILENT),
+    "what": ("seen", "heard", "seen and heard"),
+    **dict.fromkeys(("which", "number", "seen", "heard"), NUMBERS),
+    "times": ("from [0-9]{1,4} to [0-9]{1,4}",),
+    "sights": (".+",),
+    "sounds": (".+",),
 }
+#: What fills each blank of a statement, as a pattern.
+_BLANKS = {blank: f"(?P<{blank}>{'|'.join(words)})" for blank, words in _WORDS.items()}
+_BLANKS["thing"] = "(?:{colour} )?{name}".format(**_BLANKS)
+_SIGHT, _SOUND = (
+    re.compile(text.format(**_BLANKS))
+    for text in (
+        "an? {thing}(?: showing {emotion}| {motion})?(?: at {quadrant})?(?: {times})?",
+        "an? {source}(?: showing {emotion})?(?: {times})?",
+    )
+)
 _PATTERNS = {kind: re.compile(text.format(**_BLANKS)) for kind, text in chains.STATEMENTS.items()}
 
-Words = dict[str, str]  # what is said of a thing, or all that can be said of it, by blank
-
-
-class _Facts:
-    """All that can be said of what is shown and played.
-
-    Attributes:
-        videos, plays: for each medium, the words of each thing that is seen or heard in it.
-        sights, sounds: the same of all media together.
-    """
-
-    def __init__(self, shown: Evidence) -> None:
-        heard = {(scene.id, t.centre, t.name) for scene in shown.heard for t in scene.sounding}
-        self.videos = [
-            [_sight_words(t, (scene.id, t.centre, t.name) in heard) for t in scene.visible] for scene in shown.seen
-        ]
-        self.plays = [[_sound_words(t) for t in scene.sounding] for scene in shown.heard]
-        self.sights, self.sounds = sum(self.videos, []), sum(self.plays, [])
-
-
-def _sight_words(thing: Thing, heard: bool) -> Words:
-    return {
-        "colour": thing.colour,
-        "name": thing.name,
-        "emotion": thing.emotion,
-        "motion": thing.motion,
-        "quadrant": thing.quadrant,
-        "times": chains.lasting(thing.visible),
-        "state": chains.SOUNDS if heard else chains.SILENT,
-    }
-
-
-def _sound_words(thing: Thing) -> Words:
-    name = VOICE if thing.name == FACE else thing.name
-    return {"name": name, "emotion": thing.heard_emotion, "times": chains.lasting(thing.sounding)}
+Words = dict[str, str]  # blank -> what is said of a thing there, or what can be said
 
 
 class _Claim(NamedTuple):
@@ -233,39 +191,61 @@ class _Claim(NamedTuple):
     intervals: tuple[Interval, ...] = ()
 
 
-def _judge(statement: str, facts: _Facts, before: Sequence[_Claim]) -> _Claim | None:
+def _facts(shown: Evidence) -> tuple[list[list[Words]], list[list[Words]]]:
+    """All that can be said of each thing seen, for each video or picture, and of each thing heard, for each sound."""
+    heard = {(scene.id, t.centre, t.name) for scene in shown.heard for t in scene.sounding}
+
+    def sight(scene: Scene, t: Thing) -> Words:
+        words = {name: getattr(t, name) for name in ("colour", "name", "emotion", "motion", "quadrant")}
+        state = chains.SOUNDS if (scene.id, t.centre, t.name) in heard else chains.SILENT
+        return {**words, "times": chains.lasting(t.visible), "state": state}
+
+    def sound(t: Thing) -> Words:
+        source = VOICE if t.name == FACE else t.name
+        return {"source": source, "emotion": t.heard_emotion, "times": chains.lasting(t.sounding)}
+
+    sights = [[sight(scene, t) for t in scene.visible] for scene in shown.seen]
+    return sights, [[sound(t) for t in scene.sounding] for scene in shown.heard]
+
+
+def _judge(
+    statement: str, videos: list[list[Words]], plays: list[list[Words]], before: Sequence[_Claim]
+) -> _Claim | None:
     """The claim of a statement; None if it is unreadable."""
-    matches = ((kind, pattern.fullmatch(statement)) for kind, pattern in _PATTERNS.items())
-    kind, match = next((pair for pair in matches if pair[1]), (None, None))
-    words = _words(match) if match else {}
+    sights, sounds = sum(videos, []), sum(plays, [])
+    for kind, pattern in _PATTERNS.items():
+        if match := pattern.fullmatch(statement):
+            break
+    else:
+        return None
+    said = _said(match)
     match kind:
-        case "see no":
-            return _Claim(not _all_there([words], facts.sights))
+        case "see no" | "source":
+            return _Claim(_all_there([said], sights) == (kind == "source"))
         case "hear no":
-            return _Claim(not _all_there([words], facts.sounds))
+            return _Claim(not _all_there([said], sounds))
         case "see":
-            return _listed(words["sights"], _SIGHT, facts.sights)
+            return _listed(said["sights"], _SIGHT, sights)
         case "hear":
-            return _listed(words["sounds"], _SOUND, facts.sounds)
+            return _listed(said["sounds"], _SOUND, sounds)
         case "video":
-            return _of_medium(words["which"], words["sights"], _SIGHT, facts.videos)
+            return _listed(said["sights"], _SIGHT, _medium(videos, said["which"]))
         case "sound":
-            return _of_medium(words["which"], words["sounds"], _SOUND, facts.plays)
-        case "source":
-            return _Claim(_all_there([words], facts.sights))
+            return _listed(said["sounds"], _SOUND, _medium(plays, said["which"]))
         case "first":
-            return _Claim(_is_first(words["name"], facts.sounds))
+            starts = [(_interval(s["times"])[0], s["source"] == said["source"]) for s in sounds]
+            own, other = ([start for start, its in starts if its is wanted] for wanted in (True, False))
+            return _Claim(bool(own) and all(min(own) < start for start in other))
         case "both":
-            return _both(_interval(words["times"]), before[-2:])
-        case "count":
-            return _Claim(_counts({words["what"]: words["number"]}, facts))
-        case "counts":
-            return _Claim(_counts(words, facts))
-    return None
+            return _both(_interval(said["times"]), before[-2:])
+    both = sum(s["state"] == chains.SOUNDS for s in sights)
+    counts = {"seen": len(sights), "heard": len(sounds), "seen and heard": both}
+    numbers = {said["what"]: said["number"]} if kind == "count" else said
+    return _Claim(all(counts[what] == NUMBERS.index(number) for what, number in numbers.items()))
 
 
-def _words(match: re.Match) -> Words:
-    return {name: words for name, words in match.groupdict().items() if words is not None}
+def _said(match: re.Match) -> Words:
+    return {blank: words for blank, words in match.groupdict().items() if words is not None}
 
 
 def _interval(times: str) -> Interval:
@@ -273,26 +253,22 @@ def _interval(times: str) -> Interval:
     return int(start), int(end)
 
 
-def _listed(text: str, pattern: re.Pattern, things: Sequence[Words]) -> _Claim | None:
-    """The claim that all things of a list are there; None if one cannot be read."""
-    if text == chains.NOTHING:
-        return _Claim(not things)
-    matches = [pattern.fullmatch(part) for part in text.split(" and ")]
-    if None in matches:
+def _medium(media: list[list[Words]], which: str) -> list[Words] | None:
+    """The things of one of several media; None if the prompt has no such medium."""
+    return dict(zip(NUMBERS[1:], media, strict=False)).get(which) if len(media) > 1 else None
+
+
+def _listed(text: str, pattern: re.Pattern, things: list[Words] | None) -> _Claim | None:
+    """The claim that all things of a list are there; None if it cannot be read or refers to nothing."""
+    matches = [pattern.fullmatch(part) for part in text.split(" and ")] if text != chains.NOTHING else []
+    if things is None or None in matches:
         return None
-    said = [_words(match) for match in matches]
-    return _Claim(_all_there(said, things), tuple(_interval(s["times"]) for s in said if "times" in s))
+    said = [_said(match) for match in matches]
+    holds = _all_there(said, things) if said else not things
+    return _Claim(holds, tuple(_interval(s["times"]) for s in said if "times" in s))
 
 
-def _of_medium(which: str, text: str, pattern: re.Pattern, media: Sequence[Sequence[Words]]) -> _Claim | None:
-    """The claim about one of several videos or sounds; None if the prompt has no such medium."""
-    place = NUMBERS.index(which) - 1
-    if len(media) < 2 or not 0 <= place < len(media):
-        return None
-    return _listed(text, pattern, media[place])
-
-
-def _all_there(said: Sequence[Words], things: Sequence[Words]) -> bool:
+def _all_there(said: list[Words], things: list[Words]) -> bool:
     """Whether each thing that is said fits its own one of those there: a bipartite matching by augmenting paths."""
     chosen: dict[int, int] = {}  # index of a thing there -> index of a thing said
 
@@ -308,26 +284,10 @@ def _all_there(said: Sequence[Words], things: Sequence[Words]) -> bool:
     return len(said) <= len(things) and all(fits(one, set()) for one in range(len(said)))
 
 
-def _is_first(name: str, sounds: Iterable[Words]) -> bool:
-    starts: dict[bool, list[int]] = {True: [], False: []}
-    for sound in sounds:
-        starts[sound["name"] == name].append(_interval(sound["times"])[0])
-    return bool(starts[True]) and all(min(starts[True]) < start for start in starts[False])
-
-
 def _both(interval: Interval, pair: Sequence[_Claim]) -> _Claim | None:
-    """The claim that two statements, each with one interval, hold during their overlap; None if there are no such two."""
+    """The claim that two statements, each with one interval, hold during their overlap; None if there are not two."""
     if len(pair) < 2 or any(len(claim.intervals) != 1 for claim in pair):
         return None
     starts, ends = zip(*(claim.intervals[0] for claim in pair), strict=True)
     start, end = max(starts), min(ends)
     return _Claim(start < end and interval == (start, end) and all(claim.holds for claim in pair))
-
-
-def _counts(numbers: Words, facts: _Facts) -> bool:
-    counts = {
-        "seen": len(facts.sights),
-        "heard": len(facts.sounds),
-        "seen and heard": sum(thing["state"] == chains.SOUNDS for thing in facts.sights),
-    }
-    return all(counts[what] == NUMBERS.index(number) for what, number in numbers.items())

@@ -1,8 +1,8 @@
 """The records of each slot, with their scenes and media: one module per task family, each with a table ``VIEWS``.
 
 A view stages a scene for a wanted label and writes the record in the slot's own fields. Its answer is a chain of true
-statements (:mod:`crab.world.chains`), then the tagged answer (:mod:`crab.tasks`). Every record also holds ``scene``, the
-id of its scene (a list of two for a pair). To add a view: see :mod:`crab.world`.
+statements (:mod:`crab.world.chains`), then the tagged answer (:mod:`crab.tasks`). Every record also holds ``scene``,
+the id of its scene (a list of two for a pair). To add a view: see :mod:`crab.world`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from crab import tasks
-from crab.world.staging import Stage
+from crab.world.staging import Stage, View
 from crab.world.views import actions, captions, emotions, matching, questions, when, where
-from crab.world.views.view import View
 
 _ALL = {
     name: make

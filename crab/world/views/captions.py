@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from crab.world import chains
 from crab.world.scene import sample_scene
-from crab.world.staging import Stage
-from crab.world.views.view import View, clip
+from crab.world.staging import Stage, View
 
 
 def avcap(stage: Stage) -> View:
     """VALOR: all that is seen and heard, where and when."""
     scene = sample_scene(stage.scene_id(), stage.seed)
-    return clip(stage, scene, "", chains.caption(scene), video_id=stage.stems[0])
+    return stage.clip(scene, "", chains.caption(scene), video_id=stage.stems[0])
 
 
 VIEWS = {"avcap": avcap}

@@ -1,16 +1,14 @@
-"""Emotion recognition: what a face shows and a voice tells. Five data sets have their own labels, shares and staging."""
+"""Emotion recognition: what a face shows and a voice tells. Each data set has its own labels, shares and staging."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from crab.world import chains
 from crab.world.scene import COLOURS, EMOTIONS, FACE, Thing, sample_interval
-from crab.world.staging import OFF_SCREEN, Stage, cast, others, pick, skewed, somewhere
-from crab.world.views.view import View, clip
+from crab.world.staging import Stage, View, cast, makers, pick, skewed
 
 #: Labels that are emotions of the world by another name.
 _NAMES = {"joy": "happy", "happiness": "happy", "sadness": "sad", "angry": "anger", "worried": "fear"}
@@ -33,102 +31,73 @@ def _felt(label: str) -> dict[str, str | None]:
 
 def _studio(stage: Stage, rng, felt: dict) -> Staged:
     """CREMA-D: one face alone."""
-    (make,) = cast(rng, [FACE])
-    face = make(sounding=sample_interval(rng, 5), **felt)
+    (make,) = makers(rng, [FACE])
+    face = make.sounds(5, **felt)
     return [face], f"{chains.see([face])} {chains.hear([face])}"
 
 
 def _dialogue(stage: Stage, rng, felt: dict) -> Staged:
-    """MELD: short lines. In half of the clips a second face listens."""
-    makers = cast(rng, [FACE, FACE])
-    speaker = makers[0](sounding=sample_interval(rng, 1, 3), **felt)
+    """MELD: short lines. In half of the clips a second face listens, of another colour and emotion."""
+    make = makers(rng, [FACE, FACE])
+    speaker = make[0](sounding=sample_interval(rng, 1, 3), **felt)
     faces = [speaker]
-    if (
-        rng.random() < 0.5
-    ):  # another colour, so that words can tell them apart, and another emotion, so that the voice can
+    if rng.random() < 0.5:
         colour = pick(rng, COLOURS, speaker.colour)
-        faces.append(makers[1](colour=colour, emotion=pick(rng, EMOTIONS, speaker.emotion)))
+        faces.append(make[1](colour=colour, emotion=pick(rng, EMOTIONS, speaker.emotion)))
     return faces, f"{chains.see(faces)} {chains.hear([speaker])} {chains.sounds(speaker)}"
 
 
 def _noise(stage: Stage, rng, felt: dict) -> Staged:
     """MER2024: a voice under two or three louder sounds, on or off screen."""
-    make, *makers = cast(rng, [FACE, *others(rng)[:3]])
-    face = make(sounding=sample_interval(rng, 5), gain=0.35, **felt)
-    clutter = [
-        make(sounding=sample_interval(rng, 6), gain=0.7, **somewhere(rng))
-        for make in makers[: 2 + int(rng.integers(2))]
-    ]
+    make = cast(rng, FACE)
+    face = make[0].sounds(5, gain=0.35, **felt)
+    clutter = [m.sounds_anywhere(shortest=6, gain=0.7) for m in make[1 : 3 + int(rng.integers(2))]]
     return [face, *clutter], f"{chains.see([face])} {chains.hear([face], times=False)}"
 
 
 def _in_the_wild(stage: Stage, rng, felt: dict) -> Staged:
     """MAFW: a face, and sometimes a silent thing. Four of the labels are compounds."""
-    makers = cast(rng, [FACE, *others(rng)[:1]])
-    face = makers[0](sounding=sample_interval(rng, 5), **felt)
-    beside = [makers[1]()] if rng.random() < 0.4 else []
+    make = cast(rng, FACE)
+    face = make[0].sounds(5, **felt)
+    beside = [make[1]()] if rng.random() < 0.4 else []
     return [face, *beside], f"{chains.see([face])} {chains.hear([face], times=False)}"
 
 
 def _film(stage: Stage, rng, felt: dict) -> Staged:
     """DFEW: the face is there for a while only and often says nothing."""
     sound = stage.wanted(("voice", "voice", "thing", "silence"), "sound")
-    makers = cast(rng, [FACE, *others(rng)[:1]])
+    make = cast(rng, FACE)
     visible = sample_interval(rng, 5)
-    face = makers[0](visible=visible, sounding=visible if sound == "voice" else None, **felt)
-    unseen = [makers[1](**OFF_SCREEN, sounding=sample_interval(rng, 4))] if sound == "thing" else []
+    face = make[0](visible=visible, sounding=visible if sound == "voice" else None, **felt)
+    unseen = [make[1].sounds(4, visible=None)] if sound == "thing" else []
     heard = [t for t in (face, *unseen) if t.sounding]
     return [face, *unseen], f"{chains.see([face], times=True)} {chains.hear(heard, times=False)}"
 
 
-class _DataSet(NamedTuple):
-    """Its labels in their shares, the record's field of the label, and how a clip is staged."""
-
-    labels: tuple[str, ...]
-    field: str
-    stage: Callable[[Stage, np.random.Generator, dict], Staged]
-
-
-#: Shares are near those of the published sets. The rarest are raised, so that a hundred test records hold each label.
-_DATA_SETS = {
-    "cremad": _DataSet(EMOTIONS[:-1], "emotion", _studio),
-    "meld": _DataSet(
-        skewed(neutral=17, joy=6, surprise=4, anger=4, sadness=3, disgust=1, fear=1),
-        "Emotion",
-        _dialogue,
-    ),
-    "mer24": _DataSet(skewed(neutral=5, angry=5, happy=4, sad=3, worried=2, surprise=1), "discrete", _noise),
-    "mafw": _DataSet(
-        skewed(
-            anger=5,
-            sadness=5,
-            happiness=4,
-            neutral=4,
-            surprise=3,
-            anxiety=3,
-            disgust=2,
-            fear=2,
-            contempt=2,
-            disappointment=2,
-            helplessness=2,
-        ),
-        "emotion",
-        _in_the_wild,
-    ),
-    "dfew": _DataSet(
-        skewed(neutral=6, happy=5, angry=4, sad=4, surprise=3, fear=2, disgust=1),
-        "emotion",
-        _film,
-    ),
+_MELD = skewed(neutral=17, joy=6, surprise=4, anger=4, sadness=3, disgust=1, fear=1)
+_MER = skewed(neutral=5, angry=5, happy=4, sad=3, worried=2, surprise=1)
+_MAFW = (
+    *skewed(anger=5, sadness=5, happiness=4, neutral=4, surprise=3, anxiety=3, disgust=2, fear=2),
+    *skewed(contempt=2, disappointment=2, helplessness=2),
+)
+_DFEW = skewed(neutral=6, happy=5, angry=4, sad=4, surprise=3, fear=2, disgust=1)
+#: Slot -> its labels, the record's field of the label, and how a clip is staged. The shares of the labels are near those
+#: of the published sets. The rarest are raised, so that a hundred test records hold each label.
+_SETS: dict[str, tuple[tuple[str, ...], str, Callable[[Stage, np.random.Generator, dict], Staged]]] = {
+    "cremad": (tuple(e for e in EMOTIONS if e != "surprise"), "emotion", _studio),
+    "meld": (_MELD, "Emotion", _dialogue),
+    "mer24": (_MER, "discrete", _noise),
+    "mafw": (_MAFW, "emotion", _in_the_wild),
+    "dfew": (_DFEW, "emotion", _film),
 }
 
 
 def emotion(stage: Stage) -> View:
     """The emotion of the one face, or of the face that speaks."""
-    labels, field, staged = _DATA_SETS[stage.slot]
+    labels, field, staged = _SETS[stage.slot]
     rng, label = stage.rng(), stage.wanted(labels, "emotion")
     things, chain = staged(stage, rng, _felt(label))
-    return clip(stage, stage.scene(rng, things), chain, label, **{field: label})
+    return stage.clip(stage.scene(rng, things), chain, label, **{field: label})
 
 
-VIEWS = dict.fromkeys(_DATA_SETS, emotion)
+VIEWS = dict.fromkeys(_SETS, emotion)

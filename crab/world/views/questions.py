@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 from crab.world.questions import CHOICES, OFFERED, QUESTIONS
-from crab.world.staging import Stage
-from crab.world.views.view import View, clip
+from crab.world.staging import Stage, View
 
 
 def avqa(stage: Stage) -> View:
@@ -22,7 +21,7 @@ def avqa(stage: Stage) -> View:
         "question": text,
         "answer": value,
     }
-    return clip(stage, stage.scene(rng, things), chain, value, **fields)
+    return stage.clip(stage.scene(rng, things), chain, value, **fields)
 
 
 def avqa_thu(stage: Stage) -> View:
@@ -43,7 +42,7 @@ def avqa_thu(stage: Stage) -> View:
         "question_text": text,
         "answer": place,
     }
-    return clip(stage, scene, chain, value, **fields)
+    return stage.clip(scene, chain, value, **fields)
 
 
 VIEWS = {"avqa": avqa, "avqa_thu": avqa_thu}

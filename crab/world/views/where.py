@@ -11,8 +11,7 @@ from crab.tasks.segmentation import Point, points_inside
 from crab.world import chains, render
 from crab.world.references import REFERENCES, refer, unseen_colour
 from crab.world.scene import CLASSES, COLOURS, LATTICE, SECONDS, Scene, Thing
-from crab.world.staging import Stage, cast, others, pick, skewed
-from crab.world.views.view import Moment, View, answer
+from crab.world.staging import Moment, Stage, View, cast, pick, skewed
 
 
 def _points(mask: np.ndarray, count: int = 3) -> list[Point]:
@@ -24,7 +23,7 @@ def _frame(stage: Stage, folder: str, moment: Moment, chain: str, truth: Any, fi
     """A record about one frame and the second of sound around it. The clip is that one second, so this is frame 0."""
     picture, sound = f"{folder}/frames/0.jpg", f"{folder}/audio.wav"
     path = "image_path" if stage.split == "train" else "visual_path"  # AV-UIE has two names for this field
-    record = {path: picture, "audio_path": sound, **fields, **answer(stage, chain, truth), **(last or {})}
+    record = {path: picture, "audio_path": sound, **fields, **stage.answer(chain, truth), **(last or {})}
     record |= {"frame_idx": 0, "scene": moment[0].id, "second": moment[1]}
     return View(record, (moment[0],), image={picture: moment}, second={sound: moment})
 
@@ -32,10 +31,10 @@ def _frame(stage: Stage, folder: str, moment: Moment, chain: str, truth: Any, fi
 def _sources(stage: Stage, sounding: int, silent: int) -> tuple[Scene, list[Thing], int, str]:
     """A scene with some sounding and some silent things, its sources, the second in which they sound, and the chain."""
     rng, name = stage.rng(), stage.wanted(CLASSES, "source")
-    make = cast(rng, [name, *others(rng, name)[: sounding + silent - 1]])
+    make = cast(rng, name)
     second = int(rng.integers(SECONDS))
     sources = [m(sounding=(second, second + 1)) for m in make[:sounding]]
-    scene = stage.scene(rng, [*sources, *(m() for m in make[sounding:])])
+    scene = stage.scene(rng, [*sources, *(m() for m in make[sounding : sounding + silent])])
     sources = chains.by_place(sources)
     return scene, sources, second, chains.heard_and_seen(sources, scene.visible, *map(chains.sounds, sources))
 
@@ -78,8 +77,8 @@ def ms3(stage: Stage) -> View:
 def ref_avs(stage: Stage) -> View:
     """Ref-AVS: a description of one thing by its looks, place, sound or silence, and its box, points and mask.
 
-    The thing may not be there: in a quarter of the training records and in the test split ``test_n``. Each class has one
-    colour that no training description uses. It is kept for the test split ``test_u``.
+    In a quarter of the training records and in the test split ``test_n`` the thing is not there. Each class has one
+    colour that no training description uses; it is kept for the test split ``test_u``.
     """
     rng, name = stage.rng(), stage.wanted(CLASSES, "class")
     train = stage.split == "train"
