@@ -6,10 +6,9 @@
 - `published`: media as the published loader of Crab+ shows them.
 - `segment`: from a box and points to a mask.
 
-A newcomer may change the sizes of the small model (``base.size`` in params.yaml), add a segmenter that has the signature
+A newcomer may change the sizes of the small model (``base.size`` in params.yaml), add a segmenter with the signature
 `segment.Segmenter`, or add another model. A model is a module with the names that the study uses of `omni`: ``load``,
 ``prepare`` (one sample through its processor), ``encode`` (the frozen encoders), ``collate``, ``generate``,
-``LANGUAGE_TARGETS`` (where adapters go), and the token ids of its configuration that `batches.segments` reads. Then
-`checkpoint.load_base` and `batches.batch` choose between the modules by the model type in ``config.json``, and
-`checkpoint.MODEL_TYPES` lists that type.
+``LANGUAGE_TARGETS`` (where adapters go), and a configuration with the token ids that `batches.segments` reads.
+`checkpoint.load_base` and `batches.batch` then choose the module by the model type in ``config.json``.
 """

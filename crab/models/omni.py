@@ -22,6 +22,10 @@ from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, l
 LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 IGNORE = -100  # label of a token that is not learned
 
+#: A clip with its sound. Their tokens take turns of two seconds, so that what is seen and heard at the same time stands
+#: side by side. All other media stand one after the other.
+CLIP = ("video", "audio")
+
 #: What stands for one item of a prompt before the processor expands it, by kind of media.
 PLACEHOLDER = {
     kind: SPECIAL[f"{sense}_bos_token"] + SPECIAL[f"{kind}_token"] + SPECIAL[f"{sense}_eos_token"]
@@ -73,21 +77,12 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32):
     return model.eval(), processor
 
 
-def interleaves(kinds: Sequence[str]) -> bool:
-    """Whether these media are one clip with its sound. Their tokens then take turns of two seconds.
-
-    This is how Qwen2.5-Omni shows a video with its sound (``load_audio_from_video``): what is seen and heard at the
-    same time stands side by side. Two videos, or two sounds, stand one after the other.
-    """
-    return tuple(kinds) == ("video", "audio")
-
-
 def prompt_text(kinds: Sequence[str], instruction: str, turns: bool = True) -> str:
     """The chat turn up to where the answer begins: one placeholder per item, then the instruction.
 
-    The sound of a clip has no placeholder if it takes turns with the video (`interleaves`): the processor adds it.
+    The sound of a `CLIP` has no placeholder: the processor adds its tokens.
     """
-    shown = ("video",) if turns and interleaves(kinds) else kinds
+    shown = ("video",) if turns and tuple(kinds) == CLIP else kinds
     return f"{START} user {''.join(PLACEHOLDER[kind] for kind in shown)} {instruction} {END} {START} assistant"
 
 
@@ -95,16 +90,16 @@ def prepare(processor, media: Sequence[Media], instruction: str, turns: bool = T
     """Run the processor on one sample (a batch of one). All videos of a sample must have the same fps.
 
     Args:
-        turns: whether a clip and its sound take turns (`interleaves`), or stand one after the other.
+        turns: False puts the sound of a `CLIP` after its frames.
     """
-    kinds = [item.kind for item in media]
+    kinds = tuple(item.kind for item in media)
     data = {kind: [item.data for item in media if item.kind == kind] for kind in PLACEHOLDER}
     options = {}
     if data["video"]:
         options["fps"] = next(item.fps for item in media if item.kind == "video")
     if data["audio"]:
         options["sampling_rate"] = SAMPLE_RATE
-    if turns and interleaves(kinds):
+    if turns and kinds == CLIP:
         options |= {
             "load_audio_from_video": True,
             "audio_from_video_indices": [0],

@@ -1,7 +1,6 @@
 """From a predicted box and points to a mask: by GrabCut, which needs no weights, or by SAM 2.
 
-Both have the signature `Segmenter`; `segmenter` gives one by name. torch is imported for SAM 2 alone, so that scoring with
-GrabCut does not load it.
+torch is imported for SAM 2 alone, so that scoring with GrabCut does not load it.
 """
 
 from __future__ import annotations
@@ -94,9 +93,8 @@ class Sam2:
                 f"'{GRABCUT}', or a folder or hub name of a SAM 2 checkpoint"
             ) from error
         if missing := sorted(loaded["missing_keys"]):  # transformers would leave these weights random
-            raise ValueError(
-                f"segmenter '{name}': {len(missing)} weights are missing, e.g. {missing[0]}; use a whole SAM 2 checkpoint"
-            )
+            problem = f"{len(missing)} weights are missing, e.g. {missing[0]}"
+            raise ValueError(f"segmenter '{name}': {problem}; use a whole SAM 2 checkpoint")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(self.device)
         self.side: int = model.config.prompt_encoder_config.image_size

@@ -60,10 +60,8 @@ class FrameVideoProcessor(BaseVideoProcessor):
     def __init__(self, side: int, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2):
         if side % (patch_size * merge_size):
             raise ValueError(f"side {side} must be a multiple of patch_size * merge_size = {patch_size * merge_size}")
-        self.side = side
-        self.patch_size = patch_size
-        self.temporal_patch_size = temporal_patch_size
-        self.merge_size = merge_size
+        self.side, self.patch_size = side, patch_size
+        self.temporal_patch_size, self.merge_size = temporal_patch_size, merge_size
 
     def __call__(self, videos, return_tensors: str | None = "pt", **_) -> BatchFeature:
         patches, grids = zip(*(self.patchify(np.asarray(video)) for video in videos), strict=True)
@@ -126,7 +124,6 @@ def build_processor(words: Sequence[str], tags: Sequence[str], size: Mapping[str
     pixels = size["image_size"] ** 2
     images = Qwen2VLImageProcessorPil(
         patch_size=size["patch_size"],
-        temporal_patch_size=2,
         merge_size=size["merge_size"],
         size={"shortest_edge": pixels, "longest_edge": pixels},
     )
@@ -160,14 +157,13 @@ def tokens_per_second(processor) -> int:
     return SAMPLE_RATE // processor.feature_extractor.hop_length // 4
 
 
-def build_model(
-    processor: Qwen2_5OmniProcessor, size: Mapping[str, Any], seed: int
-) -> Qwen2_5OmniThinkerForConditionalGeneration:
-    """A thinker with random weights in the shapes of ``size`` (``base.size`` in params.yaml)."""
+def build_model(processor, size: Mapping[str, Any], seed: int) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """A thinker with random weights in the shapes of ``size`` (``base.size`` of params.yaml)."""
     token = processor.tokenizer.convert_tokens_to_ids
     hidden, heads, width = size["hidden_size"], size["num_attention_heads"], size["encoder_size"]
     quarter = hidden // heads // 8
     mel_frames = CLIP_SECONDS * SAMPLE_RATE // size["hop_length"]
+    sections = [2 * quarter, quarter, quarter]
     language = dict(
         vocab_size=len(processor.tokenizer),
         hidden_size=hidden,
@@ -176,11 +172,7 @@ def build_model(
         num_attention_heads=heads,
         num_key_value_heads=size["num_key_value_heads"],
         max_position_embeddings=2048,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": size["rope_theta"],
-            "mrope_section": [2 * quarter, quarter, quarter],
-        },
+        rope_parameters=dict(rope_type="default", rope_theta=size["rope_theta"], mrope_section=sections),
         pad_token_id=token(PAD),
         eos_token_id=token(END),
         tie_word_embeddings=False,
@@ -192,7 +184,6 @@ def build_model(
         num_heads=heads,
         patch_size=size["patch_size"],
         spatial_merge_size=size["merge_size"],
-        temporal_patch_size=2,
         window_size=size["image_size"],
         out_hidden_size=hidden,
         fullatt_block_indexes=list(range(size["vision_layers"])),
@@ -219,7 +210,6 @@ def build_model(
         user_token_id=token("user"),
         position_id_per_seconds=tokens_per_second(processor),  # video and sound keep the same clock
         seconds_per_chunk=CHUNK_SECONDS,
-        tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
     model = Qwen2_5OmniThinkerForConditionalGeneration(config)

@@ -31,13 +31,11 @@ class Bank:
 
     def __init__(self, model, processor, scenes: list[Scene], seed: int, workers: int = 0, through_files: bool = False):
         self.scenes = scenes
-        sources = np.array(
-            [[sum(t.seen_at(s) and t.heard_at(s) for t in scene.things) for s in range(SECONDS)] for scene in scenes]
-        )
-        # any second, or one time in two the one with the most to ask about
+        both = lambda scene, s: sum(t.seen_at(s) and t.heard_at(s) for t in scene.things)  # noqa: E731
+        sources = np.array([[both(scene, s) for s in range(SECONDS)] for scene in scenes])
         rng = np.random.default_rng(seed)
-        random = rng.integers(SECONDS, size=len(sources))
-        self.seconds = np.where(rng.random(len(sources)) < 0.5, random, sources.argmax(1))
+        any_second = rng.integers(SECONDS, size=len(scenes))
+        self.seconds = np.where(rng.random(len(scenes)) < 0.5, any_second, sources.argmax(1))  # the most to ask about
         self.sources = np.take_along_axis(sources, self.seconds[:, None], 1)[:, 0]
         clips = _Clips(processor, scenes, self.seconds, through_files)
         loader = torch.utils.data.DataLoader(clips, batch_size=16, num_workers=workers, collate_fn=_join)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,31 +37,17 @@ CONTEXTS = {
 }
 
 
-def initialize_from_words(model, norm: float = 5.0) -> None:
-    """Scale all word embeddings to the length of media tokens, and start the output head from them.
-
-    Media tokens have a length of 7 to 20. Beside them, the first layers would lose a word of length 1, and with it the
-    name of what is to be selected.
-    """
-    with torch.no_grad():
-        weight = model.get_input_embeddings().weight
-        unit = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        weight.copy_(norm * unit)
-        model.lm_head.weight.copy_(0.3 * unit)  # at length 1 the first losses are 11, far above a uniform guess
-
-
 class Sampler:
-    """Draws packed rows of one kind of context from a bank.
-
-    Args:
-        vocabulary: words for copying.
+    """Draws rows of one kind of context from a bank.
 
     Attributes:
         weights: by skill, how likely a probe is kept; 0 or missing leaves it out.
     """
 
-    def __init__(self, bank: Bank, vocabulary: list[str], rng: np.random.Generator):
-        self.bank, self.vocabulary, self.rng = bank, vocabulary, rng
+    def __init__(self, bank: Bank, processor, rng: np.random.Generator):
+        self.bank, self.rng = bank, rng
+        tokenizer = processor.tokenizer
+        self.vocabulary = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))  # to copy
         self.weights: dict[str, float] = {}
 
     def contexts(self) -> dict[str, float]:
@@ -103,17 +92,15 @@ class Sampler:
         i = self._index()
         return Row([("video", i), ("audio", i)], self._keep(draw(self.bank.scenes[i], self.rng)))
 
+    _clip_told = partialmethod(_clip, probes.clip_told)
+
     def _still(self, draw=probes.still_probes, scenes: int = 3) -> Row:
         # the one in which most things sound: few stills have several sounds, and questions about those are hard
         i = max((self._index() for _ in range(scenes)), key=self.bank.sources.__getitem__)
         drawn = draw(self.bank.scenes[i], int(self.bank.seconds[i]), self.rng)
         return Row([("image", i), ("second", i)], self._keep(drawn))
 
-    def _clip_told(self) -> Row:
-        return self._clip(probes.clip_told)
-
-    def _still_told(self) -> Row:
-        return self._still(probes.still_told, scenes=2)
+    _still_told = partialmethod(_still, probes.still_told, scenes=2)
 
     def _matching(self) -> tuple[int, int]:
         """Two scenes that both have something seen and heard, which the other one has not."""
@@ -140,7 +127,7 @@ class Sampler:
         scenes = self.bank.scenes[a], self.bank.scenes[b]
         single, double, what = ("audio", "video", "video") if self.rng.random() < 0.5 else ("video", "audio", "sound")
         which = probes.probe(f"which {what}", self.rng, answer)
-        told = probes.pair_told(*scenes, what, self.rng) if self.rng.random() < 0.5 else []  # long beside the others
+        told = [probes.pair_told(*scenes, what, self.rng)] if self.rng.random() < 0.5 else []  # long beside the others
         asked = [which, *probes.pair_probes(*scenes, what, self.rng), *told]
         return Row([(single, a if answer == "first" else b), (double, a), (double, b)], self._keep(asked))
 
@@ -184,52 +171,38 @@ def probe_accuracy(packer: Packer, sampler: Sampler, contexts: int, batch: int =
 
 
 def train_language_model(
-    model,
-    processor,
-    train: Bank,
-    held_out: Bank,
-    *,
-    steps: int,
-    stage_steps: int,
-    gate: float,
-    batch_size: int,
-    learning_rate: float,
-    check_every: int,
-    precision: str = "fp32",
-    seed: int,
-    unfinished: Path | None = None,
+    model, processor, train: Bank, held_out: Bank, plan: Mapping[str, Any], seed: int, unfinished: Path | None = None
 ) -> list[dict]:
     """Run the staged curriculum; returns one record per check: step, stage, loss, and the accuracy of each skill.
 
     Args:
-        steps: all steps. The learning rate decays over the last three fifths.
-        stage_steps: a stage takes at most this many steps before the next begins.
-        gate: the next stage begins when every skill of a stage has this accuracy.
-        precision: ``bf16`` (autocast) or ``fp32``. On a CPU with native bfloat16, bf16 takes half the time.
+        plan: ``base.language`` of params.yaml. The learning rate decays over the last three fifths of ``steps``. The
+            next stage begins when every skill of a stage has the accuracy ``gate``, or after ``stage_steps``.
+            ``precision`` is fp32 or bf16 (autocast), which takes half the time on a CPU with native bfloat16.
         unfinished: a file that keeps the training as it was at the last check. If it exists, training goes on from
             there, to the same weights as without an interruption.
     """
-    if precision not in ("bf16", "fp32"):
-        raise ValueError(f"base.language.precision: {precision!r} is unknown; use bf16 or fp32")
-    words = vocabulary(processor)
-    sampler = Sampler(train, words, np.random.default_rng(seed))
-    checker = Sampler(held_out, words, np.random.default_rng(seed + 1))
-    packer = Packer(model, processor, precision)
-    language_model = model.model.language_model
-    attention = language_model.config._attn_implementation
-    if model.device.type == "cpu" and precision == "bf16":  # the backward of the fused kernel is slow in bfloat16
-        language_model.set_attn_implementation("eager")
-    rest = [*language_model.embed_tokens.parameters(), *language_model.norm.parameters(), *model.lm_head.parameters()]
-    optimizer = MuonAdamW(language_model.layers, rest, learning_rate, warm_up_then_decay(steps))
+    if plan["precision"] not in ("bf16", "fp32"):
+        raise ValueError(f"base.language.precision: {plan['precision']!r} is unknown; use bf16 or fp32")
+    _start_from_words(model)
+    sampler = Sampler(train, processor, np.random.default_rng(seed))
+    checker = Sampler(held_out, processor, np.random.default_rng(seed + 1))
+    packer = Packer(model, processor, plan["precision"])
+    core, head = model.model.language_model, model.lm_head
+    attention = core.config._attn_implementation
+    if model.device.type == "cpu" and plan["precision"] == "bf16":
+        core.set_attn_implementation("eager")  # the backward of fused attention is slow in bfloat16
+    rest = [*core.embed_tokens.parameters(), *core.norm.parameters(), *head.parameters()]
+    steps, gate = plan["steps"], plan["gate"]
+    optimizer = MuonAdamW(core.layers, rest, plan["learning_rate"], warm_up_then_decay(steps))
     learning = (model, *optimizer.optimizers, *optimizer.schedules)
     state = {"done": 0, "stage": 0, "since": 0, "accuracy": {}, "history": []}
     if unfinished is not None and unfinished.exists():
         state, weights, draws = torch.load(unfinished, weights_only=True)
         for part, saved in zip(learning, weights, strict=True):
             part.load_state_dict(saved)
-        for part, saved in zip((sampler, checker), draws, strict=True):
-            part.rng.bit_generator.state = saved
-    names = list(STAGES)
+        sampler.rng.bit_generator.state, checker.rng.bit_generator.state = draws
+    stages = list(STAGES)
     model.train()
     bar = tqdm(range(state["done"], steps), "language model", initial=state["done"], total=steps, mininterval=5)
     losses = []
@@ -237,7 +210,7 @@ def train_language_model(
         sampler.weights = stage_weights(state["stage"], state["accuracy"], gate)
         shares = sampler.contexts()
         kind = str(sampler.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        rows = sampler.rows(kind, batch_size)
+        rows = sampler.rows(kind, plan["batch_size"])
         if not rows:
             continue
         logits, target, _ = packer.logits(packer.pack(rows, train))
@@ -245,40 +218,47 @@ def train_language_model(
         optimizer.step(loss)
         losses.append(loss.detach())
         state["since"] += 1
-        if (step + 1) % check_every == 0 or step + 1 == steps:
-            stage = names[state["stage"]]
-            checker.weights = dict.fromkeys(skills_until(state["stage"]), 1.0)
-            report = probe_accuracy(packer, checker, contexts=96)
-            accuracy = {skill: numbers["accuracy"] for skill, numbers in report.items()}
-            record = {"step": step + 1, "stage": stage, "loss": torch.stack(losses).mean().item(), **accuracy}
-            losses = []
-            below = sorted((value, skill) for skill, value in accuracy.items() if value < gate)
-            below = ", ".join(f"{skill} {value:.2f}" for value, skill in below) or "none"
-            bar.write(f"step {step + 1}, {stage}, loss {record['loss']:.3f}; under the gate: {below}")
-            state |= {"done": step + 1, "accuracy": accuracy, "history": [*state["history"], record]}
-            ready = all(accuracy.get(skill, 0) >= gate for skill in STAGES[stage])
-            if stage != names[-1] and (ready or state["since"] >= stage_steps):
-                state |= {"stage": state["stage"] + 1, "since": 0}
-            if unfinished is not None:
-                draws = [part.rng.bit_generator.state for part in (sampler, checker)]
-                with atomic_file(unfinished) as path:
-                    torch.save((state, [part.state_dict() for part in learning], draws), path)
-    language_model.set_attn_implementation(attention)
+        if (step + 1) % plan["check_every"] and step + 1 < steps:
+            continue
+        stage = stages[state["stage"]]
+        checker.weights = dict.fromkeys(sampler.weights, 1.0)
+        report = probe_accuracy(packer, checker, contexts=96)
+        accuracy = {skill: numbers["accuracy"] for skill, numbers in report.items()}
+        record = {"step": step + 1, "stage": stage, "loss": torch.stack(losses).mean().item(), **accuracy}
+        losses = []
+        below = sorted((value, skill) for skill, value in accuracy.items() if value < gate)
+        below = ", ".join(f"{skill} {value:.2f}" for value, skill in below) or "none"
+        bar.write(f"step {step + 1}, {stage}, loss {record['loss']:.3f}; under the gate: {below}")
+        state |= {"done": step + 1, "accuracy": accuracy, "history": [*state["history"], record]}
+        ready = all(accuracy.get(skill, 0) >= gate for skill in STAGES[stage])
+        if stage != stages[-1] and (ready or state["since"] >= plan["stage_steps"]):
+            state |= {"stage": state["stage"] + 1, "since": 0}
+        if unfinished is not None:
+            draws = [part.rng.bit_generator.state for part in (sampler, checker)]
+            with atomic_file(unfinished) as path:
+                torch.save((state, [part.state_dict() for part in learning], draws), path)
+    core.set_attn_implementation(attention)
     model.eval()
     return state["history"]
 
 
-def vocabulary(processor) -> list[str]:
-    """The words to copy: all tokens except the special ones."""
-    return sorted(set(processor.tokenizer.get_vocab()) - set(processor.tokenizer.all_special_tokens))
+def _start_from_words(model, norm: float = 5.0) -> None:
+    """Make the language model trainable, with all word embeddings as long as media tokens, and the head their copy.
+
+    Media tokens are 7 to 20 long. Beside them the first layers would lose a word of length 1, and with it the name of
+    what is to be selected.
+    """
+    model.model.language_model.requires_grad_(True)
+    model.lm_head.requires_grad_(True)
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        unit = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        weight.copy_(norm * unit)
+        model.lm_head.weight.copy_(0.3 * unit)  # at length 1 the first losses are 11, far above a uniform guess
 
 
-def skills_until(stage: int) -> list[str]:
-    """The skills of the stages 0 to ``stage``."""
-    return [name for skills in list(STAGES.values())[: stage + 1] for name in skills]
-
-
-def stage_weights(stage: int, accuracy: dict[str, float], gate: float) -> dict[str, float]:
-    """Weight 1 for the skills of this stage and for those under their gate, `REPLAY` for the others."""
-    new = set(list(STAGES.values())[stage])
-    return {s: 1.0 if s in new or accuracy.get(s, 0) < gate else REPLAY for s in skills_until(stage)}
+def stage_weights(stage: int, accuracy: Mapping[str, float], gate: float) -> dict[str, float]:
+    """By skill of the stages so far: 1 for the newest and for those under their gate, `REPLAY` for the others."""
+    taught = list(STAGES.values())[: stage + 1]
+    skills = [skill for group in taught for skill in group]
+    return {s: 1.0 if s in taught[-1] or accuracy.get(s, 0) < gate else REPLAY for s in skills}

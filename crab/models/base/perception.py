@@ -9,7 +9,8 @@ names share a direction, and the language model can select a thing by its name w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from crab.world import render
 from crab.world.scene import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, QUADRANTS, SECONDS, SIZE, Scene
 
 NOTHING = "nothing"
-PAIR = 2  # seconds (frames) that a temporal patch covers
 STEP = 8  # pixels per bin of a box edge
 #: The words that a token can be asked for, by target.
 WORDS = {
@@ -40,44 +40,49 @@ WORDS = {
 NAMES = WORDS["name"]
 
 
-def visual_targets(scene: Scene, second: int) -> dict[str, np.ndarray]:
-    """What is in each quadrant during the two seconds from ``second``; -100 where there is nothing to ask.
+def visual_targets(scene: Scene, seconds: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What is in each quadrant of two frames; -100 where there is nothing to ask. A still is the same frame twice.
 
     Returns:
         name, colour, motion, emotion [4]; present [4, 2]; box [4, 2, 4] in bins of `STEP` pixels.
     """
     out = {key: np.full(4, omni.IGNORE) for key in ("colour", "motion", "emotion")}
-    out |= {"name": np.full(4, NAMES.index(NOTHING)), "present": np.zeros((4, PAIR), np.float32)}
-    out["box"] = np.full((4, PAIR, 4), omni.IGNORE)
+    out |= {"name": np.full(4, NAMES.index(NOTHING)), "present": np.zeros((4, 2), np.float32)}
+    out["box"] = np.full((4, 2, 4), omni.IGNORE)
     for thing in scene.visible:
         quadrant = QUADRANTS.index(thing.quadrant)
-        shown = [s for s in range(second, second + PAIR) if thing.seen_at(s)]
+        shown = [frame for frame in (0, 1) if thing.seen_at(seconds[frame])]
         if not shown:
             continue
-        motion = thing.motion if len(shown) == PAIR else None  # one frame does not tell whether a thing moves
-        words = {"name": thing.name, "colour": thing.colour, "motion": motion, "emotion": thing.emotion}
+        moves = thing.motion if len(shown) == len(set(seconds)) == 2 else None  # one frame does not tell
+        words = {"name": thing.name, "colour": thing.colour, "motion": moves, "emotion": thing.emotion}
         for key, word in words.items():
             if word is not None:
                 out[key][quadrant] = WORDS[key].index(word)
-        for s in shown:
-            out["present"][quadrant, s - second] = 1
-            out["box"][quadrant, s - second] = np.asarray(thing.box(s)) // STEP
+        for frame in shown:
+            out["present"][quadrant, frame] = 1
+            out["box"][quadrant, frame] = np.asarray(thing.box(seconds[frame])) // STEP
     return out
 
 
-def audio_targets(scene: Scene, tokens: int) -> dict[str, np.ndarray]:
-    """What sounds during each token: present [tokens, 9] for classes and the voice, emotion [tokens], second [tokens].
+def audio_targets(scene: Scene, tokens: int, only: int | None = None) -> dict[str, np.ndarray]:
+    """What sounds during each token of the clip, or of the second ``only``; -100 where there is nothing to ask.
 
-    Silence has its second too, so that it tells the time of what is seen beside it. Emotion is -100 without a voice.
+    Returns:
+        present [tokens, 9] for classes and the voice; emotion of the voice [tokens]; second [tokens]. Silence has its
+        second too, so that it tells the time of what is seen beside it. A second alone does not tell which it is.
     """
     present = np.zeros((tokens, len(CLASSES) + 1), np.float32)
     emotion = np.full(tokens, omni.IGNORE)
     for thing in scene.sounding:
         first, last = (round(s * tokens / SECONDS) for s in thing.sounding)
+        if only is not None:
+            first, last = 0, tokens * thing.heard_at(only)
         present[first:last, NAMES.index(thing.name)] = 1
         if thing.heard_emotion:
             emotion[first:last] = EMOTIONS.index(thing.heard_emotion)
-    return {"present": present, "emotion": emotion, "second": np.arange(tokens) * SECONDS // tokens}
+    second = np.arange(tokens) * SECONDS // tokens if only is None else np.full(tokens, omni.IGNORE)
+    return {"present": present, "emotion": emotion, "second": second}
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -91,21 +96,22 @@ class DenseHeads(nn.Module):
     """Reads dense targets from tokens by inner product with word embeddings.
 
     Args:
-        embedding: of the language model. It stays fixed: random directions, nearly orthogonal, to which both video and
-            sound can align. If it were trained, it would drift away from the encoder that is trained first.
+        embedding: of the language model. It stays fixed: random directions, nearly orthogonal, to which video and sound
+            both can align. If it were trained, it would drift away from the encoder that is trained first.
         word_id: word -> row of the embedding.
-        sharpness: factor of the logits of edges and presence. At 1 they would take as much of a token as its words do.
-            With a larger factor they need less of it, and the name stands out more.
     """
 
-    def __init__(self, embedding: nn.Embedding, word_id, sharpness: float = 4.0):
+    #: Factor of the logits of edges and presence. At 1 they take as much of a token as its words do. With a larger
+    #: factor they need less of it, and the name stands out more.
+    SHARPNESS = 4.0
+
+    def __init__(self, embedding: nn.Embedding, word_id: Callable[[str], int]):
         super().__init__()
         self.embedding = embedding
         self.ids = {key: [word_id(word) for word in words] for key, words in WORDS.items()}
         width = embedding.embedding_dim
-        self.sharpness = sharpness
-        self.edge = nn.Linear(width, PAIR * 4 * width, bias=False)
-        self.present = nn.Linear(width, PAIR)
+        self.edge = nn.Linear(width, 2 * 4 * width, bias=False)
+        self.present = nn.Linear(width, 2)
         self.sound_bias = nn.Parameter(torch.full((len(CLASSES) + 1,), -2.0))
 
     def logits(self, tokens: torch.Tensor, key: str) -> torch.Tensor:
@@ -113,9 +119,8 @@ class DenseHeads(nn.Module):
         return tokens @ self.embedding.weight[torch.tensor(self.ids[key], device=tokens.device)].T
 
     def visual_loss(self, tokens: torch.Tensor, target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Losses of tokens [B, side * side, width] against a batch of `visual_targets` [B, 4, ...]."""
-        cells, width = tokens.shape[1:]
-        side = math.isqrt(cells)
+        """Losses of tokens [B, side * side, width] against a batch of `visual_targets`."""
+        side = math.isqrt(tokens.shape[1])
         half = torch.arange(side) * 2 // side
         quadrant = (half[:, None] * 2 + half[None, :]).reshape(-1).to(tokens.device)
         at = {key: value[:, quadrant] for key, value in target.items()}
@@ -124,10 +129,9 @@ class DenseHeads(nn.Module):
         at |= {key: torch.where(something, value, omni.IGNORE) for key, value in places.items()}
         keys = ("name", "colour", "motion", "emotion", *places)
         loss = {key: cross_entropy(self.logits(tokens, key), at[key]) for key in keys}
-        loss["present"] = F.binary_cross_entropy_with_logits(self.sharpness * self.present(tokens), at["present"])
-        seen = at["present"].bool()
-        edges = self.edge(tokens).view(*tokens.shape[:2], PAIR, 4, width)[seen]
-        loss["box"] = cross_entropy(self.sharpness * self.logits(edges, "bin"), at["box"][seen])
+        loss["present"] = F.binary_cross_entropy_with_logits(self.SHARPNESS * self.present(tokens), at["present"])
+        edges = self.edge(tokens).view(*tokens.shape[:2], 2, 4, -1)[at["present"].bool()]
+        loss["box"] = cross_entropy(self.SHARPNESS * self.logits(edges, "bin"), at["box"][at["present"].bool()])
         return loss
 
     def audio_loss(self, tokens: torch.Tensor, target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,56 +146,46 @@ class DenseHeads(nn.Module):
         }
 
 
-class Views(torch.utils.data.IterableDataset):
+class Batches(torch.utils.data.IterableDataset):
     """Batches of dense training, rendered when they are needed.
 
     Args:
+        render: `sight` or `sound`.
         scene_of: gives the n-th of ``count`` scenes.
-        audio: yield spectrograms instead of pairs of frames.
+        seeds: of the random numbers of all workers.
     """
 
-    def __init__(self, scene_of, processor, count: int, batch: int, steps: int, audio: bool, seed: int):
-        self.scene_of, self.processor, self.count, self.batch = scene_of, processor, count, batch
-        self.steps, self.audio, self.seed = steps, audio, seed
+    def __init__(self, render, processor, scene_of, count: int, size: int, steps: int, seeds: Sequence[int]):
+        self.render, self.processor, self.scene_of, self.count = render, processor, scene_of, count
+        self.size, self.steps, self.seeds = size, steps, seeds
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        rng = np.random.default_rng([self.seed, self.audio, worker])
+        rng = np.random.default_rng([*self.seeds, worker])
         for _ in range(self.steps // workers + (worker < self.steps % workers)):
-            scenes = [self.scene_of(int(i)) for i in rng.integers(self.count, size=self.batch)]
-            yield self.sound(scenes, rng) if self.audio else self.sight(scenes, rng)
+            scenes = [self.scene_of(int(i)) for i in rng.integers(self.count, size=self.size)]
+            inputs, targets = self.render(self.processor, scenes, rng)
+            yield inputs, {key: torch.from_numpy(np.stack([target[key] for target in targets])) for key in targets[0]}
 
-    def sight(self, scenes, rng):
-        seconds = rng.integers(0, SECONDS - 1, size=len(scenes))
-        stills = rng.random(len(scenes)) < 0.25  # as in the image slots: a still repeats its only frame
-        pairs, targets = [], []
-        for scene, second, still in zip(scenes, seconds.tolist(), stills, strict=True):
-            first = render.frame(scene, second)
-            pairs.append(np.stack([first, first if still else render.frame(scene, second + 1)]))
-            target = visual_targets(scene, second)
-            if still:
-                target["motion"][:] = omni.IGNORE
-                target["present"][:, 1], target["box"][:, 1] = target["present"][:, 0], target["box"][:, 0]
-                for key, nothing in (("name", NAMES.index(NOTHING)), ("colour", omni.IGNORE), ("emotion", omni.IGNORE)):
-                    target[key] = np.where(target["present"][:, 0] > 0, target[key], nothing)
-            targets.append(target)
-        return self.processor.video_processor(pairs), _stack(targets)
 
-    def sound(self, scenes, rng):
-        waves = [render.waveform(scene) for scene in scenes]
-        if rng.random() >= 0.3:
-            mel = log_mel(self.processor, waves)
-            return mel, _stack([audio_targets(scene, mel.shape[-1] // 4) for scene in scenes])
-        # one second alone, as in the image slots; it does not tell which second it is
-        seconds, rate = rng.integers(SECONDS, size=len(scenes)), omni.SAMPLE_RATE
-        mel = log_mel(self.processor, [w[s * rate : (s + 1) * rate] for w, s in zip(waves, seconds, strict=True)])
-        targets = []
-        for scene, second in zip(scenes, seconds, strict=True):
-            target = {key: value[[second]] for key, value in audio_targets(scene, SECONDS).items()}
-            target["second"][:] = omni.IGNORE
-            targets.append({key: np.repeat(value, mel.shape[-1] // 4, axis=0) for key, value in target.items()})
-        return mel, _stack(targets)
+def sight(processor, scenes: list[Scene], rng: np.random.Generator):
+    """Patches of two frames of each scene, and their targets. One pair in four is a still, as in the image slots."""
+    seconds = rng.integers(0, SECONDS - 1, size=len(scenes))
+    after = seconds + (rng.random(len(scenes)) >= 0.25)
+    pairs = list(zip(seconds.tolist(), after.tolist(), strict=True))
+    frames = [np.stack([render.frame(scene, s) for s in pair]) for scene, pair in zip(scenes, pairs, strict=True)]
+    return processor.video_processor(frames), [visual_targets(x, pair) for x, pair in zip(scenes, pairs, strict=True)]
+
+
+def sound(processor, scenes: list[Scene], rng: np.random.Generator):
+    """Spectrograms of the scenes, and their targets. Three batches in ten are of one second, as in the image slots."""
+    waves, only = [render.waveform(scene) for scene in scenes], [None] * len(scenes)
+    if rng.random() < 0.3:
+        only, rate = rng.integers(SECONDS, size=len(scenes)), omni.SAMPLE_RATE
+        waves = [wave[s * rate : (s + 1) * rate] for wave, s in zip(waves, only, strict=True)]
+    mel = log_mel(processor, waves)
+    return mel, [audio_targets(scene, mel.shape[-1] // 4, s) for scene, s in zip(scenes, only, strict=True)]
 
 
 def log_mel(processor, waves: list[np.ndarray]) -> torch.Tensor:
@@ -199,10 +193,6 @@ def log_mel(processor, waves: list[np.ndarray]) -> torch.Tensor:
     extractor = processor.feature_extractor
     mel = extractor(waves, sampling_rate=omni.SAMPLE_RATE, return_tensors="pt")["input_features"]
     return mel[..., : len(waves[0]) // extractor.hop_length]
-
-
-def _stack(targets) -> dict[str, torch.Tensor]:
-    return {key: torch.from_numpy(np.stack([target[key] for target in targets])) for key in targets[0]}
 
 
 def see(model, patches) -> torch.Tensor:
@@ -232,43 +222,36 @@ class _LinearPatches(nn.Module):
 
 
 def train_encoders(
-    model,
-    processor,
-    scene_of,
-    count: int,
-    *,
-    visual_steps: int,
-    audio_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    workers: int = 1,
+    model, processor, scene_of: Callable[[int], Scene], count: int, plan: Mapping[str, Any], seed: int, workers: int = 1
 ) -> dict[str, list[dict[str, float]]]:
-    """Train both encoders on dense targets; word embeddings get length 1. Returns the losses of each step."""
+    """Train both encoders on dense targets; word embeddings get length 1. Returns the losses of each step.
+
+    Args:
+        scene_of: gives the n-th of ``count`` scenes.
+        plan: ``base.encoders`` of params.yaml.
+    """
     embedding = model.get_input_embeddings()
     with torch.no_grad():
         embedding.weight.div_(embedding.weight.norm(dim=1, keepdim=True).clamp_min(1e-6))
     heads = DenseHeads(embedding, processor.tokenizer.convert_tokens_to_ids).to(model.device)
-    curves = {}
-    patches = model.model.visual.patch_embed
+    readers = [p for p in heads.parameters() if p is not embedding.weight]
+    patches, curves = model.model.visual.patch_embed, {}
     convolution, patches.proj = patches.proj, _LinearPatches(patches.proj)
-    for name, encoder, steps in (
-        ("visual", model.model.visual, visual_steps),
-        ("audio", model.model.audio_tower, audio_steps),
-    ):
-        readers = [p for p in heads.parameters() if p is not embedding.weight]
-        optimizer = MuonAdamW(encoder, readers, learning_rate, warm_up_then_decay(steps, steps // 20 or 1))
-        views = Views(scene_of, processor, count, batch_size, steps, name == "audio", seed)
-        loader = torch.utils.data.DataLoader(
-            views, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    for number, (name, encoder, draw, encode, loss) in enumerate(
+        (
+            ("visual", model.model.visual, sight, see, heads.visual_loss),
+            ("audio", model.model.audio_tower, sound, hear, heads.audio_loss),
         )
+    ):
+        steps = plan[f"{name}_steps"]
+        optimizer = MuonAdamW(encoder, readers, plan["learning_rate"], warm_up_then_decay(steps, steps // 20 or 1))
+        batches = Batches(draw, processor, scene_of, count, plan["batch_size"], steps, (seed, number))
+        ahead = 4 if workers else None
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=ahead)
         curves[name] = []
         for inputs, target in tqdm(loader, total=steps, desc=f"{name} encoder", mininterval=5):
             target = {key: value.to(model.device) for key, value in target.items()}
-            if name == "audio":
-                losses = heads.audio_loss(hear(model, inputs), target)
-            else:
-                losses = heads.visual_loss(see(model, inputs), target)
+            losses = loss(encode(model, inputs), target)
             optimizer.step(sum(losses.values()))
             curves[name].append({key: value.item() for key, value in losses.items()})
     patches.proj = convolution

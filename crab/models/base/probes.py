@@ -21,9 +21,8 @@ class Skill:
     """An ability that the base is taught and measured on.
 
     Attributes:
-        contexts: the kinds of context that are drawn to practise it, see `crab.models.base.curriculum.CONTEXTS`.
-        wordings: its question in several wordings, so that the base does not depend on one. ``{n}`` and ``{m}`` are
-            names of things, ``{s}`` is a second, ``{q}`` a place. Gates count all of them.
+        contexts: kinds of context that practise it, see `crab.models.base.curriculum.CONTEXTS`.
+        wordings: of its question: ``{n}`` and ``{m}`` are names of things, ``{s}`` is a second, ``{q}`` a place.
         rarity: how much more often a question is kept, because few scenes answer it.
     """
 
@@ -115,13 +114,10 @@ SKILLS = {name: skill for skills in STAGES.values() for name, skill in skills.it
 
 @dataclass(frozen=True)
 class Probe:
-    """One question and its answer.
+    """One question and its answer, in plain words.
 
-    Attributes:
-        skill: a key of `SKILLS`.
-        question, answer: plain words.
-        picked: the answer for each thing in the scene: a model that reads well but picks a thing at random says one
-            of these. Empty where no thing is picked.
+    ``picked`` holds the answer for each thing in the scene. A model that reads well but picks at random says one
+    of these. It is empty where no thing is picked.
     """
 
     skill: str
@@ -136,8 +132,8 @@ def probe(skill: str, rng: np.random.Generator, answer: str, picked: Iterable[st
     return Probe(skill, wordings[rng.integers(len(wordings))].format(**names), answer, tuple(picked))
 
 
-def _numbers(values: Iterable[int]) -> str:
-    return " ".join(map(str, values))
+def _box(edges: Iterable[int]) -> str:
+    return " ".join(map(str, edges))
 
 
 def _select(skill: str, answer: Callable, things: Sequence[Thing], rng, count: int = 1, **names) -> list[Probe]:
@@ -172,7 +168,7 @@ def clip_probes(scene: Scene, rng: np.random.Generator) -> list[Probe]:
     timed = passing if passing and rng.random() < 0.8 else seen
     out += _select("seen at", lambda t: "yes" if t.seen_at(second) else "no", timed, rng, s=second)
     now = [t for t in seen if t.seen_at(second)]
-    out += _select("box", lambda t: _numbers(t.box(second)), now, rng, s=second)
+    out += _select("box", lambda t: _box(t.box(second)), now, rng, s=second)
     out.append(_at(seen, rng))
     sounds = [t.name for t in heard if t.heard_at(second)] or ["nothing"]
     if len(sounds) == 1:
@@ -208,13 +204,13 @@ def still_probes(scene: Scene, second: int, rng: np.random.Generator) -> list[Pr
     """All questions that one frame and its second of sound answer, each drawn once."""
     seen = [t for t in scene.visible if t.seen_at(second)]
     heard = [t for t in scene.sounding if t.heard_at(second)]
-    out = _select("still box", lambda t: _numbers(t.box(second)), seen, rng)
+    out = _select("still box", lambda t: _box(t.box(second)), seen, rng)
     out += _select("still position", lambda t: t.quadrant, seen, rng)
     out += _select("still colour", lambda t: t.colour, seen, rng)
     out.append(_at(seen, rng))
     both = [t for t in seen if t.heard_at(second)]
     if len(both) == 1 and len(seen) > 1:
-        boxes = {t.name: _numbers(t.box(second)) for t in seen}
+        boxes = {t.name: _box(t.box(second)) for t in seen}
         out.append(probe("still sounds", rng, both[0].name, boxes))
         out.append(probe("still box sounds", rng, boxes[both[0].name], boxes.values()))
     if len(seen) > 1:
@@ -228,16 +224,12 @@ def still_probes(scene: Scene, second: int, rng: np.random.Generator) -> list[Pr
 
 
 def _around(things: Sequence[Thing], second: int) -> str:
-    edges = np.array([t.box(second) for t in things])
-    return _numbers((*edges[:, :2].min(0), *edges[:, 2:].max(0)))
+    left, top, right, bottom = zip(*(t.box(second) for t in things), strict=True)
+    return _box((min(left), min(top), max(right), max(bottom)))
 
 
 def pair_probes(first: Scene, second: Scene, what: str, rng: np.random.Generator) -> list[Probe]:
-    """Which of two videos shows a thing, or which of two sounds has it, for things that only one of them has.
-
-    Args:
-        what: ``video`` or ``sound``.
-    """
+    """Which of two videos (``what`` is ``video``) or sounds (``sound``) has a thing, for things that only one has."""
     one, two = ({t.name for t in (scene.visible if what == "video" else scene.sounding)} for scene in (first, second))
     only = [*((n, "first") for n in sorted(one - two)), *((n, "second") for n in sorted(two - one))]
     return [probe(f"{what} of", rng, only[i][1], n=only[i][0]) for i in rng.permutation(len(only))[:2]]
@@ -258,7 +250,7 @@ def still_told(scene: Scene, second: int, rng: np.random.Generator) -> list[Prob
     """One frame and its second of sound in sentences; what is seen also with its boxes."""
     seen = [t for t in scene.things if t.seen_at(second)]
     heard = [t for t in scene.things if t.heard_at(second)]
-    boxes = " ".join(f"the {chains.noun(t)} is at {_numbers(t.box(second))} ." for t in chains.by_place(seen))
+    boxes = " ".join(f"the {chains.noun(t)} is at {_box(t.box(second))} ." for t in chains.by_place(seen))
     return [*_views_told(seen, heard, rng), *([probe("boxes told", rng, boxes)] if seen else [])]
 
 
@@ -270,14 +262,14 @@ def _views_told(seen: Sequence[Thing], heard: Sequence[Thing], rng: np.random.Ge
     return out
 
 
-def pair_told(first: Scene, second: Scene, what: str, rng: np.random.Generator) -> list[Probe]:
+def pair_told(first: Scene, second: Scene, what: str, rng: np.random.Generator) -> Probe:
     """Two videos, or two sounds (``what`` is ``video`` or ``sound``), in sentences."""
-    both = (("one", first), ("two", second))
     if what == "video":
-        sentences = [chains.video_shows(n, t) for n, scene in both for t in chains.by_place(scene.visible)]
-        return [probe("sights told", rng, " ".join(sentences))]
-    sentences = [chains.sound_is(n, t) for n, scene in both for t in chains.by_time(scene.sounding)]
-    return [probe("sounds told", rng, " ".join(sentences))]
+        skill, tell, things = "sights told", chains.video_shows, [chains.by_place(s.visible) for s in (first, second)]
+    else:
+        skill, tell, things = "sounds told", chains.sound_is, [chains.by_time(s.sounding) for s in (first, second)]
+    sentences = [tell(number, t) for number, group in zip(("one", "two"), things, strict=True) for t in group]
+    return probe(skill, rng, " ".join(sentences))
 
 
 def reading(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Probe]]:
@@ -291,17 +283,15 @@ def reading(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Probe]]:
     unsaid |= set() if motions else {"motion"}
     unsaid |= set() if times else {"time seen", "time heard", "seen at", "heard at", "order"}
     asked = [p for p in clip_probes(scene, rng) if p.skill not in unsaid]
-    asked = [p for p in asked if not (p.skill == "motion" and FACE in p.question)]  # told by its emotion instead
+    asked = [p for p in asked if p.skill != "motion" or FACE not in p.question]  # no sentence tells it
     return " ".join(rng.permutation(told)), [replace(p, skill="read") for p in asked]
 
 
-def pair_reading(
-    first: Scene, second: Scene, which: str, what: str, rng: np.random.Generator
-) -> tuple[str, list[Probe]]:
+def pair_reading(first: Scene, second: Scene, which: str, what: str, rng) -> tuple[str, list[Probe]]:
     """Sentences about two videos, or two sounds, and about what matches the one called ``which``; with questions."""
     one = first if which == "first" else second
     other = chains.hear(one.sounding, times=False) if what == "video" else chains.see(one.visible)
-    (told,) = pair_told(first, second, what, rng)
+    told = pair_told(first, second, what, rng)
     asked = [probe(f"which {what}", rng, which), *pair_probes(first, second, what, rng)]
     return f"{other} {told.answer}", [replace(p, skill="read") for p in asked]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,101 +22,82 @@ from crab.models.base.packing import Packer
 from crab.models.checkpoint import RECORD, point_to
 from crab.world.scene import sample_scene
 
-#: Precision of the weights on disk: half the size in the repository.
+#: Precision of the weights on disk, for half the size in the repository.
 STORED_AS = torch.float16
 
 
 def make_base(
     folder: str | Path | None,
-    words: Sequence[str],
-    tags: Sequence[str],
-    *,
+    vocabulary: Mapping[str, list[str]],
+    section: Mapping[str, Any],
     checkpoint: str | None = None,
-    seed: int,
-    scenes: int,
-    held_out: int,
-    size: Mapping[str, Any],
-    encoders: Mapping[str, Any],
-    language: Mapping[str, Any],
+    *,
     code: Callable[[str], str],
     phases: str | Path | None = None,
     workers: int = 1,
 ) -> tuple[Any, Any, dict]:
     """The base of ``folder``: published, already there, or trained on its own scenes.
 
-    The encoders learn dense targets first, then the language model learns by stages.
-
     Args:
-        folder: holds a base that `keep` wrote, or nothing yet.
-        words, tags: the vocabulary of the data, so that adapters can use any of its words. The base meets those that no
-            probe uses only in copying.
-        checkpoint: name of a published checkpoint. Nothing is trained then.
-        scenes, held_out: number of scenes to learn from, and of further scenes for the gates. The latter go through
-            the codecs of the media files, as the data does.
-        size: see `crab.models.small.build_model`.
-        encoders: arguments of `crab.models.base.perception.train_encoders`.
-        language: arguments of `crab.models.base.curriculum.train_language_model`.
+        vocabulary: ``words`` and ``tags`` of the data. The base meets words that no probe uses only in copying.
+        section: of params.yaml: seed, scenes (to learn from), held_out (further scenes, for the gates, which go
+            through media files as the data does), size, encoders and language.
+        checkpoint: name of a published checkpoint, in place of training.
         code: gives the digest of a module and of all that it imports, such as `crab.study.code.code_digest`.
-        phases: a folder that keeps each finished phase, and the language model as it was at its last check. A run that
-            was killed, or that missed a gate, repeats only what is missing.
+        phases: a folder for finished phases and for the last check. A killed run repeats only what is not there.
         workers: processes that render.
 
     Returns:
         (model, processor, report). Model and processor are None if nothing was trained: for a published checkpoint, and
-        for a folder with a base of the same parameters, words and code. The report holds ``key``, ``encoders`` (losses
-        by step), ``history`` (one record per check), ``gates`` (by skill: accuracy, majority, picker, n),
+        for a folder with a base of the same section, vocabulary and code. The report holds ``key``, ``encoders``
+        (losses by step), ``history`` (one record per check), ``gates`` (accuracy, majority, picker and n by skill),
         ``parameters``, and ``seconds`` by phase. The gates measure the weights as they are stored.
     """
     if checkpoint is not None:
         return None, None, {"key": None, "encoders": {}, "history": [], "gates": {}, "parameters": None, "seconds": {}}
-    decides = [sorted(words), sorted(tags), seed, scenes, size, encoders]
+    words, tags = sorted(vocabulary["words"]), sorted(vocabulary["tags"])
+    seed, scenes, encoders, language = (section[name] for name in ("seed", "scenes", "encoders", "language"))
+    decides = [words, tags, seed, scenes, section["size"], encoders]
     encoders_key = digest_of([*decides, code("crab.models.base.perception")])
-    key = digest_of([*decides, held_out, language, code("crab.models.base.train")])
+    key = digest_of([*decides, section["held_out"], language, code("crab.models.base.train")])
     record = None if folder is None else Path(folder) / RECORD
     if record is not None and record.exists():
         report = read_json(record)
         if report["key"] == key:
             return None, None, report
         print(f"{folder} holds a base of other parameters, words or code; a new one is trained")
-    processor = small.build_processor(sorted({*words, *probes.words()}), tags, size)
-    model = small.build_model(processor, size, seed)
-    unseen: list[Bank] = []
+    processor = small.build_processor(sorted({*words, *probes.words()}), tags, section["size"])
+    model = small.build_model(processor, section["size"], seed)
 
-    def held() -> Bank:
-        if not unseen:
-            last = [sample_scene(scenes + i, seed) for i in range(held_out)]
-            unseen.append(Bank(model, processor, last, seed + 1, workers, through_files=True))
-        return unseen[0]
+    def scene_of(number: int):
+        return sample_scene(number, seed)
 
-    def train_encoders(_) -> dict:
+    @cache
+    def held_out() -> Bank:
+        last = [scene_of(scenes + i) for i in range(section["held_out"])]
+        return Bank(model, processor, last, seed + 1, workers, through_files=True)
+
+    def see_and_hear(_) -> dict:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads - workers))  # rendering takes the rest
         try:
-            return perception.train_encoders(
-                model, processor, lambda i: sample_scene(i, seed), scenes, seed=seed, workers=workers, **encoders
-            )
+            return perception.train_encoders(model, processor, scene_of, scenes, encoders, seed, workers)
         finally:
             torch.set_num_threads(threads)
 
-    def train_language_model(unfinished: Path | None) -> list[dict]:
-        seen = Bank(model, processor, [sample_scene(i, seed) for i in range(scenes)], seed, workers)
-        curriculum.initialize_from_words(model)
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-        return curriculum.train_language_model(
-            model, processor, seen, held(), seed=seed, unfinished=unfinished, **language
-        )
+    def speak(unfinished: Path | None) -> list[dict]:
+        seen = Bank(model, processor, [scene_of(i) for i in range(scenes)], seed, workers)
+        return curriculum.train_language_model(model, processor, seen, held_out(), language, seed, unfinished)
 
-    curves, encoder_seconds = _phase(model, phases, f"encoders-{encoders_key}", train_encoders)
-    model.requires_grad_(False)
+    curves, encoder_seconds = _phase(model, phases, f"encoders-{encoders_key}", see_and_hear)
     _round(model)  # the language model learns from what the stored encoders give
-    history, language_seconds = _phase(model, phases, f"language-{key}", train_language_model)
+    history, language_seconds = _phase(model, phases, f"language-{key}", speak)
     _round(model)
     report = {
         "key": key,
         "encoders": curves,
         "history": history,
-        "gates": final_gates(model, processor, held(), seed),
+        "gates": final_gates(model, processor, held_out(), seed),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": {"encoders": encoder_seconds, "language model": language_seconds},
     }
@@ -135,7 +117,7 @@ def keep(folder: str | Path, model, processor, report: Mapping[str, Any], checkp
 
 
 def _phase(model, folder: str | Path | None, name: str, train: Callable[[Path | None], Any]) -> tuple[Any, float]:
-    """Run ``train`` on the model, or load what it left in ``folder``; returns (its record, its seconds).
+    """Run ``train`` on the model, or load what it left in ``folder``; returns (its result, its seconds).
 
     ``train`` gets a file in which it may keep unfinished work, or None.
     """
@@ -143,32 +125,28 @@ def _phase(model, folder: str | Path | None, name: str, train: Callable[[Path | 
     if folder is None:
         return train(None), round(time.perf_counter() - began, 1)
     path, unfinished = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.unfinished.pt"
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-        model.load_state_dict(load_file(path))
-        return record["value"], record["seconds"]
-    value = train(unfinished)
-    seconds = round(time.perf_counter() - began, 1)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with atomic_file(path) as part:
-        save_file(state, part, metadata={"record": json.dumps({"value": value, "seconds": seconds})})
-    unfinished.unlink(missing_ok=True)
-    return value, seconds
+    if not path.exists():
+        record = [train(unfinished), round(time.perf_counter() - began, 1)]
+        with atomic_file(path) as part:
+            save_file(model.state_dict(), part, metadata={"record": json.dumps(record)})
+        unfinished.unlink(missing_ok=True)
+    model.load_state_dict(load_file(path))
+    with safe_open(path, "pt") as file:
+        return tuple(json.loads(file.metadata()["record"]))
 
 
 def _round(model) -> None:
-    """Round the weights to the precision on disk, so that the gates measure what is stored."""
+    """Freeze the weights, and round them to the precision on disk, so that the gates measure what is stored."""
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight in model.requires_grad_(False).parameters():
             weight.copy_(weight.to(STORED_AS))
 
 
-def final_gates(model, processor, held: Bank, seed: int) -> dict[str, dict[str, float]]:
+def final_gates(model, processor, held_out: Bank, seed: int) -> dict[str, dict[str, float]]:
     """All skills on held-out scenes, see `crab.models.base.curriculum.probe_accuracy`."""
-    checker = curriculum.Sampler(held, curriculum.vocabulary(processor), np.random.default_rng(seed + 2))
+    checker = curriculum.Sampler(held_out, processor, np.random.default_rng(seed + 2))
     checker.weights = dict.fromkeys(probes.SKILLS, 1.0)
-    return curriculum.probe_accuracy(Packer(model, processor), checker, contexts=4 * len(held.scenes))
+    return curriculum.probe_accuracy(Packer(model, processor), checker, contexts=4 * len(held_out.scenes))
 
 
 def floors(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> dict[str, float]:
@@ -195,6 +173,4 @@ def require(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]
         if gates[skill]["accuracy"] < floor
     ]
     if missed:
-        raise RuntimeError(
-            f"the base misses its gates: {'; '.join(missed)}; increase base.language.steps in params.yaml"
-        )
+        raise RuntimeError(f"base.gates are missed: {'; '.join(missed)}; increase base.language.steps in params.yaml")
