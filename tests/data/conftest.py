@@ -10,7 +10,7 @@ PROBE_ALL = probe.probe_all
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
-    """A tiny tree of every slot, built in this process, with what it was built from."""
+    """A tiny tree of every slot, with the numbers it was built from."""
     root = tmp_path_factory.mktemp("data") / "tree"
     counts = {"seed": 5, "train": 4, "test": 3, "caption": 3}
     return SimpleNamespace(root=root, counts=counts, summary=build(root, **counts, workers=1, progress=False), **counts)
@@ -18,13 +18,13 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def probed_here():
-    """Files are probed in this process, which takes no second to start and cannot be killed."""
+    """Probe files in this process: no other one must start, but nothing can be killed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "probe_all", lambda jobs, workers, limit: ((job, probe.probe(*job)) for job in jobs))
+        patch.setattr(probe, "probe_all", lambda jobs, *_: ((job, probe.probe(*job)) for job in jobs))
         yield
 
 
 @pytest.fixture
 def probed_apart(probed_here, monkeypatch):
-    """Files are probed in processes of their own again."""
+    """Probe files in worker processes again."""
     monkeypatch.setattr(probe, "probe_all", PROBE_ALL)
