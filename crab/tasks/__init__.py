@@ -1,30 +1,200 @@
-"""The unified interface of AV-UIE v2: what each slot asks, how it is answered, read and scored.
+"""The unified interface of AV-UIE v2: the same functions ask, answer, read and score each of its 19 slots.
 
-Pure Python and NumPy. :mod:`crab.tasks.registry` names the slots, :mod:`crab.tasks.interface` holds
-the functions that work for all of them; one module for each form of answer does the rest.
+This room needs NumPy, no torch, and nothing else of crab. `registry` names the slots. `labels`, `temporal` and
+`segmentation` hold the kinds of answers: grammar, truth and metrics together. `answers` has their base class and reads
+tagged text. `fields` knows what a record holds.
+
+To add a data set, add an entry to `registry.SLOTS`. Its fields are text unless `fields.FIELD_TYPES` names them. If no
+kind of answer fits, write a subclass of `answers.Kind` and add it to :data:`KINDS`.
+
+To add a metric of labels, write a function of the true and the answered labels, add it to `labels.METRICS`, and name it
+in the slot's entry. For another kind, return it from the `measure` of this kind.
 """
 
-from .interface import (
-    FORMS,
-    agree,
-    answer,
-    chance,
-    corpus,
-    instruction,
-    parse,
-    sample_id,
-    score,
-    tags,
-    target,
-    truth,
-)
-from .referring import NULL
-from .registry import BENCHMARKS, FOLDER, SLOTS, SPLITS, MediaItem, Slot, get_slot, json_path, mask_path, media_paths
-from .segmentation import Masks
-from .spatial import SIZE
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = [
-    "BENCHMARKS", "FOLDER", "FORMS", "Masks", "MediaItem", "NULL", "SIZE", "SLOTS", "SPLITS", "Slot",
-    "agree", "answer", "chance", "corpus", "get_slot", "instruction", "json_path", "mask_path", "media_paths",
-    "parse", "sample_id", "score", "tags", "target", "truth",
-]
+from .answers import Kind
+from .fields import MediaItem as MediaItem
+from .fields import Record, describe, required
+from .fields import json_path as json_path
+from .fields import mask_path as mask_path
+from .fields import media_paths as media_paths
+from .labels import LABELS
+from .registry import BENCHMARKS as BENCHMARKS
+from .registry import FOLDER as FOLDER
+from .registry import SLOTS as SLOTS
+from .registry import SPLITS as SPLITS
+from .registry import Slot, get_slot
+from .segmentation import NULL as NULL
+from .segmentation import Masks, OneBox, Pixels, Referred
+from .temporal import Events, OneEvent, Parsing
+
+FORMS = ("bare", "explicit")
+
+#: The kinds of answers, by their name in a slot's entry.
+KINDS: dict[str, Kind] = {
+    "temporal": OneEvent(),
+    "dense": Events(),
+    "video_parsing": Parsing(),
+    "spatial": OneBox(),
+    "segmentation": Pixels(),
+    "referring": Referred(),
+    **LABELS,
+}
+
+
+def tags() -> list[str]:
+    """All tags, "<answer>" and the like, in a fixed order. Each is one token."""
+    names = dict.fromkeys(tag for kind in KINDS.values() for tag in kind.tags)
+    return [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
+
+
+def instruction(slot: str | Slot, record: Record) -> str:
+    """The question about a record."""
+    slot = get_slot(slot)
+
+    def quote(match: re.Match) -> str:
+        names = match[1].split("|")
+        field = next((name for name in names if name in record), None)
+        if field is None:
+            raise ValueError(f"{describe(slot, record)}: no field '{' or '.join(names)}' to ask about")
+        value = record[field]
+        if not isinstance(value, (list, tuple)):
+            return str(value)
+        words = [str(v) for v in value]
+        return " or ".join(part for part in (" , ".join(words[:-1]), *words[-1:]) if part)
+
+    return re.sub(r"\{([^{}]+)\}", quote, slot.instruction)
+
+
+def answer(slot: str | Slot, truth: Any) -> str:
+    """The bare answer of a truth. ValueError if it cannot be read back, such as a box outside the image."""
+    slot = get_slot(slot)
+    kind = KINDS[slot.kind]
+    try:
+        text = kind.answer(truth)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"slot {slot.name}: {truth!r:.120} is no truth of this slot") from error
+    if kind.parse(text) is None:
+        raise ValueError(f"slot {slot.name}: {truth!r:.120} has no valid answer, '{text[:120]}' does not read back")
+    return text
+
+
+def parse(slot: str | Slot, text: str) -> Any | None:
+    """What an answer says, or None if it says nothing definite. No text raises an error."""
+    return KINDS[get_slot(slot).kind].parse(text)
+
+
+def truth(slot: str | Slot, record: Record) -> Any:
+    """The truth of a record, of the type that :func:`parse` returns. ValueError names the record and the field."""
+    slot = get_slot(slot)
+    return KINDS[slot.kind].truth(slot, record)
+
+
+def agree(slot: str | Slot, one: Any, other: Any) -> bool:
+    """Whether two answers, or an answer and a truth, are the same to the scorer."""
+    kind = KINDS[get_slot(slot).kind]
+    return kind.compared(one) == kind.compared(other)
+
+
+def target(slot: str | Slot, record: Record, form: str) -> str:
+    """The text to learn for a record, in one of :data:`FORMS`. ValueError if it cannot be read.
+
+    "explicit" is the answer field as it is; "bare" is its tagged pieces, and the brackets of boxes and points, alone. A
+    caption has neither and stays whole.
+    """
+    slot = get_slot(slot)
+    if form not in FORMS:
+        raise ValueError(f"unknown answer form '{form}'; choose one of {', '.join(FORMS)}")
+    text = required(slot, record, slot.answer_field)
+    if parse(slot, text) is None:
+        field = f"field '{slot.answer_field}' holds no answer that can be read"
+        raise ValueError(f"{describe(slot, record)}: {field}: {text!r:.120}")
+    return text.strip() if form == "explicit" else KINDS[slot.kind].bare(text.strip())
+
+
+def sample_id(slot: str | Slot, record: Record, index: int, split: str = "test") -> str:
+    """The `id` of the record, else ``slot/split/00012`` from its place in the list."""
+    return str(record["id"]) if "id" in record else f"{get_slot(slot).name}/{split}/{index:05d}"
+
+
+def score(
+    slot: str | Slot,
+    records: Sequence[Record],
+    texts: Mapping[str, str] | Sequence[str],
+    *,
+    ids: Sequence[str] | None = None,
+    masks: Masks | None = None,
+) -> dict[str, Any]:
+    """Score the predictions for all test records of a slot.
+
+    What cannot be read is wrong. ValueError if a prediction is missing, unknown, double or no text.
+
+    Args:
+        texts: predicted texts by sample id, or in the order of the records.
+        ids: sample ids of the records, by default those of :func:`sample_id`.
+        masks: the source of masks, for a slot that is scored on masks.
+
+    Returns:
+        ``metrics`` (name -> number), ``primary`` (the primary metric), ``per_sample`` and ``ids`` in the order of the
+        records, and counts. The mean of ``per_sample`` is the primary metric. A score is 0 if the answer cannot be
+        read, else 0 to 1; for weighted F1 up to 2 (:func:`crab.tasks.labels.f1_shares`).
+    """
+    slot = _benchmark(slot, records, masks)
+    ids = [sample_id(slot, record, i) for i, record in enumerate(records)] if ids is None else [str(i) for i in ids]
+    texts = _aligned(slot, records, texts, ids)
+    answers = [parse(slot, text) for text in texts]
+    metrics, per_sample = KINDS[slot.kind].measure(slot, records, answers, masks)
+    return {
+        "metrics": metrics,
+        "primary": metrics[slot.metric],
+        "per_sample": per_sample,
+        "ids": ids,
+        "n_expected": len(records),
+        "n_found": len(texts),
+        "n_scored": len(per_sample),
+        "n_unparsable": sum(answer is None for answer in answers),
+    }
+
+
+def chance(slot: str | Slot, records: Sequence[Record], *, masks: Masks | None = None) -> float:
+    """The primary metric of the best constant answer, chosen by the truths of the test records."""
+    slot = _benchmark(slot, records, masks)
+    return KINDS[slot.kind].chance(slot, records, masks)
+
+
+def _benchmark(slot: str | Slot, records: Sequence[Record], masks: Masks | None) -> Slot:
+    slot = get_slot(slot)
+    if not slot.test:
+        raise ValueError(f"slot {slot.name} is for training only and has no metric")
+    if not records:
+        raise ValueError(f"slot {slot.name}: no test records")
+    if slot.masks and masks is None:
+        raise ValueError(f"slot {slot.name} is scored on masks: pass masks=Masks(truth, segment)")
+    return slot
+
+
+def _aligned(slot: Slot, records: Sequence[Record], texts: Any, ids: list[str]) -> list[str]:
+    """The predicted texts in the order of the records."""
+    if isinstance(texts, str):
+        raise ValueError(f"slot {slot.name}: predictions must be one text for each record, not one text")
+    if not isinstance(texts, Mapping):
+        texts = list(texts)
+        names = [*ids, *range(len(ids), len(texts))]  # a number names a text for which there is no record
+        texts = dict(zip(names, texts, strict=False))
+    if len(ids) != len(records):
+        raise ValueError(f"slot {slot.name}: {len(ids)} ids for {len(records)} records")
+    known = set(ids)
+    for problem, names in {
+        "sample ids are not unique": [i for i, n in Counter(ids).items() if n > 1],
+        "predictions are missing": [i for i in ids if texts.get(i) is None],
+        "predictions are for no test record": [str(i) for i in texts if i not in known],
+        "predictions are no text": [i for i in ids if not isinstance(texts.get(i), str)],
+    }.items():
+        if names:
+            some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            raise ValueError(f"slot {slot.name}: {problem} ({len(names)} of {len(ids)}): {some}")
+    return [texts[i] for i in ids]

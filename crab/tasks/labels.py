@@ -1,64 +1,180 @@
-"""Answers that are one label in ``<answer>...</answer>``: question answering, emotion, action, matching.
+"""Answers in words: a label or a caption. :data:`LABELS` names the kinds, :data:`METRICS` the metrics."""
 
-What these families share: the grammar, the truth taken from a record, accuracy, and the majority
-answer as chance.
-"""
-
-from __future__ import annotations
-
+import json
+import re
 from collections import Counter
-from typing import Any, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-from .registry import Slot, describe, required
-from .text import clean, only
+from .answers import Kind, Scores, clean, only, readable
+from .fields import Record, field_error, required
+from .registry import Slot
 
-TAGS = ("answer",)
+CHOICES = ("one", "two")
+_CHOICE_OF = {"1": "one", "first": "one", "2": "two", "second": "two"}
 
-
-def answer(truth: str) -> str:
-    """The tagged answer of a label."""
-    return f"<answer>{truth}</answer>"
-
-
-def parse(text: str) -> str | None:
-    """The label of the one answer in a text, as compared; None if there is no such label."""
-    inside = only(text, "answer")
-    return clean(inside) or None if inside is not None else None
+Truths, Answers = Sequence[str], Sequence[str | None]
 
 
-def truth(slot: Slot, record: Mapping[str, Any]) -> str:
-    """The true label of a record, as compared."""
-    label = clean(required(slot, record, slot.truth_fields[0]))
-    if not label:
-        raise ValueError(f"{describe(slot, record)}: field '{slot.truth_fields[0]}' is empty; give the true label")
-    return label
+def hits(truths: Truths, answers: Answers) -> list[float]:
+    """1 for a right label, else 0."""
+    return [float(a == t) for t, a in zip(truths, answers, strict=True)]
 
 
-def accuracy(truths: Sequence[str], answers: Sequence[str | None]) -> tuple[dict[str, float], list[float]]:
-    """Share of right labels, and 1 or 0 for each sample; no answer is a wrong one."""
-    hits = [float(a is not None and a == t) for t, a in zip(truths, answers, strict=True)]
-    return {"accuracy": sum(hits) / len(hits)}, hits
+def f1_shares(truths: Truths, answers: Answers) -> list[float]:
+    """The share of each sample in weighted F1, the sum over classes of (n / N) 2TP / (n + p).
 
-
-def accuracy_by(groups: Sequence[Iterable[str]], hits: Sequence[float]) -> dict[str, float]:
-    """Accuracy within each group, ``accuracy/<group>``, in order of name.
-
-    Args:
-        groups: of each sample, the groups it belongs to. hits: of each sample, 1 or 0.
+    With n true and p answered samples of its class, a right answer adds 2n / (n + p), always below 2. Resampled shares
+    keep n and p. They spread as the metric of resampled answers does, to within a fifth.
     """
-    members: dict[str, list[float]] = {}
-    for names, hit in zip(groups, hits, strict=True):
-        for name in names:
-            members.setdefault(f"accuracy/{name}", []).append(hit)
-    return {name: sum(group) / len(group) for name, group in sorted(members.items())}
+    true, predicted = Counter(truths), Counter(answers)
+    return [2 * true[t] / (true[t] + predicted[t]) if a == t else 0.0 for t, a in zip(truths, answers, strict=True)]
 
 
-def measure(slot: Slot, records: Sequence[Mapping[str, Any]], answers: Sequence[str | None]):
-    """Metrics and per-sample scores."""
-    return accuracy([truth(slot, r) for r in records], answers)
+def uar(truths: Truths, answers: Answers) -> float:
+    """Unweighted average recall: the mean recall of the true classes."""
+    counts = Counter(truths)
+    right = Counter(t for t, a in zip(truths, answers, strict=True) if a == t)
+    return sum(right[label] / n for label, n in counts.items()) / len(counts)
 
 
-def chance(slot: Slot, records: Sequence[Mapping[str, Any]]) -> float:
-    """Accuracy of always giving the most frequent true label."""
-    counts = Counter(truth(slot, r) for r in records)
-    return max(counts.values()) / len(records)
+#: The metrics of labels: (true labels, answered labels) -> the score of each sample, or one number for all. The mean of
+#: the scores is the metric. A primary metric has scores. WAR, the weighted average recall, is accuracy.
+METRICS = {"accuracy": hits, "WAR": hits, "weighted_f1": f1_shares, "UAR": uar}
+
+
+def _mean(scores: float | list[float]) -> float:
+    return scores if isinstance(scores, float) else sum(scores) / len(scores)
+
+
+class Label(Kind):
+    """One label: ``<answer>bell</answer>``."""
+
+    tags = ("answer",)
+
+    def answer(self, truth: str) -> str:
+        return f"<answer>{truth}</answer>"
+
+    def parse(self, text: str) -> str | None:
+        return clean(only(text, "answer") or "") or None
+
+    def truth(self, slot: Slot, record: Record) -> str:
+        field = slot.truth_fields[0]
+        if label := clean(required(slot, record, field)):
+            return label
+        raise field_error(slot, record, field, "give the true label")
+
+    def groups(self, slot: Slot, record: Record) -> tuple[str, ...]:
+        """The groups of a record, each with a metric such as ``accuracy/audio``."""
+        return ()
+
+    def measure(self, slot: Slot, records: Sequence[Record], answers: Answers, masks=None) -> Scores:
+        truths = [self.compared(self.truth(slot, record)) for record in records]
+        answers = [self.compared(answer) for answer in answers]
+        scores = {name: METRICS[name](truths, answers) for name in slot.metrics.split()}
+        members: dict[str, list[float]] = {}
+        for record, hit in zip(records, hits(truths, answers), strict=True):
+            for group in self.groups(slot, record):
+                members.setdefault(f"accuracy/{group}", []).append(hit)
+        metrics = {name: _mean(values) for name, values in (*scores.items(), *sorted(members.items()))}
+        return metrics, scores[slot.metric]
+
+    def chance(self, slot: Slot, records: Sequence[Record], masks=None) -> float:
+        """The most frequent label is the best one for each of the metrics."""
+        truths = [self.compared(self.truth(slot, record)) for record in records]
+        best = max(Counter(truths).items(), key=lambda item: item[1])[0]
+        return _mean(METRICS[slot.metric](truths, [best] * len(truths)))
+
+
+class Question(Label):
+    """MUSIC-AVQA: accuracy also by the modality and the kind of a question."""
+
+    def groups(self, slot: Slot, record: Record) -> tuple[str, ...]:
+        value = required(slot, record, "type")  # a list, or the text of a list
+        try:
+            modality, kind = json.loads(value) if isinstance(value, str) else value
+            if not (isinstance(modality, str) and isinstance(kind, str)):
+                raise ValueError
+        except (TypeError, ValueError, RecursionError) as error:
+            raise field_error(slot, record, "type", 'give a list such as ["Audio-Visual", "Location"]') from error
+        return clean(modality), f"{clean(modality)}/{clean(kind)}"
+
+
+class Choice(Label):
+    """AVQA: the words of one of the choices. Accuracy also by what a question relates to, and by its type.
+
+    See Yang et al., "AVQA: A Dataset for Audio-Visual Question Answering on Videos", ACM MM 2022. A record gives the
+    words of the right choice, or its place, from 0.
+    """
+
+    def groups(self, slot: Slot, record: Record) -> tuple[str, ...]:
+        relation, kind = (clean(required(slot, record, f"question_{field}")) for field in ("relation", "type"))
+        return f"relation/{relation}", f"type/{kind}"
+
+    def choices(self, slot: Slot, record: Record) -> list[str]:
+        value = required(slot, record, "multi_choice")
+        choices = [clean(v) for v in value] if isinstance(value, (list, tuple)) else []
+        if len(choices) < 2 or not all(choices):
+            raise field_error(slot, record, "multi_choice", "give a list of labels")
+        return choices
+
+    def truth(self, slot: Slot, record: Record) -> str:
+        choices, field = self.choices(slot, record), slot.truth_fields[0]
+        value = required(slot, record, field)
+        if isinstance(value, str) and clean(value) in choices:
+            return clean(value)
+        place = str(value)
+        if place.isascii() and place.isdigit() and len(place) < 4 and int(place) < len(choices):
+            return choices[int(place)]
+        fix = f"give one of the choices {', '.join(choices):.200}, or its place from 0 to {len(choices) - 1}"
+        raise field_error(slot, record, field, fix)
+
+    def chance(self, slot: Slot, records: Sequence[Record], masks=None) -> float:
+        """The accuracy of always the same words, or of always the same place."""
+        places = Counter(self.choices(slot, record).index(self.truth(slot, record)) for record in records)
+        return max(super().chance(slot, records), max(places.values()) / len(records))
+
+
+class Action(Label):
+    """Labels are the same if only the space between words differs: UCF-101 names a class "ApplyEyeMakeup"."""
+
+    def compared(self, label: str | None) -> str | None:
+        return label and (re.sub(r"[\s_-]", "", label) or label)
+
+
+class Match(Label):
+    """One of two videos or sounds. ``1``, ``one`` and ``first`` mean the same."""
+
+    def parse(self, text: str) -> str | None:
+        label = super().parse(text)
+        return _CHOICE_OF.get(label, label)
+
+    def truth(self, slot: Slot, record: Record) -> str:
+        label = super().truth(slot, record)
+        if (choice := _CHOICE_OF.get(label, label)) in CHOICES:
+            return choice
+        raise field_error(slot, record, slot.truth_fields[0], "give 1 or 2")
+
+
+class Caption(Kind):
+    """Free text without a tag, for training only. The whole text is the answer."""
+
+    example = "a caption"
+
+    def answer(self, truth: str) -> str:
+        return " ".join(truth.split())
+
+    def bare(self, text: str) -> str:
+        return text
+
+    def parse(self, text: str) -> str | None:
+        return (" ".join(text.split()) or None) if readable(text) else None
+
+
+LABELS: dict[str, Kind] = {
+    "qa": Question(),
+    "choice": Choice(),
+    "emotion": Label(),
+    "action": Action(),
+    "matching": Match(),
+    "captioning": Caption(),
+}

@@ -1,178 +1,280 @@
-"""Pixel-level localization: a box and three points from which a segmenter makes the mask (S4, MS3).
+"""Spatial and pixel-level localization: a box (ARIG), or a box and three points for a segmenter (S4, MS3, Ref-AVS).
 
-J is the mean IoU of predicted and true mask; F is (1 + b2) P R / (b2 P + R) with b2 = 0.3 on pixels
-(Zhou et al., "Audio-Visual Segmentation", ECCV 2022), of the mask as it is: no search over
-thresholds. An answer that does not parse and a mask that could not be made score 0 and are counted in
-``no_mask``; ``J_answered`` and ``F_answered`` are the means over the others, and no more than a second
-reading. The published script leaves such answers out too, but reads answers by a rule of its own: the first
-box and the last three points of a text (fewer will do, and three without a box), white space nowhere, and
-no coordinate of 224, which is here the far edge. So its numbers are near to these, not the same.
-
-Where a true mask is black, as in some frames of MS3 (nothing in view sounds), an empty mask has J = F = 1 and
-any other J = F = 0, as in the published script. AVSBench's own code differs: there J of such a frame is the
-share of the image that is left unmarked, which is never less, and F is the mean over the other frames alone.
-``empty_truth`` counts such frames, where there are any.
-
-This module reads no files: who scores hands in a :class:`Masks`.
+Coordinates are integer pixels of the 224 x 224 image; x2 and y2 of a box are exclusive. This module reads no files.
 """
 
-from __future__ import annotations
-
 import re
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from .registry import Slot, describe
-from .spatial import SIZE, Box, constant_boxes, iou, valid
-from .text import integers, readable
+from .answers import Kind, Scores, clean, integers, only, readable
+from .fields import Record, describe, field_error, required, whole
+from .registry import Slot
 
-TAGS: tuple[str, ...] = ()
+SIZE = 224
 BETA2 = 0.3
+NULL = "null"  #: the truth, or the answer, that the described thing is not there
+SPLITS = {"test_s": "seen", "test_u": "unseen", "test_n": NULL}
+_THERE = {"true": True, "yes": True, "false": False, "no": False}
 
+Box = tuple[int, int, int, int]
 Point = tuple[int, int]
 
 
 class Prompt(NamedTuple):
-    """What a promptable segmenter is given: a box and three points, in pixels of the 224 x 224 image."""
+    """The input of a promptable segmenter."""
 
     box: Box
     points: tuple[Point, Point, Point]
 
 
 class Masks(NamedTuple):
-    """Where masks come from.
+    """The source of masks, bool [height, width]. `segment` makes one from a box and points, or None if it cannot."""
 
-    Attributes:
-        truth: record -> true mask, bool [height, width].
-        segment: record, box, points -> predicted mask of the same shape, or None if none can be made.
+    truth: Callable[[Record], np.ndarray]
+    segment: Callable[[Record, Box, tuple[Point, ...]], np.ndarray | None]
+
+
+class OneBox(Kind):
+    """ARIG: ``<obj>(16,24)(80,88)</obj>``.
+
+    cIoU is the share of frames with an IoU of at least 0.5. AUC is the area under this share over the thresholds 0,
+    0.05, ..., 1, by the trapezoidal rule (Senocak et al., "Learning to Localize Sound Source in Visual Scenes", CVPR
+    2018). An unreadable answer succeeds at no threshold, not even 0.
     """
 
-    truth: Callable[[Mapping[str, Any]], np.ndarray]
-    segment: Callable[[Mapping[str, Any], Box, tuple[Point, ...]], np.ndarray | None]
+    tags = ("obj",)
+
+    def answer(self, truth: Box) -> str:
+        x1, y1, x2, y2 = truth
+        return f"<obj>({x1},{y1})({x2},{y2})</obj>"
+
+    def parse(self, text: str) -> Box | None:
+        return _valid(integers(only(text, "obj") or "", "( # , # ) ( # , # )"))
+
+    def truth(self, slot: Slot, record: Record) -> Box:
+        if all(field in record for field in slot.truth_fields):
+            try:
+                (x1, y1), (x2, y2) = (map(whole, record[field]) for field in slot.truth_fields)
+                box = _valid((x1, y1, x2, y2))
+            except (TypeError, ValueError):
+                box = None
+        else:
+            box = self.parse(record.get(slot.answer_field, ""))
+        if box is None:
+            fields = f"{' and '.join(slot.truth_fields)} (or '{slot.answer_field}')"
+            bounds = f"0 <= x1 < x2 <= {SIZE} and 0 <= y1 < y2 <= {SIZE}"
+            fix = f"{fields} must give a box in whole pixels, [x1, y1] and [x2, y2], with {bounds}"
+            raise ValueError(f"{describe(slot, record)}: {fix}")
+        return box
+
+    def measure(self, slot: Slot, records: Sequence[Record], answers: Sequence[Box | None], masks=None) -> Scores:
+        """cIoU, AUC and mean IoU; per sample whether the IoU is at least 0.5."""
+        pairs = zip(records, answers, strict=True)
+        overlaps = np.array([-1.0 if box is None else float(iou(self.truth(slot, r), box)) for r, box in pairs])
+        success = np.array([(overlaps >= i / 20).mean() for i in range(21)])
+        auc = float((success[1:] + success[:-1]).sum() / 2 / 20)
+        hits = (overlaps >= 0.5).astype(float)
+        return {"ciou": float(hits.mean()), "auc": auc, "iou": float(overlaps.clip(0).mean())}, hits.tolist()
+
+    def chance(self, slot: Slot, records: Sequence[Record], masks=None) -> float:
+        """The best box among :func:`constant_boxes`."""
+        boxes = np.array([self.truth(slot, record) for record in records])
+        return max(float((iou(boxes, box) >= 0.5).mean()) for box in constant_boxes(boxes))
 
 
-def answer(truth: Prompt) -> str:
-    """``[16,24,80,88] [40,48] [48,56] [56,64]``."""
-    box, points = truth
-    return " ".join("[" + ",".join(map(str, group)) + "]" for group in (box, *points))
+class Pixels(Kind):
+    """S4 and MS3: ``[16,24,80,88] [40,48] [48,56] [56,64]``.
+
+    J is the mean IoU of the answered and the true mask. F is (1 + b2) P R / (b2 P + R) on pixels with b2 = 0.3, with no
+    search over thresholds (Zhou et al., "Audio-Visual Segmentation", ECCV 2022).
+
+    A failed answer cannot be read, or has no mask. It has J = F = 0 and is counted in ``no_mask``. Metrics that end in
+    ``_answered`` leave failed answers out, as the published script does. But that script reads the first box and the
+    last three points (fewer points or no box will do), no white space and no coordinate of 224, so its numbers differ.
+
+    If the true mask is black (nothing in view sounds, as in some frames of MS3), an empty mask has J = F = 1 and any
+    other J = F = 0, as in the published script. ``empty_truth`` counts such frames. AVSBench's code differs: J is then
+    the unmarked share of the image, which is never lower, and F leaves such frames out.
+    """
+
+    example = "a box and three points, such as [16,24,80,88] [40,48] [48,56] [56,64]"
+
+    def answer(self, truth: Prompt) -> str:
+        box, points = truth
+        return " ".join("[" + ",".join(map(str, group)) + "]" for group in (box, *points))
+
+    def bare(self, text: str) -> str:
+        return " ".join(_groups(text))
+
+    def parse(self, text: str) -> Prompt | None:
+        groups = _groups(text)
+        if not groups or len(groups) != 4:
+            return None
+        box = _valid(integers(groups[0], "[ # , # , # , # ]"))
+        points = tuple(integers(group, "[ # , # ]") for group in groups[1:])
+        return Prompt(box, points) if box and all(point and max(point) <= SIZE for point in points) else None
+
+    def split(self, slot: Slot, record: Record) -> str:
+        """The split of a record, "" if the slot has none. Each split has its metrics."""
+        return ""
+
+    def measure(self, slot: Slot, records: Sequence[Record], answers: Sequence, masks: Masks) -> Scores:
+        """J and F by split, S on null, and counts of failed answers and black true masks; per sample J."""
+        splits = [self.split(slot, record) for record in records]
+        rows = list(zip(records, answers, splits, strict=True))
+        scores = [_score(slot, masks, record, answer, split == NULL) for record, answer, split in rows]
+        metrics = {"J": float(np.mean([score.j for score in scores]))}
+        for kind in "", "_answered":
+            for split in [name for name in ("", *SPLITS.values()) if name in splits]:
+                part = [score for score, name in zip(scores, splits, strict=True) if name == split]
+                part = [score for score in part if score.answered or not kind]
+                j, f = np.mean([(score.j, score.f) for score in part] or [(0.0, 0.0)], axis=0)
+                if split == NULL:
+                    metrics[f"S_{split}{kind}"] = float(np.mean([score.s for score in part] or [1.0]))
+                else:
+                    name = f"_{split}{kind}" if split else kind
+                    metrics |= {f"J{name}": float(j), f"F{name}": float(f)}
+        metrics["no_mask"] = sum(not score.answered for score in scores)
+        if empty := sum(not split and not np.any(masks.truth(record)) for record, _, split in rows):
+            metrics["empty_truth"] = empty
+        return metrics, [score.j for score in scores]
+
+    def chance(self, slot: Slot, records: Sequence[Record], masks: Masks) -> float:
+        """J of the best constant answer, with the same segmenter."""
+        tried = self.constants(slot, records, masks)
+        return max(self.measure(slot, records, [answer] * len(records), masks)[0]["J"] for answer in tried)
+
+    def constants(self, slot: Slot, records: Sequence[Record], masks: Masks) -> list[Prompt | str]:
+        """The constant answers to try: the box with the highest mean IoU with the boxes of the true masks.
+
+        Its points lie on its diagonal, at a quarter, a half and three quarters.
+        """
+        boxes = [bounding_box(np.asarray(masks.truth(record), bool)) for record in records]
+        boxes = np.array([box for box in boxes if box])
+        if not len(boxes):
+            raise ValueError(f"slot {slot.name}: every true mask is empty")
+        best = max(constant_boxes(boxes).tolist(), key=lambda box: float(iou(boxes, box).mean()))
+        x1, y1, x2, y2 = best
+        return [Prompt(tuple(best), tuple((x1 + (x2 - x1) * i // 4, y1 + (y2 - y1) * i // 4) for i in (1, 2, 3)))]
 
 
-def groups(text: str) -> list[str] | None:
-    """The bracketed groups of a text, brackets included; None if brackets do not pair up or nest."""
-    if not readable(text):
-        return None
-    found = re.findall(r"\[[^\[\]]*\]", text)
-    whole = text.count("[") == len(found) == text.count("]")
-    return found if whole else None
+class Referred(Pixels):
+    """Ref-AVS: ``<answer>true</answer>`` with box and points, or ``<answer>false</answer>`` for :data:`NULL`.
+
+    A test record is of one split: seen classes, unseen classes, or null (the thing is not there). On null, S is the
+    square root of the answered foreground over the true background, the whole image; 0 is best, 1 worst (Wang et al.,
+    "Ref-AVS: Refer and Segment Objects in Audio-Visual Scenes", ECCV 2024). The published script of Crab+ divides by
+    the answered background, so its S is higher and has no bound. The primary J is over all samples. J of a null sample
+    is 1 if the answer is NULL, else 0: the IoU with an empty mask.
+    """
+
+    tags = ("answer",)
+    example = f"<answer>false</answer>, or <answer>true</answer> with {Pixels.example}"
+
+    def answer(self, truth: Prompt | str) -> str:
+        return "<answer>false</answer>" if truth == NULL else f"<answer>true</answer> {super().answer(truth)}"
+
+    def bare(self, text: str) -> str:
+        return " ".join([f"<answer>{only(text, 'answer')}</answer>", *_groups(text)])
+
+    def parse(self, text: str) -> Prompt | str | None:
+        there = _THERE.get(clean(only(text, "answer")))
+        if there:
+            return super().parse(text)
+        return NULL if there is False and _groups(text) == [] else None
+
+    def truth(self, slot: Slot, record: Record) -> Prompt | str:
+        """From the answer. A record of the null split needs none, because published test records have none."""
+        split = self.split(slot, record) if "split" in record else None
+        if split == NULL and slot.answer_field not in record:
+            return NULL
+        truth = super().truth(slot, record)
+        if split and (split == NULL) != (truth == NULL):
+            fields = f"fields 'split' and '{slot.answer_field}'"
+            raise ValueError(f"{describe(slot, record)}: {fields} disagree on whether it is there; correct one of them")
+        return truth
+
+    def split(self, slot: Slot, record: Record) -> str:
+        value = required(slot, record, "split")
+        if not isinstance(value, str) or value not in SPLITS:
+            raise field_error(slot, record, "split", f"give one of {', '.join(SPLITS)}")
+        return SPLITS[value]
+
+    def constants(self, slot: Slot, records: Sequence[Record], masks: Masks) -> list[Prompt | str]:
+        """NULL, and the best box and points for the things that are there."""
+        there = [record for record in records if self.split(slot, record) != NULL]
+        return [NULL, *(super().constants(slot, there, masks) if there else ())]
 
 
-def bare(text: str) -> str:
-    """The groups of an answer without the words around them."""
-    return " ".join(groups(text))
+def _groups(text: str) -> list[str] | None:
+    """The bracketed groups of a text; None if brackets do not pair up or nest."""
+    groups = re.findall(r"\[[^\[\]]*\]", text) if readable(text) else None
+    return groups if groups is not None and text.count("[") == len(groups) == text.count("]") else None
 
 
-def parse(text: str) -> Prompt | None:
-    """A box and exactly three points, all inside the image; None otherwise."""
-    found = groups(text)
-    if not found or len(found) != 4:
-        return None
-    box = valid(integers(found[0], "[ # , # , # , # ]"))
-    points = [integers(group, "[ # , # ]") for group in found[1:]]
-    if box is None or any(p is None or max(p) > SIZE for p in points):
-        return None
-    return Prompt(box, tuple(points))
+class _Score(NamedTuple):
+    """The scores of one answer, by default of a failed one."""
+
+    answered: bool = False
+    j: float = 0.0
+    f: float = 0.0
+    s: float = 1.0
 
 
-def truth(slot: Slot, record: Mapping[str, Any]) -> Prompt:
-    """The true box and points of a record, from its answer."""
-    prompt = parse(record.get(slot.answer_field, ""))
-    if prompt is None:
-        raise ValueError(
-            f"{describe(slot, record)}: field '{slot.answer_field}' must hold a box and three points, "
-            "such as [16,24,80,88] [40,48] [48,56] [56,64]"
-        )
-    return prompt
-
-
-def mask_scores(true: np.ndarray, given: np.ndarray) -> tuple[float, float]:
-    """(J, F) of two bool masks of one shape; two empty masks agree."""
-    shared = int((true & given).sum())
-    n_true, n_given = int(true.sum()), int(given.sum())
-    if n_true + n_given == 0:
-        return 1.0, 1.0
-    # With P = shared / given and R = shared / true the published form simplifies to this.
-    f = (1 + BETA2) * shared / (BETA2 * n_true + n_given)
-    return shared / (n_true + n_given - shared), f
-
-
-def measure(
-    slot: Slot,
-    records: Sequence[Mapping[str, Any]],
-    answers: Sequence[Prompt | None],
-    masks: Masks | None = None,
-) -> tuple[dict[str, float], list[float]]:
-    """J and F over all samples, and counts of what has no mask and, if there are any, of black true masks; per sample J."""
-    masks = needed(slot, masks)
-    pairs = [
-        None if given is None else scored(slot, masks, record, given)
-        for record, given in zip(records, answers, strict=True)
-    ]
-    table = np.array([p or (0.0, 0.0) for p in pairs])
-    made = np.array([p for p in pairs if p is not None] or [(0.0, 0.0)])
-    metrics = dict(zip(("J", "F", "J_answered", "F_answered"), map(float, (*table.mean(0), *made.mean(0)))))
-    metrics["no_mask"] = sum(p is None for p in pairs)
-    if empty := sum(not np.any(masks.truth(record)) for record in records):
-        metrics["empty_truth"] = empty
-    return metrics, table[:, 0].tolist()
-
-
-def scored(slot: Slot, masks: Masks, record: Mapping[str, Any], given: Prompt) -> tuple[float, float] | None:
-    """(J, F) of an answer, None if no mask can be made of it."""
-    mask = masks.segment(record, given.box, given.points)
-    if mask is None:
-        return None
-    true, mask = np.asarray(masks.truth(record), bool), np.asarray(mask, bool)
+def _score(slot: Slot, masks: Masks, record: Record, answer: Prompt | str | None, null: bool = False) -> _Score:
+    """The scores of an answer. `null`: the thing is not there, and the record has no true mask."""
+    if null and answer == NULL:
+        return _Score(True, 1.0, 1.0, 0.0)
+    mask = masks.segment(record, *answer) if isinstance(answer, Prompt) else None
+    if answer is None or (mask is None and answer != NULL):
+        return _Score()
+    if null:
+        return _Score(True, s=float(np.asarray(mask, bool).mean() ** 0.5))
+    true = np.asarray(masks.truth(record), bool)
+    mask = np.zeros_like(true) if answer == NULL else np.asarray(mask, bool)
     if true.shape != mask.shape or true.ndim != 2:
-        raise ValueError(
-            f"{describe(slot, record)}: true mask is {true.shape}, predicted {mask.shape}; both must be one "
-            "[height, width]"
-        )
-    return mask_scores(true, mask)
+        shapes = f"true mask is {true.shape}, predicted {mask.shape}"
+        raise ValueError(f"{describe(slot, record)}: {shapes}; both must be one [height, width]")
+    return _Score(True, *mask_scores(true, mask), 0.0)
 
 
-def needed(slot: Slot, masks: Masks | None) -> Masks:
-    """The masks, or a ValueError where there are none."""
-    if masks is None:
-        raise ValueError(f"slot {slot.name} is scored on masks: pass masks=Masks(truth, segment)")
-    return masks
+def mask_scores(true: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """(J, F) of two bool masks of one shape; (1, 1) if both are empty."""
+    shared, n_true, n_mask = (int(pixels.sum()) for pixels in (true & mask, true, mask))
+    if n_true + n_mask == 0:
+        return 1.0, 1.0
+    # With P = shared / mask and R = shared / true the published F becomes this.
+    return shared / (n_true + n_mask - shared), (1 + BETA2) * shared / (BETA2 * n_true + n_mask)
 
 
-def chance(slot: Slot, records: Sequence[Mapping[str, Any]], masks: Masks | None = None) -> float:
-    """J of the best constant answer (:func:`constant`), through the same segmenter."""
-    masks = needed(slot, masks)
-    metrics, _ = measure(slot, records, [constant(slot, records, masks)] * len(records), masks)
-    return metrics["J"]
+def _valid(box: Sequence[int] | None) -> Box | None:
+    """The box, if it has an area and lies inside the image; else None."""
+    x1, y1, x2, y2 = box or (0, 0, 0, 0)
+    return (x1, y1, x2, y2) if 0 <= x1 < x2 <= SIZE and 0 <= y1 < y2 <= SIZE else None
 
 
-def constant(slot: Slot, records: Sequence[Mapping[str, Any]], masks: Masks) -> Prompt:
-    """The box and points that suit all records best.
+def iou(a, b) -> np.ndarray:
+    """Intersection over union of boxes [..., 4]; the shapes broadcast."""
+    a, b = np.asarray(a), np.asarray(b)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.clip(sides, 0, None).prod(-1)
+    areas = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
+    return shared / (areas - shared)
 
-    Of :func:`crab.tasks.spatial.constant_boxes` the one with the highest mean IoU with the true masks'
-    boxes is taken; its points lie on its diagonal, at a quarter, half and three quarters.
-    """
-    found = [bounding_box(np.asarray(masks.truth(r), bool)) for r in records]
-    boxes = np.array([b for b in found if b])
-    if not len(boxes):
-        raise ValueError(f"slot {slot.name}: every true mask is empty")
-    best = max(constant_boxes(boxes).tolist(), key=lambda box: float(iou(boxes, box).mean()))
-    x1, y1, x2, y2 = best
-    points = tuple((x1 + (x2 - x1) * i // 4, y1 + (y2 - y1) * i // 4) for i in (1, 2, 3))
-    return Prompt(tuple(best), points)
+
+def constant_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Boxes to try as a constant answer: the middle of the image, the median of the true boxes [n, 4], and these."""
+    middle = [SIZE // 4, SIZE // 4, SIZE - SIZE // 4, SIZE - SIZE // 4]
+    median = np.rint(np.median(boxes, 0)).astype(int)
+    tried = np.unique(np.vstack([[middle], [median], boxes]), axis=0)
+    return tried[(tried[:, 0] < tried[:, 2]) & (tried[:, 1] < tried[:, 3])]
 
 
 def bounding_box(mask: np.ndarray) -> Box | None:
-    """The box of a bool mask [height, width] in pixels of the 224 x 224 image; None if it is empty."""
+    """The box of a bool mask [height, width], in pixels of the 224 x 224 image; None if the mask is empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
@@ -181,11 +283,9 @@ def bounding_box(mask: np.ndarray) -> Box | None:
 
 
 def points_inside(mask: np.ndarray, count: int = 3, step: int = 8) -> list[Point]:
-    """Some (x, y) on a mask, spread from high to low among its lattice points, off its edge where it is wide enough.
+    """Points (x, y) on a bool mask [224, 224], spread from top to bottom, off its edge if it is wide enough.
 
-    Args:
-        mask: bool [224, 224] with at least `count` pixels.
-        step: pixels between lattice points; where too few of them lie on the mask, all its pixels are taken.
+    They lie on a lattice of `step` pixels, or anywhere if too few lattice points lie on the mask.
     """
     deep = mask.copy()
     for axis in (0, 1):
