@@ -1,24 +1,15 @@
 """The options of an I-LoRA adapter."""
 
-from __future__ import annotations
-
 import math
-import numbers
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from peft.config import PeftConfig
 
 from .registration import ILORA
 
-CHOICES = {
-    "router": ("token", "uniform"),
-    "router_input": ("token", "instruction"),
-    "router_sharing": ("module", "layer", "model"),
-    "bias": ("none", "all", "ilora_only"),
-}
 # Options of earlier versions, at the values that change nothing. A saved configuration may have these.
 REMOVED = {"shared_head": False, "router_noise": 0, "balance_weight": 0, "orthogonality_weight": 0}
 # Options that do not change what the saved tensors mean.
@@ -31,13 +22,6 @@ def _is_count(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of other libraries, such as numpy's, as Python's, which json can write. Other values stay."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
 
 
 @dataclass
@@ -67,8 +51,8 @@ class ILoraConfig(PeftConfig):
         default=None,
         metadata={
             "help": "The nn.Linear modules to adapt. Must be set. A list has endings of names, a string is a regular "
-            "expression for whole names, 'all-linear' is all but the output head. In a multimodal model a list "
-            "also reaches the encoders; r'.*language_model.*(q|v)_proj' does not."
+            "expression for whole names, 'all-linear' is all but the output head. In a multimodal model a list also "
+            "reaches the encoders; r'.*language_model.*(q|v)_proj' does not."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -77,23 +61,21 @@ class ILoraConfig(PeftConfig):
     router: Literal["token", "uniform"] = field(
         default="token",
         metadata={
-            "help": "'token': a learned softmax for each token and module. 'uniform': weights of 1/num_heads, as "
-            "a control. All heads then get the same gradient, so it is a plain LoRA of rank r."
+            "help": "'token': a learned softmax for each token and module. 'uniform': weights of 1/num_heads, as a "
+            "control. All heads then get the same gradient, so it is a plain LoRA of rank r."
         },
     )
     router_temperature: float = field(
         default=1.0, metadata={"help": "Divides the logits of the router. Smaller is sharper."}
     )
     top_k: int | None = field(
-        default=None,
-        metadata={"help": "Use only the k heads with the largest logits. With 1 the router gets no gradient."},
+        default=None, metadata={"help": "Use only the k heads with the largest logits. 1 gives the router no gradient."}
     )
     router_input: Literal["token", "instruction"] = field(
         default="token",
         metadata={
-            "help": "What the router reads. 'token': each token. 'instruction': the mean of the module's input over "
-            "the instruction tokens, for all tokens of a sample. Under a causal mask the tokens before the instruction "
-            "cannot know the task themselves. Run the model inside crab.ilora.instruction_tokens."
+            "help": "What the router reads. 'token': each token. 'instruction': for all tokens of a sample the mean of "
+            "the module's input over the instruction. Run the model inside crab.ilora.instruction_tokens."
         },
     )
     router_sharing: Literal["module", "layer", "model"] = field(
@@ -108,10 +90,7 @@ class ILoraConfig(PeftConfig):
         default=True, metadata={"help": "One A for all heads. False: an A_i per head, stacked as [num_heads * r, in]."}
     )
     router_init_std: float = field(
-        default=0.02,
-        metadata={
-            "help": "Standard deviation of the initial router. Above 0: zero heads and a zero router stay equal."
-        },
+        default=0.02, metadata={"help": "Of the initial router. Above 0: zero heads and a zero router stay equal."}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "Start with B = 0, so that a new adapter changes nothing. False: random B."}
@@ -127,8 +106,7 @@ class ILoraConfig(PeftConfig):
         default=None, metadata={"help": "Adapt only the layers with these numbers. Needs target_modules as a list."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list of layers, for layers_to_transform or router_sharing='layer'."},
+        default=None, metadata={"help": "Name of the list of layers, for layers_to_transform and router_sharing."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Endings of further modules, which are trained in full and saved too."}
@@ -136,16 +114,14 @@ class ILoraConfig(PeftConfig):
     bias: Literal["none", "all", "ilora_only"] = field(
         default="none",
         metadata={
-            "help": "Biases of the base that are trained and saved too: 'all', or 'ilora_only' of adapted modules. "
-            "They change in place, also for other adapters and after unload(). One adapter of a model may have this."
+            "help": "Biases of the base to train and save too: 'all', or 'ilora_only' of adapted modules. They change "
+            "in place, also for other adapters and after unload(). One adapter of a model may have this."
         },
     )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = ILORA
-        for option in fields(self):
-            setattr(self, option.name, _plain(getattr(self, option.name)))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -166,10 +142,12 @@ class ILoraConfig(PeftConfig):
         yield "lora_alpha", _is_positive(self.lora_alpha), "given and above 0 (the published run uses 2 * r)"
         dropout = self.lora_dropout
         yield "lora_dropout", dropout == 0 or _is_positive(dropout) and dropout < 1, "in [0, 1)"
-        for name, values in CHOICES.items():
-            yield name, getattr(self, name) in values, f"one of {values}"
-        for name in ("shared_A", "init_weights", "use_rslora"):
-            yield name, isinstance(getattr(self, name), bool), "True or False"
+        for option in fields(self):
+            value, choices = getattr(self, option.name), get_args(option.type)
+            if get_origin(option.type) is Literal:
+                yield option.name, value in choices, f"one of {choices}"
+            elif option.type is bool:
+                yield option.name, isinstance(value, bool), "True or False"
         for name in ("router_temperature", "router_init_std"):
             yield name, _is_positive(getattr(self, name)), "above 0"
         top_k = self.top_k is None or _is_count(self.top_k) and self.top_k <= self.num_heads
@@ -198,13 +176,13 @@ class ILoraConfig(PeftConfig):
         kwargs = {name: value for name, value in kwargs.items() if REMOVED.get(name, ...) != value}
         unknown = {name: kwargs[name] for name in sorted(set(kwargs) - {option.name for option in fields(cls)})}
         if unknown:
+            fix = "correct the spelling, or use the version of crab that wrote it"
             raise ValueError(
-                f"adapter_config.json has fields that this version of crab does not have, or no longer has: {unknown}. "
-                "Correct the spelling, or use the version of crab that wrote the file."
+                f"adapter_config.json has fields that ILoraConfig does not (or no longer) know: {unknown}; {fix}."
             )
         return super().check_kwargs(**kwargs)
 
-    def differences(self, other: ILoraConfig) -> dict[str, tuple]:
+    def differences(self, other: "ILoraConfig") -> dict[str, tuple]:
         """Field -> (value here, value in `other`), where they differ and change what the saved tensors mean."""
         ignored = FREE | set(PeftConfig.__dataclass_fields__)
         names = [option.name for option in fields(self) if option.name not in ignored]

@@ -1,7 +1,5 @@
 """Base and adapter of one layer as one autograd function."""
 
-from __future__ import annotations
-
 import warnings
 from functools import cache
 from types import ModuleType
@@ -12,29 +10,20 @@ import torch.nn.functional as F
 
 from .routers import TokenRouter, autocast_off
 
-#: From this number of columns of B on, its gradient is computed in the layout of B. Below it, a CPU needs less time for
-#: the transpose and a copy, which is then small: 2/3 of the time at 24 columns, the same at 48, 3/2 at 384 (bfloat16: more).
+#: From this number of columns of B on, its gradient is computed in the layout of B. Below, a CPU is faster with the
+#: transpose and a copy: 2/3 of the time at 24 columns, the same at 48, 3/2 at 384, and more in bfloat16.
 MANY_ROWS = 128
 
 
 class Setting(NamedTuple):
-    """What `FusedLinear` needs in addition to its tensors.
+    """What `FusedLinear` needs in addition to its tensors."""
 
-    Attributes:
-        router: turns logits into weights. Its own weight is passed as R.
-        scaling: factor of the adapter.
-        dropout: probability to drop an element of the input of A; 0 outside training.
-        dtype: dtype of the products with A and B: their own, or usually that of autocast.
-        router_dtype: dtype of the product with R: its own, or float32 under autocast.
-        kernels: `crab.ilora.kernels`, or None to use torch between the products.
-    """
-
-    router: TokenRouter
+    router: TokenRouter  # turns logits into weights; its own weight is passed as R
     scaling: float
-    dropout: float
-    dtype: torch.dtype
-    router_dtype: torch.dtype
-    kernels: ModuleType | None
+    dropout: float  # on the input of A; 0 outside training
+    dtype: torch.dtype  # of the products with A and B: their own, or usually that of autocast
+    router_dtype: torch.dtype  # of the product with R: its own, or float32 under autocast
+    kernels: ModuleType | None  # `crab.ilora.kernels`, or None to use torch between the products
 
 
 @cache
@@ -54,14 +43,11 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
 
 class FusedLinear(torch.autograd.Function):
-    """One layer in three matrix products forward: those of the base, of [A; R] and of B.
+    """One layer in three matrix products forward: those of the base, of [A; R] and of B. Call it with autocast off.
 
-    Compared with autograd on the same formula, it keeps only x, A x and R x for backward (with dropout also one byte per
-    element). Backward computes the routed projections again, which are num_heads times as wide. Matrix products add
-    directly into the output of the base and into the gradient of the input, so no second tensor of that size is made.
-    Small tensors have the tokens last: CPUs are fastest with few long rows.
-
-    Call it with autocast off. x, weight and bias have the dtype of the base; A, R and B are as they are stored.
+    For backward it keeps only x, A x and R x (with dropout also one byte per element), and computes the routed
+    projections again. Matrix products add directly into the output of the base and into the gradient of the input, so
+    no second tensor of that size is made. Small tensors have the tokens last: CPUs are fastest with few long rows.
 
     Shapes: x [T, in], weight [out, in], bias [out] or None, A [r or num_heads * r, in], R [num_heads, in],
     B [out, num_heads * r]. `read` is x before autocast rounded it, or None. Returns y [T, out] and the routing weights
@@ -81,9 +67,10 @@ class FusedLinear(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 8
+        if torch.is_grad_enabled():
+            raise RuntimeError("I-LoRA: set ILoraLayer.fused = False for second derivatives (create_graph=True).")
         with autocast_off(grad.device.type):  # backward may run inside the autocast block
-            # with create_graph=True: _backward writes in place, the formula can be differentiated again
-            grads = (_differentiable_backward if torch.is_grad_enabled() else _backward)(ctx, grad, *ctx.saved_tensors)
+            grads = _backward(ctx, grad, *ctx.saved_tensors)
         grad_x, *grads = (None if g is None else _cast(g, dtype) for g, dtype in grads)
         return grad_x, None, None, None, *grads, None
 
@@ -190,25 +177,6 @@ def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
             _accumulate(grad_x, logits_grad.t(), R)
             grad_x += (z_grad.t() @ A).mul_(kept)
     return (grad_x, x.dtype), (grad_A, stored[0]), (grad_R, stored[0]), (grad_B, stored[1])
-
-
-def _differentiable_backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
-    """As `_backward`, by autograd on the formula, so that it can be differentiated again."""
-    router, scaling, dropout, dtype, router_dtype, _ = ctx.setting
-    # views, so that a path from one input to another outside this layer does not count here
-    inputs = [t.view_as(t) for t in (x, A, R, B)]
-    x, A, R, B = inputs
-    columns = x.to(dtype).t()
-    if mask is not None:
-        columns = columns * mask.to(dtype).t() / (1 - dropout)
-    by_head = _by_head(A.to(dtype) @ columns, R, B)
-    weights = _weigh(R.to(router_dtype) @ x.to(router_dtype).t(), router)
-    routed = ((weights * scaling).to(dtype) * by_head).flatten(0, 1).t()
-    y = F.linear(x, weight) + F.linear(routed, B.to(dtype))
-    needed = [need for i, need in enumerate(ctx.needs_input_grad) if i in (0, 4, 5, 6)]
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True, materialize_grads=True))
-    return [(next(grads) if need else None, t.dtype) for t, need in zip(inputs, needed, strict=True)]
 
 
 def _by_head(z, R, B):

@@ -1,18 +1,17 @@
 """Routers that read the mean of the instruction: which tokens are the instruction."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from .adapters import ilora_layers, replaced
 from .layer import ILoraLayer
 
 
 class _Instruction:
-    """The mask of the instruction, and the weights of each layer, which later passes of `generate` use again."""
+    """The mask, and the weights of each layer, which later passes of `generate` use again."""
 
     def __init__(self, mask: torch.Tensor):
         self.mask = mask
@@ -34,10 +33,9 @@ class _Instruction:
             if self._prompt[key].shape[0] == x.shape[0]:
                 return self._prompt[key]
         raise ValueError(
-            f"instruction_tokens: a layer has the input {list(x.shape)}, but `mask` is for [batch, tokens] = "
-            f"{list(self.mask.shape)}. Give the mask of this batch (repeated for each beam), and adapt only modules that "
-            "see the whole sequence, not the encoders. generate must use the cache and read one new token per pass: not "
-            "use_cache=False, prompt_lookup_num_tokens or an assistant model."
+            f"instruction_tokens: a layer reads {list(x.shape)}, but `mask` is {list(self.mask.shape)}. Give the mask "
+            "of this batch (repeated for each beam), and do not adapt the encoders. generate must read one new token "
+            "per pass: not use_cache=False, prompt_lookup_num_tokens or an assistant model."
         )
 
 
@@ -45,33 +43,15 @@ class _Instruction:
 def instruction_tokens(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     """Tell routers with router_input='instruction' which tokens to read, while the block runs.
 
-    Under `generate` the weights of the prompt serve the new tokens too. Each later pass must read one token against the
-    cache. With gradient checkpointing, run the backward pass in the block too, since it computes the layers again.
-
-    Args:
-        model: a PEFT model, or any module with I-LoRA layers.
-        mask: bool [batch, tokens], at least two columns, True on the instruction, at least one True per sample.
-
-    Raises:
-        ValueError: the mask is not valid, or does not fit the batch in the block.
+    `mask` is bool [batch, tokens], True on the instruction; ValueError if it is not, or does not fit the batch. Under
+    `generate` the weights of the prompt serve the new tokens too. With gradient checkpointing, run the backward pass in
+    the block too, since it computes the layers again.
     """
     if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] < 2:
-        raise ValueError(
-            "instruction_tokens: `mask` must be bool [batch, tokens] with at least two tokens, got "
-            f"{mask.dtype} {list(mask.shape)}."
-        )
+        kind = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"instruction_tokens: `mask` must be bool [batch, tokens], at least two tokens, got {kind}.")
     if not mask.any(1).all():
         empty = (~mask.any(1)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"instruction_tokens: `mask` marks no token of the samples {empty}; mark at least one of each."
-        )
-    layers = [module for module in model.modules() if isinstance(module, ILoraLayer)]
-    before = [layer.instruction for layer in layers]
-    instruction = _Instruction(mask)
-    try:
-        for layer in layers:
-            layer.instruction = instruction
+        raise ValueError(f"instruction_tokens: `mask` has no token of the samples {empty}; mark at least one of each.")
+    with replaced("instruction", dict.fromkeys(ilora_layers(model).values(), _Instruction(mask))):
         yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.instruction = value

@@ -19,7 +19,7 @@ _compiled: dict[tuple, object] = {}
 
 @triton.jit
 def _softmax(logits, t, tokens, temperature, N: tl.constexpr, HEADS: tl.constexpr):
-    """Of the tokens `t`: the heads, which of them exist, highest score, exp(score - highest) of each head, sum of these."""
+    """For the tokens `t`: heads, which of them exist, highest score, exp(score - highest) of each, and their sum."""
     head = tl.arange(0, HEADS)[:, None].to(tl.int64)
     inside = (head < N) & (t < tokens)
     scores = tl.load(logits + head * tokens + t, inside, other=float("-inf")).to(tl.float32) / temperature
@@ -108,49 +108,35 @@ def _backward(
 
 
 def route(z: torch.Tensor, logits: torch.Tensor, columns: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax weights of the logits, and A x multiplied by them.
+    """The input of B, [num_heads * r, T] in the dtype of z, and the routing weights [num_heads, 1, T] in float32.
 
-    Args:
-        z: A x^T [r or num_heads * r, T], logits: R x^T [num_heads, T], both contiguous, T at least 1.
-        columns: number of columns of B, num_heads * r.
-
-    Returns:
-        The input of B, [num_heads * r, T] in the dtype of z, and the weights [num_heads, 1, T] in float32.
+    z is A x^T [r or num_heads * r, T], logits are R x^T [num_heads, T], both contiguous; columns is num_heads * r.
     """
     heads, tokens = logits.shape
-    routed = z.new_empty((columns, _pitch(tokens)))
+    routed = _rows(z, columns, tokens)
     weights = logits.new_empty((heads, 1, tokens), dtype=torch.float32)
     grid = (-(-tokens // 64), -(-columns // 16), 1)
     constants, _ = _constants(heads, columns, z.shape[0])
-    _launch(_forward, grid, constants, z, logits, routed, weights, tokens, routed.shape[1], float(temperature))
-    return _columns(routed, tokens), weights
+    _launch(_forward, grid, constants, z, logits, routed, weights, tokens, routed.stride(0), float(temperature))
+    return routed, weights
 
 
 def route_backward(z, logits, routed_grad, temperature: float, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scaled routed projections again, and the gradients of z and of the logits.
+    """`scaling` times the first output of `route`, and the gradients of z and logits [rows of z + num_heads, T].
 
-    Args:
-        z, logits: the inputs of `route`.
-        routed_grad: gradient of `scaling` times the first output of `route`, [num_heads * r, T], contiguous, like z.
-
-    Returns:
-        `scaling` times the first output of `route`, and both gradients in one tensor, [rows of z + num_heads, T]. Both
-        have the dtype of z.
+    `routed_grad` is the gradient of the former, [num_heads * r, T], contiguous. All have the dtype of z.
     """
     heads, tokens = logits.shape
-    pitch, columns = _pitch(tokens), routed_grad.shape[0]
-    routed, small_grad = z.new_empty((columns, pitch)), z.new_empty((z.shape[0] + heads, pitch))
-    _, constants = _constants(heads, columns, z.shape[0])
-    numbers = tokens, pitch, float(temperature), float(scaling)
+    routed, small_grad = _rows(z, len(routed_grad), tokens), _rows(z, len(z) + heads, tokens)
+    _, constants = _constants(heads, len(routed_grad), len(z))
+    numbers = tokens, routed.stride(0), float(temperature), float(scaling)
     _launch(_backward, (-(-tokens // 32), 1, 1), constants, z, logits, routed_grad, routed, small_grad, *numbers)
-    return _columns(routed, tokens), _columns(small_grad, tokens)
+    return routed, small_grad
 
 
-def _pitch(tokens: int) -> int:
-    return tokens + -tokens % ALIGNED
-
-
-def _columns(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+def _rows(like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+    """A new [rows, tokens], whose rows start at aligned places."""
+    tensor = like.new_empty((rows, tokens + -tokens % ALIGNED))
     return tensor if tensor.shape[1] == tokens else tensor[:, :tokens]
 
 
@@ -163,7 +149,7 @@ def _constants(heads: int, columns: int, rows: int) -> tuple[tuple, tuple]:
 
 
 def _launch(kernel, grid: tuple[int, int, int], constants: tuple, z, logits, *others) -> None:
-    """Start the programs of `grid`. Compiled kernels are stored here: Triton's own look-up takes longer than a launch."""
+    """Start the programs of `grid`. Compiled kernels are stored: Triton's own look-up takes longer than a launch."""
     device = z.device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():

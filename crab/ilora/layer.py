@@ -1,7 +1,5 @@
 """The adapted linear layer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -36,8 +34,7 @@ def _untouched(*modules: nn.Module) -> bool:
     """
     if _has_any_global_hook():
         return False
-    for module in modules:  # written out, since decoding does this for every token
-        own = module.__dict__
+    for own in (module.__dict__ for module in modules):  # written out, since decoding does this for every token
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
         if "forward" in own:
@@ -69,13 +66,13 @@ def _is_eager() -> bool:
 class ILoraLayer(BaseTunerLayer):
     """Holds A, the stacked heads B, the router and the dropout of each adapter.
 
-    Shapes: `ilora_A` weight [r, in], or [num_heads * r, in] with shared_A=False. `ilora_B` weight
-    [out, num_heads * r] = [B_1 | ... | B_N]. `ilora_router` weight [num_heads, in]; a uniform router has none, and a
-    shared one is in another layer.
+    Weights: `ilora_A` [r, in], or [num_heads * r, in] with shared_A=False. `ilora_B` [out, num_heads * r], that is
+    [B_1 | ... | B_N]. `ilora_router` [num_heads, in]; a uniform router has none, a shared one is in another layer.
 
-    Attributes, for the class or for one layer:
-        fused: run base and adapter as one function where possible. False calls every part as a module.
-        kernels: on a GPU use the Triton kernels of `crab.ilora.kernels` where possible.
+    Attributes:
+        r, lora_alpha, num_heads, scaling, shared_A, router_input: adapter name -> value in this layer.
+        fused: run base and adapter as one function where possible. False, for the class or a layer, calls all modules.
+        kernels: on a GPU use `crab.ilora.kernels` where possible.
         check_routing: refuse routing weights that are not finite. None checks on the CPU, in 2 microseconds per layer.
             True checks on all devices, which then wait for the host. Code that is not eager is never checked.
         routing_observers: adapter name -> functions, called with (module, weights [..., num_heads]) in each forward.
@@ -92,16 +89,10 @@ class ILoraLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         self.base_layer = base_layer
         self.module_name = module_name
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.num_heads: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.shared_A: dict[str, bool] = {}
-        self.router_input: dict[str, str] = {}
-        self.ilora_A = nn.ModuleDict()
-        self.ilora_B = nn.ModuleDict()
-        self.ilora_router = nn.ModuleDict()
-        self.ilora_dropout = nn.ModuleDict()
+        for name in ("r", "lora_alpha", "num_heads", "scaling", "shared_A", "router_input"):
+            setattr(self, name, {})
+        for name in ("ilora_A", "ilora_B", "ilora_router", "ilora_dropout"):
+            setattr(self, name, nn.ModuleDict())
         self.routing_observers: dict[str, list[Callable]] = {}
         self.fixed_routing: dict[str, torch.Tensor] = {}
         self.instruction: Any = None
@@ -188,8 +179,8 @@ class Linear(nn.Module, ILoraLayer):
     def _fusible(self, name: str, x: torch.Tensor) -> tuple | None:
         """The inputs of `_fused`, or None if the parts must run as modules.
 
-        These are: quantised, sharded, offloaded or trained base layers, hooks, and float64 under autocast. If the code is
-        compiled or traced, the compiler does the fusing.
+        That is so for quantised, sharded, offloaded or trained base layers, hooks, float64 under autocast, and compiled
+        code, where the compiler does the fusing.
         """
         if not self.fused or name in self.fixed_routing or self.router_input[name] != "token" or not _is_eager():
             return None
@@ -288,8 +279,7 @@ class Linear(nn.Module, ILoraLayer):
             return self.ilora_router[name](x)
         if self.instruction is None:
             raise ValueError(
-                "I-LoRA: router_input='instruction' needs the instruction tokens. Run the model inside `with "
-                "crab.ilora.instruction_tokens(model, mask):`."
+                "I-LoRA: router_input='instruction' needs `with crab.ilora.instruction_tokens(model, mask):`."
             )
         return self.instruction.weights(self, name, x)
 
@@ -307,7 +297,7 @@ class Linear(nn.Module, ILoraLayer):
         if not torch.isfinite(own).all():
             cause = "its weight is not; lower the learning rate, or return to an earlier checkpoint"
         place = f"{self.module_name!r} (adapter {name!r})"
-        raise ValueError(f"I-LoRA: the routing of {place} is not finite: {cause}. (Check: ILoraLayer.check_routing)")
+        raise ValueError(f"I-LoRA: the routing of {place} is not finite: {cause}. See ILoraLayer.check_routing.")
 
     def _show_routing(self, name: str, weights: torch.Tensor) -> None:
         for observer in self.routing_observers[name]:

@@ -1,7 +1,5 @@
 """The tuner: it puts I-LoRA layers into a model, and checks saved tensors against them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .adapters import base_name, require_fit
+from .adapters import base_name, ilora_layers, require_fit
 from .config import ILoraConfig
 from .layer import MERGE_REFUSAL, ILoraLayer, Linear
 from .registration import PREFIX
@@ -29,10 +27,8 @@ class ILoraModel(BaseTuner):
     """Adapts a model with I-LoRA (Crab+, arXiv 2603.04128). `peft.get_peft_model` makes it.
 
     It raises ValueError with the name of the module where PEFT's own tuners only warn: for targets that are not linear,
-    entries that match no module, saved tensors that do not fit, and `adapter_names` in `forward` and `generate`.
-
-    `PeftModel.from_pretrained`, its `load_adapter`, and `peft.set_peft_model_state_dict` check the saved tensors. The
-    `load_adapter` and `from_pretrained` of transformers do not ask the tuner. They log what does not fit, and go on.
+    entries that match no module, saved tensors that do not fit, and `adapter_names` in `forward` and `generate`. But
+    `load_adapter` and `from_pretrained` of a transformers model itself only log saved tensors that do not fit.
     """
 
     prefix: str = PREFIX
@@ -69,9 +65,7 @@ class ILoraModel(BaseTuner):
             modules = (
                 f"adapted module (such as {targets[0]!r})" if option.endswith("pattern") else "module of the model"
             )
-            raise ValueError(
-                f"ILoraConfig: `{option}` entry {entry!r} matches no {modules}; correct it or leave it out."
-            )
+            raise ValueError(f"ILoraConfig: `{option}` entry {entry!r} matches no {modules}; correct or remove it.")
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
         _require_linear(target, current_key)
@@ -95,8 +89,7 @@ class ILoraModel(BaseTuner):
         """Refuse one adapter per sample. PEFT would ignore the names, and run the active adapter on all samples."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "I-LoRA: `adapter_names`, one adapter per sample of a batch, is not supported. Run the samples of one "
-                "adapter at a time, after model.set_adapter(name)."
+                "I-LoRA: `adapter_names` is not supported; use one adapter at a time, by model.set_adapter."
             )
         yield
 
@@ -158,8 +151,8 @@ class ILoraModel(BaseTuner):
             return tensors  # only the main process has the gathered tensors, and only it saves
         shapes = {base_name(key): tuple(value.shape) for key, value in tensors.items()}
         fix = (
-            "Gather on all processes what FSDP or ZeRO-3 has sharded, and save only on the main one, with the result as "
-            "`state_dict`; see the docstring of crab.ilora."
+            "Gather on all processes what FSDP or ZeRO-3 has sharded, with accelerator.get_state_dict(model), and save "
+            "on the main one alone, with the result as `state_dict`."
         )
         require_fit(expected, shapes, f"Cannot save adapter '{adapter_name}'", fix)
         own = {f"{name}.base_layer.bias" for name in _layers(model, adapter_name)}
@@ -221,20 +214,17 @@ def _require_linear(module: nn.Module, name: str) -> None:
         return
     kind = type(module)
     if isinstance(module, BaseTunerLayer):
+        other = f"{kind.__module__}.{kind.__name__}"
         raise ValueError(
-            f"I-LoRA: {name!r} already has an adapter of another method ({kind.__module__}.{kind.__name__}). Merge or "
-            "unload that one first, or add the module to `exclude_modules`."
+            f"I-LoRA: {name!r} already has an adapter of another method ({other}); merge or unload that one."
         )
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
-        raise ValueError(
-            f"I-LoRA adapts nn.Linear modules only, but `target_modules` matches {name!r}, which is a {kind.__name__}. "
-            "Narrow `target_modules`, or add the module to `exclude_modules`."
-        )
+        fix = "I-LoRA adapts nn.Linear only, so add it to `exclude_modules`"
+        raise ValueError(f"ILoraConfig: `target_modules` matches {name!r}, which is a {kind.__name__}; {fix}.")
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, ILoraLayer]:
-    layers = {base_name(name): m for name, m in model.named_modules() if isinstance(m, ILoraLayer)}
-    return {name: layer for name, layer in layers.items() if adapter_name in layer.r}
+    return {name: layer for name, layer in ilora_layers(model).items() if adapter_name in layer.r}
 
 
 def _shapes(model: nn.Module, adapter_name: str, bias: str) -> dict[str, tuple[int, ...] | None]:
@@ -277,22 +267,15 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, router_learning_rate: float) -> list[dict]:
-    """Two parameter groups for an optimiser (`torch.optim.AdamW(groups)`), the routers last, with their own rate.
+    """Two groups for an optimiser (`torch.optim.AdamW(groups)`): all trained parameters but the routers, the routers.
 
-    A router that reads the instruction saturates at the rate of the adapter; a tenth of it is a good start.
-
-    Args:
-        model: any module with I-LoRA layers. Every parameter that requires gradient is in exactly one group.
-        learning_rate: for A, B, modules_to_save and biases.
-        router_learning_rate: for the routers. 0 keeps them unchanged.
-
-    Raises:
-        ValueError: a rate is below 0 or not finite, or no router is trained.
+    A router that reads the instruction saturates at the rate of the adapter; a tenth of it is a good start. Raises
+    ValueError if a rate is below 0 or not finite, or if no router is trained.
     """
     for name, rate in (("learning_rate", learning_rate), ("router_learning_rate", router_learning_rate)):
         if not 0 <= rate < float("inf"):
             raise ValueError(f"parameter_groups: `{name}` must be a number of at least 0, got {rate!r}.")
-    layers = [module for module in model.modules() if isinstance(module, ILoraLayer)]
+    layers = ilora_layers(model).values()
     routing = {id(parameter) for layer in layers for parameter in layer.ilora_router.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     routers = [parameter for parameter in trained if id(parameter) in routing]

@@ -2,17 +2,7 @@
 
 The published run (arXiv 2603.04128) adapted the thinker of Qwen2.5-Omni by endings of names, and so both encoders too.
 Its file is a dict saved by torch. For each adapted module it has `lora_A.weight` [r, in], `lora_route.weight` [N, in]
-and `lora_B0.weight` ... `lora_B{N-1}.weight`, each [out, r]. It does not have alpha. Names of modules there and here:
-
-============================================================  ===================================  =================
-published                                                     current transformers                 projections
-============================================================  ===================================  =================
-`base_model.model.model.layers.{i}.{self_attn,mlp}`           `model.language_model.layers.{i}`    q k v o, gate up down
-`base_model.model.audio_tower.layers.{i}.self_attn`           `model.audio_tower.layers.{i}`       q k v
-`base_model.model.visual.blocks.{i}.mlp`                      `model.visual.blocks.{i}`            gate up down
-============================================================  ===================================  =================
-
-The other projections of the encoders have other endings, so the published run did not adapt them. Usage::
+and `lora_B0.weight` ... `lora_B{N-1}.weight`, each [out, r]. It does not have alpha. Usage::
 
     from crab.ilora.published import import_published, published_state_dict
 
@@ -20,8 +10,6 @@ The other projections of the encoders have other endings, so the published run d
     model = PeftModel.from_pretrained(thinker, "adapter")
     torch.save(published_state_dict(model), "finetune_weights.bin")
 """
-
-from __future__ import annotations
 
 import os
 import pickle
@@ -32,11 +20,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from .adapters import WRAPPER, adapted_layers, require_fit  # the PEFT that wrote the file has the same WRAPPER
+from .adapters import WRAPPER, adapted_layers, base_name, require_fit
 from .config import ILoraConfig
 
 __all__ = ["PUBLISHED_TARGETS", "import_published", "published_state_dict", "read_published"]
@@ -54,14 +42,14 @@ PARTS = (  # beginning of a module's name in the base: current, published
     ("model.visual.", "visual."),
 )
 TENSORS = ("ilora_A", "ilora_B", "ilora_router")
+# The published format can say these, or they do not matter once modules and ranks are known.
+WRITTEN = {"r", "lora_alpha", "num_heads", "rank_pattern", "alpha_pattern", "layers_pattern"}
 
 
 def read_published(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read `finetune_weights.bin`. Code in the file is refused, and does not run.
+    """Read `finetune_weights.bin`, a file of `torch.save` in either of its formats. Code in it is refused and not run.
 
-    Args:
-        path: a file of `torch.save`, in either of its formats: a dict, name -> floating-point tensor. If all names have
-            the same text before `base_model.model.` (`module.`, `thinker.`), it is dropped.
+    Text that all names have before `base_model.model.`, such as `module.` or `thinker.`, is dropped.
 
     Returns:
         Published name -> tensor on the CPU, in the dtype of the file. `import_published` checks the names and shapes.
@@ -76,7 +64,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     content = _load_tensors_only(path)
     if not isinstance(content, dict) or not content:
         kind = "an empty dict" if content == {} else f"a {type(content).__name__}"
-        raise ValueError(f"{path} holds {kind}, not a dict of named tensors; give the file of the published training.")
+        raise ValueError(f"{path} holds {kind}, not named tensors; give the file of the published training.")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             hint = "save that inner dict" if isinstance(value, dict) else "save named tensors only"
@@ -98,14 +86,13 @@ def import_published(
 ) -> ILoraConfig:
     """Turn the published file into an adapter folder for `PeftModel.from_pretrained(model, folder)`.
 
-    The heads B_0 ... B_{N-1} are put side by side, and no value changes. The folder appears only when it is complete.
+    The heads are put side by side, and no value changes. The folder appears only when it is complete.
 
     Args:
         path: the published file, see `read_published`.
-        model: the base, a `Qwen2_5OmniThinkerForConditionalGeneration` without an adapter. Only names and sizes are
-            read, so it may be on the meta device.
+        model: the base, a `Qwen2_5OmniThinkerForConditionalGeneration` without an adapter, also on the meta device.
         folder: for `adapter_model.safetensors` and `adapter_config.json`. It must not exist, or be empty.
-        lora_alpha: numerator of the scaling. The file does not have it. Published run: 256 (with r = 128).
+        lora_alpha: numerator of the scaling, which the file does not have. Published run: 256 (with r = 128).
         lora_dropout: dropout for further training. Published run: 0.1.
 
     Returns:
@@ -113,41 +100,30 @@ def import_published(
 
     Raises:
         FileExistsError: `folder` is not empty.
-        FileNotFoundError, ValueError: as in `read_published`; or the tensors do not fit the base; or alpha is not valid.
+        FileNotFoundError, ValueError: as in `read_published`; the tensors do not fit the base; alpha is not valid.
     """
     path, folder = Path(path), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; remove it or give another folder.")
-    modules = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if re.fullmatch(PUBLISHED_TARGETS, name)
-    }
+    modules = {name: module for name, module in model.named_modules() if re.fullmatch(PUBLISHED_TARGETS, name)}
     for current, _ in PARTS:
         if not any(name.startswith(current) for name in modules):
+            fix = "give the thinker of a Qwen2.5-Omni without an adapter"
             raise ValueError(
-                f"import_published: {type(model).__name__} has no linear modules under '{current}'. Give a "
-                "Qwen2_5OmniThinkerForConditionalGeneration without an adapter (the `thinker` of a whole Qwen2.5-Omni)."
+                f"import_published: {type(model).__name__} has no linear modules under '{current}'; {fix}."
             )
     tensors = read_published(path)
     r, heads = _most_common_rows(tensors, "lora_A", path), _most_common_rows(tensors, "lora_route", path)
     expected = {}
-    for module, (inside, outside) in modules.items():
-        wanted = [(r, inside), (heads, inside)] + [(outside, r)] * heads
-        expected.update(zip(_tensor_names(module, heads), wanted, strict=True))
+    for name, module in modules.items():
+        wanted = [(r, module.in_features), (heads, module.in_features)] + [(module.out_features, r)] * heads
+        expected.update(zip(_tensor_names(name, heads), wanted, strict=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     action = f"{path} (r = {r}, {heads} heads by its shapes) does not fit this base"
     require_fit(expected, shapes, action, "Fetch the whole file, or give the base model that it was trained on.")
+    sizes = {"r": r, "num_heads": heads, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     base = getattr(model, "name_or_path", None) or None
-    config = ILoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        num_heads=heads,
-        lora_dropout=lora_dropout,
-        target_modules=PUBLISHED_TARGETS,
-        inference_mode=True,
-        base_model_name_or_path=base,
-    )
+    config = ILoraConfig(**sizes, target_modules=PUBLISHED_TARGETS, inference_mode=True, base_model_name_or_path=base)
     state = {}
     for module in modules:
         # popped one by one, so that memory never holds all tensors twice
@@ -171,49 +147,32 @@ def import_published(
 def published_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of an I-LoRA adapter under the published names, for `torch.save`.
 
-    An adapter on fewer modules gives fewer names, which `import_published` refuses. Alpha is not in the published
-    format, so note it elsewhere.
-
-    Args:
-        model: a PEFT model of the thinker with an I-LoRA adapter.
-        adapter_name: None takes the active adapter.
-
-    Returns:
-        Published name -> copy on the CPU in the dtype of the adapter (PEFT holds bf16 adapters in float32).
+    They are copies on the CPU in the dtype of the adapter (PEFT holds bf16 adapters in float32). An adapter on fewer
+    modules gives fewer names, which `import_published` refuses. Note alpha elsewhere: the format does not have it.
 
     Raises:
-        ValueError: no such adapter, a module or an option that the published format does not have, several r, alphas or
-            numbers of heads, or a tensor that is not whole.
+        ValueError: no such (or no single active) adapter, a module or an option that the published format does not
+            have, several r, alphas or numbers of heads, or a tensor that is not whole.
     """
     caller = "published_state_dict"
     adapter_name, layers = adapted_layers(model, adapter_name, caller)
-    config, plain = model.peft_config[adapter_name], ILoraConfig(lora_alpha=1)
-    written = {"r", "lora_alpha", "num_heads", "rank_pattern", "alpha_pattern", "layers_pattern"}
-    for name in config.differences(plain):
-        if name not in written:
-            raise ValueError(
-                f"{caller}: `{name}` is {getattr(config, name)!r}, but the published format always means "
-                f"{getattr(plain, name)!r}. Save with save_pretrained instead."
-            )
+    config = model.peft_config[adapter_name]
+    for name, (value, usual) in config.differences(ILoraConfig(lora_alpha=1)).items():
+        if name not in WRITTEN:
+            always = f"but the published format cannot say it and means {usual!r}"
+            raise ValueError(f"{caller}: `{name}` is {value!r}, {always}. Use save_pretrained.")
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    state = {base_name(key): value for key, value in state.items()}
     tensors, sizes = {}, {}
     for module, layer in layers.items():
-        r, heads, alpha = sizes[module] = tuple(x[adapter_name] for x in (layer.r, layer.num_heads, layer.lora_alpha))
         if not re.fullmatch(PUBLISHED_TARGETS, module):
             raise ValueError(f"{caller}: the published format has no name for {module}; adapt PUBLISHED_TARGETS only.")
-        if len(set(sizes.values())) > 1:
-            raise ValueError(
-                f"{caller}: {module} has (r, heads, alpha) = {(r, heads, alpha)}, and {next(iter(sizes.items()))}, but the "
-                "published format has one of each. Train without `rank_pattern` and `alpha_pattern`."
-            )
-        own = {part: getattr(layer, part)[adapter_name].weight.detach().cpu() for part in TENSORS}
-        wanted = ((r, layer.in_features), (layer.out_features, heads * r), (heads, layer.in_features))
-        require_fit(
-            {f"{module}.{part}": shape for part, shape in zip(TENSORS, wanted, strict=True)},
-            {f"{module}.{part}": tuple(tensor.shape) for part, tensor in own.items()},
-            caller,
-            "If the model is sharded, gather its parameters first.",
-        )
-        a, b, route = own.values()
+        sizes[tuple(values[adapter_name] for values in (layer.r, layer.num_heads, layer.lora_alpha))] = module
+        if len(sizes) > 1:
+            fix = "the published format has one of each; train without `rank_pattern` and `alpha_pattern`"
+            raise ValueError(f"{caller}: (r, heads, alpha) of the modules are {sizes}, but {fix}.")
+        r, heads, _ = next(iter(sizes))
+        a, b, route = (state[f"{module}.{part}.weight"].detach().cpu() for part in TENSORS)
         names = _tensor_names(module, heads)
         tensors.update(zip(names, map(_copy, (a, route, *b.split(r, dim=1))), strict=True))
     return tensors
@@ -225,22 +184,16 @@ def _load_tensors_only(path: Path):
         head = file.read(16)
     if head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":  # the zip format of torch, and its older pickle
         start = f"starts with {head!r}" if head else "is empty"
-        raise ValueError(
-            f"{path} is not a torch-saved file: it {start}. Is it a web page or a Git LFS pointer? Fetch it again."
-        )
+        raise ValueError(f"{path} is not a torch-saved file: it {start}. Is it a web page or a Git LFS pointer?")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own message explains how to run the code; show one line of it
         reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error)) or re.match(r"(.*)", str(error))
-        raise ValueError(
-            f"{path} holds more than plain tensors, which could be code; none of it was run. If you trust its source, ask "
-            f"for the file as a dict of tensors. (torch: {reason[1]})"
-        ) from None
+        fix = f"Ask for the file as a dict of tensors. (torch: {reason[1]})"
+        raise ValueError(f"{path} holds more than plain tensors: perhaps code, none of it was run. {fix}") from None
     except Exception as error:  # of many kinds: it depends on where the file ends
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(
-            f"{path} is cut short or damaged; compare its size, and fetch it again. (torch: {reason})"
-        ) from error
+        raise ValueError(f"{path} is cut short or damaged; fetch it again. (torch: {reason})") from error
 
 
 def _tensor_names(module: str, heads: int) -> list[str]:
@@ -254,9 +207,7 @@ def _most_common_rows(tensors: dict[str, torch.Tensor], part: str, path: Path) -
     """The rows of most matrices of this name, so that an error names the one that differs."""
     rows = Counter(t.shape[0] for name, t in tensors.items() if name.endswith(f".{part}.weight") and t.ndim == 2)
     if not rows:
-        raise ValueError(
-            f"{path} has no matrix '....{part}.weight', so it is no I-LoRA adapter. PEFT itself loads plain LoRA."
-        )
+        raise ValueError(f"{path} has no matrix '....{part}.weight', so it is no I-LoRA; PEFT itself loads plain LoRA.")
     return rows.most_common(1)[0][0]
 
 

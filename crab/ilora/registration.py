@@ -59,10 +59,9 @@ def _strict(load_adapter):
             saved = type(config).from_pretrained(model_id, **self._split_kwargs(kwargs)[0])
             if different := config.differences(saved):
                 fields = "; ".join(f"`{name}` is {a!r} in the model, {b!r} saved" for name, (a, b) in different.items())
-                raise ValueError(
-                    f"Cannot load adapter '{adapter_name}': {model_id}/adapter_config.json differs from the adapter of "
-                    f"this name in the model: {fields}. Load it under another name, or call delete_adapter first."
-                )
+                reason = f"the model has one of this name that is not as {model_id}/adapter_config.json says: {fields}"
+                fix = "Load it under another name, or call delete_adapter first."
+                raise ValueError(f"Cannot load adapter '{adapter_name}': {reason}. {fix}")
         try:
             return load_adapter(self, model_id, adapter_name, *args, **kwargs)
         except Exception:

@@ -1,7 +1,5 @@
 """Routers: they give the weights of the heads of an adapted layer."""
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 
@@ -11,11 +9,10 @@ from torch import nn
 
 
 class TokenRouter(nn.Linear):
-    """A softmax over the heads for each token: x [..., in_features] -> [..., num_heads], without a bias.
+    """A softmax over the (k largest) logits of each token: x [..., in_features] -> [..., num_heads], without a bias.
 
-    With `top_k` the softmax is over the k largest logits, and the other heads have the weight 0. The softmax runs in
-    float32 or wider. Under autocast the logits do too: in bfloat16 a logit near 8 is wrong by up to 1/32, and its
-    weight by 3 %.
+    The softmax runs in float32 or wider, and so do the logits under autocast: in bfloat16 a logit near 8 is wrong by up
+    to 1/32, and its weight by 3 %.
     """
 
     def __init__(self, in_features: int, num_heads: int, temperature: float, top_k: int | None = None):
@@ -44,19 +41,14 @@ class TokenRouter(nn.Linear):
 
 
 class SharedRouter(nn.Module):
-    """Uses the router of another layer.
+    """The router `name` among the `routers` of another layer. Only that layer counts, moves, trains and saves it.
 
-    That router is not a submodule here. So only the other layer counts, moves, trains and saves it. It is looked up in
-    each call, because FSDP may replace it by a wrapper.
-
-    Args:
-        routers: the routers of the other layer.
-        name: name of the adapter.
+    It is looked up in each call, because FSDP may replace it by a wrapper.
     """
 
     def __init__(self, routers: nn.ModuleDict, name: str):
         super().__init__()
-        self.__dict__["routers"] = routers
+        self.__dict__["routers"] = routers  # not a submodule
         self.name = name
 
     @property
@@ -65,9 +57,6 @@ class SharedRouter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.router(x)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.router.in_features}, out_features={self.router.out_features}"
 
 
 class UniformRouter(nn.Module):

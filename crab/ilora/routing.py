@@ -1,16 +1,15 @@
 """Recording of routing weights: those of every token, or means in constant memory."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 
-from .adapters import adapted_layers
+from .adapters import adapted_layers, replaced
 from .layer import ILoraLayer
 
 SEGMENTS = ("text", "video", "audio", "answer")  # the default kinds of token of `record_routing_means`
@@ -20,27 +19,22 @@ SEGMENTS = ("text", "video", "audio", "answer")  # the default kinds of token of
 def _observed(layers: Mapping[str, ILoraLayer], adapter_name: str, observer: Callable) -> Iterator[None]:
     """Call observer(module name, weights [batch, tokens, heads]) in each forward pass of the layers in the block.
 
-    Gradient checkpointing runs layers again in backward; these passes are skipped. Compiled code runs eagerly in the
-    block: an observer breaks its graphs, and each layer would be compiled again until dynamo gives up.
+    Passes that gradient checkpointing repeats in backward are skipped. Compiled code runs eagerly in the block: an
+    observer breaks its graphs, and each layer would be compiled again until dynamo gives up.
     """
-    observers = []
-    try:
-        for name, layer in layers.items():
 
-            def see(module, weights, name=name):
-                if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-                    observer(name, weights.detach())
+    def see(name: str, module: ILoraLayer, weights: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            observer(name, weights.detach())
 
-            layer.routing_observers.setdefault(adapter_name, []).append(see)
-            observers.append((layer, see))
-        # without dynamo nothing is compiled, and its import takes seconds
-        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
-            yield
-    finally:
-        for layer, see in observers:
-            layer.routing_observers[adapter_name].remove(see)
-            if not layer.routing_observers[adapter_name]:  # as before, so that compiled code is valid again
-                del layer.routing_observers[adapter_name]
+    observers = {}
+    for name, layer in layers.items():
+        own = [*layer.routing_observers.get(adapter_name, ()), partial(see, name)]
+        observers[layer] = layer.routing_observers | {adapter_name: own}
+    # without dynamo nothing is compiled, and its import takes seconds
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with eager, replaced("routing_observers", observers):
+        yield
 
 
 @contextmanager
@@ -48,13 +42,11 @@ def record_routing(model: nn.Module, adapter_name: str | None = None) -> Iterato
     """Record the routing weights of every adapted module while the block runs. The outputs do not change.
 
     Yields a dict: name of the module in the base -> one tensor per forward pass, [batch, tokens, heads], float32 or
-    float64, detached, on the CPU. Under `generate` the first pass is the prompt and each later one a new token, so
-    `torch.cat(passes, 1)` joins them. Compiled code runs eagerly in the block. Memory grows with the tokens; for means
-    use `record_routing_means`.
+    wider, detached, on the CPU. Under `generate` the first pass is the prompt and each later one a new token, so
+    `torch.cat(passes, 1)` joins them. Compiled code runs eagerly in the block.
 
-    Args:
-        model: a PEFT model, or any module with I-LoRA layers, also inside DDP or torch.compile.
-        adapter_name: None takes the active adapter.
+    `model` may be any module with I-LoRA layers, also inside DDP or torch.compile. An `adapter_name` of None takes the
+    active adapter.
 
     Raises:
         ValueError: no I-LoRA layer, no such adapter, or not exactly one active; in the block: weights are not finite.
@@ -73,10 +65,8 @@ def record_routing(model: nn.Module, adapter_name: str | None = None) -> Iterato
 
 def _require_finite(values: torch.Tensor, name: str, caller: str) -> None:
     if not torch.isfinite(values).all():
-        raise ValueError(
-            f"{caller}: the router of {name!r} gave weights that are not finite. Its input or its weight has NaN or "
-            "infinite values; lower the learning rate, or look for the first module that gives NaN."
-        )
+        fix = "lower the learning rate, or look for the first module that gives NaN"
+        raise ValueError(f"{caller}: the routing weights of {name!r} are not finite; {fix}.")
 
 
 def routing_entropy(weights: torch.Tensor) -> torch.Tensor:
@@ -87,12 +77,8 @@ def routing_entropy(weights: torch.Tensor) -> torch.Tensor:
 def routing_information(gates: torch.Tensor, shares: torch.Tensor | None = None) -> float:
     """Mutual information in bits of class and head, I = H(sum_c p_c g_c) - sum_c p_c H(g_c).
 
-    Args:
-        gates: [classes, heads], the mean routing weights of each class, P(head | class).
-        shares: [classes], P(class) up to a factor. None: equal.
-
-    Returns:
-        From 0, if all classes have the same weights, to log2 of the smaller of classes and heads.
+    `gates` [classes, heads] are the mean routing weights of each class, P(head | class). `shares` [classes] are
+    P(class) up to a factor, equal by default. 0 means that all classes have the same weights.
     """
     gates = gates.double()
     shares = torch.ones(len(gates), dtype=gates.dtype) if shares is None else shares.double()
@@ -101,7 +87,7 @@ def routing_information(gates: torch.Tensor, shares: torch.Tensor | None = None)
 
 
 class RoutingMeans:
-    """Sums of routing weights per group, module and segment, of `record_routing_means`. Memory does not grow with tokens."""
+    """Sums of routing weights per group, module and segment. `record_routing_means` makes it."""
 
     def __init__(self, segments: Sequence[str], generated: str | None):
         self.segments = tuple(segments)
@@ -114,19 +100,15 @@ class RoutingMeans:
     def label(self, kinds: torch.Tensor | None, group: Hashable = None) -> None:
         """Say what the next forward passes read. Call it before each batch.
 
-        Args:
-            kinds: integers [batch, tokens], the index in `segments` of each token, negative for padding; under beam
-                search repeated for each beam. None counts all tokens as the first segment.
-            group: for example the slot of the batch.
+        `kinds` [batch, tokens] is the index in `segments` of each token, negative for padding, repeated for each beam.
+        None counts all tokens as the first segment. `group` is for example the slot of the batch.
         """
         if kinds is not None:
             if kinds.dim() != 2 or kinds.is_floating_point():
-                given = f"{kinds.dtype} {list(kinds.shape)}"
-                raise ValueError(f"RoutingMeans.label: `kinds` must be whole numbers [batch, tokens], got {given}.")
+                kind = f"{kinds.dtype} {list(kinds.shape)}"
+                raise ValueError(f"RoutingMeans.label: `kinds` must be whole numbers [batch, tokens], got {kind}.")
             if kinds.numel() and int(kinds.max()) >= len(self.segments):
-                raise ValueError(
-                    f"RoutingMeans.label: `kinds` holds {int(kinds.max())}; the segments are {self.segments}."
-                )
+                raise ValueError(f"RoutingMeans.label: `kinds` holds {kinds.max()}; the segments are {self.segments}.")
         self._kinds, self._group = kinds, group
 
     def _add(self, name: str, weights: torch.Tensor) -> None:
@@ -137,7 +119,7 @@ class RoutingMeans:
         elif kinds.shape != shape:
             if self.generated is None or len(shape) != 2 or shape[1] != 1:
                 raise ValueError(
-                    f"record_routing_means: {name!r} saw tokens {list(shape)}, but the labels are for {list(kinds.shape)}. "
+                    f"record_routing_means: {name!r} saw tokens {list(shape)}, but the labels are {list(kinds.shape)}. "
                     "Call label() before each batch. Under generate, passes after the prompt must read one token: not "
                     "use_cache=False, prompt_lookup_num_tokens or an assistant model."
                 )
@@ -158,16 +140,12 @@ class RoutingMeans:
         bits, the same for all heads), tokens. Raises ValueError with the name of a router that is not finite.
         """
         rows = []
-        for group, modules in self._sums.items():
-            for name, sums in modules.items():
-                sums = sums[:-1].double().cpu()
-                _require_finite(sums, name, "record_routing_means")
-                for segment, (*weights, entropy, tokens) in zip(self.segments, sums.tolist(), strict=True):
-                    for head, weight in enumerate(weights if tokens else ()):
-                        row = {"group": group, "module": name, "segment": segment, "head": head}
-                        rows.append(
-                            row | {"weight": weight / tokens, "entropy": entropy / tokens, "tokens": int(tokens)}
-                        )
+        for group, name, sums in self._finite_sums():
+            for segment, (*weights, entropy, tokens) in zip(self.segments, sums.tolist(), strict=True):
+                for head, weight in enumerate(weights if tokens else ()):
+                    place = {"group": group, "module": name, "segment": segment, "head": head}
+                    means = {"weight": weight / tokens, "entropy": entropy / tokens, "tokens": int(tokens)}
+                    rows.append(place | means)
         return rows
 
     def weights(self, group: Hashable = ..., segments: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
@@ -182,50 +160,43 @@ class RoutingMeans:
             raise ValueError(f"RoutingMeans: nothing was recorded for group {group!r}, only for {list(self._sums)}.")
         indices = [self.segments.index(segment) for segment in chosen]
         totals: dict[str, torch.Tensor] = {}
-        for modules in self._sums.values() if group is ... else [self._sums[group]]:
-            for name, sums in modules.items():
-                part = sums[indices].sum(0).double().cpu()
-                _require_finite(part, name, "record_routing_means")
+        for one, name, sums in self._finite_sums():
+            if group is ... or one == group:
+                part = sums[indices].sum(0)
                 totals[name] = totals[name] + part if name in totals else part
         return {name: sums[:-2] / sums[-1] for name, sums in totals.items() if sums[-1] > 0}
 
-    def information(self, segments: Sequence[str] | None = None) -> dict[str, float]:
-        """Module -> mutual information in bits of group and head, with equal shares of the groups that have tokens."""
-        gates: dict[str, list[torch.Tensor]] = {}
-        for group in self._sums:
-            for name, weights in self.weights(group, segments).items():
-                gates.setdefault(name, []).append(weights)
-        return {name: routing_information(torch.stack(means)) for name, means in gates.items()}
+    def _finite_sums(self) -> Iterator[tuple[Hashable, str, torch.Tensor]]:
+        for group, modules in self._sums.items():
+            for name, sums in modules.items():
+                sums = sums[:-1].double().cpu()
+                _require_finite(sums, name, "record_routing_means")
+                yield group, name, sums
 
 
 @contextmanager
 def record_routing_means(
-    model: nn.Module,
-    segments: Sequence[str] = SEGMENTS,
-    generated: str | None = "answer",
-    adapter_name: str | None = None,
+    model: nn.Module, segments=SEGMENTS, generated: str | None = "answer", adapter_name: str | None = None
 ) -> Iterator[RoutingMeans]:
-    """Record means of the routing weights and of their entropy while the block runs. The outputs do not change::
+    """Record means of the routing weights and of their entropy while the block runs, in constant memory::
 
         with record_routing_means(model) as means:
             for slot, batch, kinds in data:
                 means.label(kinds, group=slot)       # kinds [batch, tokens]: index in `segments`, -1 for padding
                 model(**batch)
-        means.rows(), means.information(["text"]), to_static(model, means.weights())
+        means.rows(), to_static(model, means.weights())
 
     After a longer labelled pass, passes of one token are those of `generate`, and count as `generated`.
 
     Args:
-        segments: names of the kinds of token, in the order of the labels.
+        segments: names of the kinds of token.
         generated: the segment of tokens that `generate` adds, or None to refuse them.
         model, adapter_name: as in `record_routing`, with its errors.
     """
     if isinstance(segments, str) or not segments or len(set(segments)) < len(segments):
         raise ValueError(f"record_routing_means: `segments` must be a list of different names, got {segments!r}.")
     if generated is not None and generated not in segments:
-        raise ValueError(
-            f"record_routing_means: `generated` must be one of {tuple(segments)} or None, got {generated!r}."
-        )
+        raise ValueError(f"record_routing_means: `generated` must be None or one of {segments}, got {generated!r}.")
     adapter_name, layers = adapted_layers(model, adapter_name, "record_routing_means")
     means = RoutingMeans(segments, generated)
     with _observed(layers, adapter_name, means._add):
