@@ -1,28 +1,32 @@
 """Gradient conflict against planted gradients and plain backward passes."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from crab.study import conflict, train
-from crab.study.dataset import batch, load_base, read_slot
-from crab.study.predict import load_adapter
-from crab.study.runs import Run
+from crab.analyses import gradients
+from crab.models.batches import batch
+from crab.models.checkpoint import load_base
+from crab.study.answer import load_adapter
+from crab.study.samples import read_slot
+from crab.study.train import train
 
 SLOTS = ("ks", "cremad")
-SECTION = {"r": 2, "lora_alpha": 4, "learning_rate": 1e-2}
+INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
+HEADS = {"head 0", "head 1", "head 2"}
 
 
 @pytest.fixture(scope="module")
 def adapters(encoded, base, tmp_path_factory):
+    """A folder with the adapters of two joint cells."""
     folder = tmp_path_factory.mktemp("w")
-    return {
-        method: train.train_run(Run("joint", method, "bare"), SECTION | extra, encoded, base, folder / method, SLOTS, 1, 8)
-        for method, extra in (("lora", {}), ("ilora", {"num_heads": 3}))
-    }
+    pairs = [pair for slot in SLOTS for pair in read_slot(encoded, slot, "train").answered("bare")]
+    for method, extra in (("lora", {}), ("ilora", {"num_heads": 3})):
+        options = {"r": 2, "lora_alpha": 4, **extra}
+        train(pairs, method, options, base, folder / method, learning_rate=1e-2, passes=1, batch_size=8, seed=0)
+        (folder / f"joint-{method}-bare").symlink_to(folder / method / "adapter")
+    return folder
 
 
 def products(chunks):
@@ -30,120 +34,114 @@ def products(chunks):
     return np.einsum("scn,ten->scte", *2 * [np.asarray(chunks, float)])
 
 
-def test_cosines_by_hand():
+def cosines(chunks, resamples=1):
+    return gradients.cosines(products(chunks), resamples, seed=0)
+
+
+def test_cosines_and_reliability_by_hand():
     # mean gradients (1, 0), (1, 1), (-2, 0), each without noise
-    found = conflict.cosines(products([[[1, 0]] * 2, [[1, 1]] * 2, [[-2, 0]] * 2]))
+    table, draws = cosines([[[1, 0]] * 2, [[1, 1]] * 2, [[-2, 0]] * 2], resamples=20)
     half = 0.5**0.5
-    assert found == pytest.approx(np.array([[1, half, -1], [half, 1, -half], [-1, -half, 1]]))
-
-
-def test_reliability_is_what_other_samples_would_show():
-    # chunks (3, 4) and (3, -4): mean (3, 0) of squared length 9, products of different chunks 9 - 16 = -7
-    assert conflict.cosines(products([[[3, 4], [3, -4]]]))[0, 0] == pytest.approx(-7 / 9)
-    rng = np.random.default_rng(0)
+    assert table == pytest.approx(np.array([[1, half, -1], [half, 1, -half], [-1, -half, 1]]))
+    assert draws == pytest.approx(np.tile([half, -1, -half], (20, 1)))  # pairs as in triu_indices
+    # chunks (3, 4) and (3, -4): the mean (3, 0) has squared length 9, the product of different chunks is 9 - 16 = -7
+    assert cosines([[[3, 4], [3, -4]]])[0][0, 0] == pytest.approx(-7 / 9)
     # 8 chunks of signal 1 and noise of squared length 8: half of the mean's squared length is signal
-    noisy = np.r_[1, np.zeros(4000)] + rng.normal(0, (8 / 4000) ** 0.5, (1, 8, 4001))
-    assert conflict.cosines(products(noisy))[0, 0] == pytest.approx(0.5, abs=0.1)
+    noise = np.random.default_rng(0).normal(0, (8 / 4000) ** 0.5, (1, 8, 4001))
+    assert cosines(np.r_[1, np.zeros(4000)] + noise)[0][0, 0] == pytest.approx(0.5, abs=0.1)
 
 
 def test_planted_conflict_is_clear_and_noise_is_not():
     rng = np.random.default_rng(0)
     pull = np.array([[1, 0], [-1, 0.2], [0, 1]])
-    chunks = np.concatenate([np.repeat(pull[:, None], 8, 1), rng.normal(0, 0.05, (3, 8, 50))], 2)
-    draws = conflict.pair_draws(products(chunks), 1000, 0)
+    _, draws = cosines(np.concatenate([np.repeat(pull[:, None], 8, 1), rng.normal(0, 0.05, (3, 8, 50))], 2), 1000)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     assert high[0] < -0.8 and low[0] > -1.2  # slots 0 and 1
-    noise = conflict.pair_draws(products(rng.normal(size=(6, 8, 200))), 1000, 0)
-    low, high = np.quantile(noise, [0.025, 0.975], axis=0)
+    low, high = np.quantile(cosines(rng.normal(size=(6, 8, 200)), 1000)[1], [0.025, 0.975], axis=0)
     assert ((low < 0) & (high > 0)).sum() >= 12  # of 15
 
 
-def test_pairs_are_those_of_triu_indices():
-    chunks = np.repeat(np.random.default_rng(1).normal(size=(4, 1, 6)), 3, 1)
-    draws = conflict.pair_draws(products(chunks), 20, 0)
-    assert draws == pytest.approx(np.tile(conflict.cosines(products(chunks))[np.triu_indices(4, 1)], (20, 1)))
-
-
 def test_sketch_keeps_inner_products():
-    draw = torch.Generator().manual_seed(0)
-    one, other = torch.randn(2, 60_000, generator=draw)
+    one, other = torch.randn(2, 60_000, generator=torch.Generator().manual_seed(0))
     other = other + 0.5 * one
-    assert torch.equal(conflict.sketch({"a": one[:10], "b": one[10:]}), one)
-    small = [conflict.sketch({"a": v[:100], "b": v[100:].view(-1, 100)}, 8192) for v in (one, other)]
-    assert [len(v) for v in small] == [8192, 8192]
+    assert torch.equal(gradients.sketch(one), one)
+    small = [gradients.sketch(vector, 8192) for vector in (one, other)]
+    assert [len(vector) for vector in small] == [8192, 8192]
     exact = torch.nn.functional.cosine_similarity(one, other, dim=0)
-    assert float(torch.nn.functional.cosine_similarity(*small, dim=0)) == pytest.approx(float(exact), abs=5 / 8192**0.5)
+    hashed = torch.nn.functional.cosine_similarity(*small, dim=0)
+    assert float(hashed) == pytest.approx(float(exact), abs=5 / 8192**0.5)
 
 
-@pytest.mark.parametrize("method", ["lora", "ilora"])
-def test_products_agree_with_plain_backward_passes(method, adapters, encoded, base):
+@pytest.mark.parametrize(("method", "parts"), [("lora", {"A", "B"}), ("ilora", {"A", "router", *HEADS})])
+def test_products_agree_with_plain_backward_passes(method, parts, adapters, encoded, base):
     model, processor = load_base(base)
-    model = load_adapter(model, adapters[method])
+    model = load_adapter(model, adapters / f"joint-{method}-bare")
     data = {slot: read_slot(encoded, slot, "train").answered("bare")[:4] for slot in SLOTS}
-    found = conflict.gradient_products(model, processor.tokenizer, data, 2)
-    gradients = {}
+    result = gradients.gradient_products(model, processor, data, 2)
+    plain = {}
     for slot, pairs in data.items():
         model.zero_grad()
         for sample, text in pairs:
-            made = batch(model, processor.tokenizer, [sample], [text])
-            logits = model(**{k: made[k] for k in ("inputs_embeds", "attention_mask", "position_ids")}).logits
-            for place in range(1, made["labels"].shape[1]):
-                if made["labels"][0, place] >= 0:
-                    (-logits[0, place - 1].log_softmax(-1)[made["labels"][0, place]]).backward(retain_graph=True)
-        gradients[slot] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    dot = sum((gradients["ks"][n] * gradients["cremad"][n]).sum() for n in gradients["ks"])
-    assert found["all"].sum((1, 3))[0, 1] == pytest.approx(dot.item(), rel=1e-3)
-    assert found["all"] == pytest.approx(sum(v for k, v in found.items() if k != "all"))
-    if method == "lora":
-        assert set(found) == {"all", "A", "B"}
-    else:
-        assert set(found) == {"all", "A", "router", "head 0", "head 1", "head 2"}
-        columns = [g[:, 2:4] for n, g in gradients["ks"].items() if "ilora_B" in n]  # rank 2: the second head's
-        assert found["head 1"].sum((1, 3))[0, 0] == pytest.approx(sum((c**2).sum() for c in columns).item(), rel=1e-3)
+            inputs = batch(model, processor.tokenizer, [sample], [text])
+            logits = model(**{k: inputs[k] for k in INPUTS}).logits[0]
+            labels = inputs["labels"][0]
+            for place in (labels >= 0).nonzero()[:, 0]:
+                (-logits[place - 1].log_softmax(-1)[labels[place]]).backward(retain_graph=True)
+        plain[slot] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    dot = sum((plain["ks"][n] * plain["cremad"][n]).sum() for n in plain["ks"])
+    assert set(result) == {"all", *parts}
+    assert result["all"].sum((1, 3))[0, 1] == pytest.approx(dot.item(), rel=1e-3)
+    assert result["all"] == pytest.approx(sum(v for k, v in result.items() if k != "all"))
+    if method == "ilora":  # of rank 2: the columns of the second head
+        columns = [g[:, 2:4] for n, g in plain["ks"].items() if "ilora_B" in n]
+        assert result["head 1"].sum((1, 3))[0, 0] == pytest.approx(sum((c**2).sum() for c in columns).item(), rel=1e-3)
 
 
-def test_part_way_ends_at_the_trained_adapter_and_starts_at_the_base(adapters, encoded, base):
+def test_part_way_starts_at_the_base_and_ends_at_the_trained_adapter(adapters, encoded, base):
     model, processor = load_base(base)
-    made = batch(model, processor.tokenizer, read_slot(encoded, "ks", "test").samples[:3])
-    inputs = {k: made[k] for k in ("inputs_embeds", "attention_mask", "position_ids")}
-    with torch.no_grad():  # at the last token: what stands in the padding differs by attention's implementation
+    inputs = batch(model, processor.tokenizer, read_slot(encoded, "ks", "test").samples[:3])
+    inputs, folder = {k: inputs[k] for k in INPUTS}, adapters / "joint-ilora-bare"
+    start, half, end = (gradients.part_way(base, folder, way, seed=0)[0] for way in (0.0, 0.5, 1.0))
+    with torch.no_grad():  # at the last token: values in the padding differ between implementations of attention
         plain = model(**inputs).logits[:, -1]
-        trained = load_adapter(model, adapters["ilora"])(**inputs).logits[:, -1]
-        end, _ = conflict.part_way(base, adapters["ilora"], 1.0)
-        assert torch.allclose(end(**inputs).logits[:, -1], trained, atol=1e-4) and not torch.allclose(plain, trained, atol=1e-2)
-        start, _ = conflict.part_way(base, adapters["ilora"], 0.0)
+        trained = load_adapter(model, folder)(**inputs).logits[:, -1]
         assert torch.allclose(start(**inputs).logits[:, -1], plain, atol=1e-4)
-    half = conflict.unfrozen_parameters(conflict.part_way(base, adapters["ilora"], 0.5)[0])
-    ends = [conflict.unfrozen_parameters(m) for m in (start, end)]
-    assert all(torch.allclose(p, (ends[0][n] + ends[1][n]) / 2, atol=1e-6) for n, p in half.items())
+        assert torch.allclose(end(**inputs).logits[:, -1], trained, atol=1e-4)
+    assert not torch.allclose(plain, trained, atol=1e-2)
+    first, middle, last = map(gradients.unfrozen_parameters, (start, half, end))
+    assert all(torch.allclose(p, (first[n] + last[n]) / 2, atol=1e-6) for n, p in middle.items())
 
 
-def test_conflicts(adapters, encoded, base):
-    pairs, summary, drawn = conflict.conflicts(adapters, encoded, base, samples=8, chunk=2, resamples=50)
-    assert set(summary["point"]) == set(conflict.POINTS) and set(summary["method"]) == {"lora", "ilora"}
-    start = summary[summary["point"] == "start"]
-    assert set(start["part"]) == {"all", "B", "head 0", "head 1", "head 2"}  # B is 0: nothing else has a gradient
-    assert (summary["negative"].between(summary["negative_low"], summary["negative_high"])).all()
-    one = pairs[(pairs["method"] == "lora") & (pairs["point"] == "end") & (pairs["part"] == "all")]
-    assert [(a, b) for a, b in zip(one["one"], one["other"])] == [("ks", "cremad"), ("ks", "ks"), ("cremad", "cremad")]
-    assert drawn["lora", "end", "all"].shape == (50, 1)
+def test_conflicts(adapters, cell, encoded, base):
+    cells = [cell("joint-lora-bare"), cell("joint-ilora-bare", "ilora")]
+    pairs, means, drawn = gradients.conflicts(cells, adapters, encoded, base, samples=9, chunk=2, resamples=50)
+    assert set(means["point"]) == set(gradients.POINTS)
+    start = means[means["point"] == "start"].groupby("family")["part"].agg(set)
+    # B is 0, so nothing before it has a gradient
+    assert start.to_dict() == {"joint-lora-bare": {"all", "B"}, "joint-ilora-bare": {"all", *HEADS}}
+    assert means["negative"].between(means["negative_low"], means["negative_high"]).all()
+    part = pairs[(pairs["family"] == "joint-lora-bare") & (pairs["point"] == "end") & (pairs["part"] == "all")]
+    assert list(zip(part["one"], part["other"], strict=True)) == [("ks", "cremad"), *((s, s) for s in SLOTS)]
+    assert drawn["joint-lora-bare", "end", "all"].shape == (50, 1)
+    row = means[(means["family"] == "joint-lora-bare") & (means["point"] == "end") & (means["part"] == "all")].iloc[0]
+    assert row[["cosine", "cosine_low", "cosine_high"]].tolist() == pytest.approx(part.iloc[0, -3:].tolist())
+    assert row["reliability"] == pytest.approx(part["cosine"].iloc[1:].mean())
 
 
-def test_refusals(adapters, encoded, base, tmp_path):
+def test_refusals(cell, adapters, encoded, base):
     with pytest.raises(ValueError, match="no LoRA or I-LoRA parameters; give a folder of the train stage"):
-        conflict.unfrozen_parameters(load_base(base)[0])
-    with pytest.raises(ValueError, match="3 samples a slot are fewer than two chunks of 2; raise gradient_samples"):
-        conflict.read_pairs(encoded, SLOTS, "bare", 3, 2)
-    for name, slots in (("a", ["ks"]), ("b", ["cremad"])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(json.dumps({"slots": slots}))
-    with pytest.raises(ValueError, match="trained on different slots"):
-        conflict.conflicts({"lora": tmp_path / "a", "ilora": tmp_path / "b"}, encoded, base)
+        gradients.unfrozen_parameters(load_base(base)[0])
+    with pytest.raises(ValueError, match="3 samples per slot are less than two chunks of 2; raise gradient_samples"):
+        gradients.conflicts([cell()], adapters, encoded, base, samples=3, chunk=2, resamples=9)
+    for other in (cell("joint-ilora-bare", slots=("ks",)), cell("joint-ilora-explicit", form="explicit")):
+        with pytest.raises(ValueError, match=rf"{other.name} and joint-lora-bare were trained on different.*\.runs"):
+            gradients.conflicts([cell(), other], adapters, encoded, base, samples=9, chunk=2, resamples=9)
 
 
-def test_last_reliable_point():
-    rows = [("lora", "start", 0.9), ("lora", "half-way", 0.8), ("lora", "end", 0.1), ("ilora", "start", 0.9), ("ilora", "half-way", 0.4), ("ilora", "end", 0.9)]
-    table = pd.DataFrame(rows, columns=["method", "point", "reliability"]).assign(part="all")
-    assert conflict.last_reliable(table, ["lora"]) == "half-way"
-    assert conflict.last_reliable(table, ["lora", "ilora"]) == "start"
-    assert conflict.last_reliable(table.assign(reliability=0.2), ["lora"]) is None
+@pytest.mark.parametrize(("lora", "ilora", "point"), [(0.8, 0.9, "half-way"), (0.8, 0.4, "start"), (0.4, 0.9, "start")])
+def test_last_reliable_point(lora, ilora, point):
+    rows = [("lora", "start", 0.9), ("lora", "half-way", lora), ("lora", "end", 0.1)]
+    rows += [("ilora", "start", 0.9), ("ilora", "half-way", ilora), ("ilora", "end", 0.9)]
+    table = pd.DataFrame(rows, columns=["family", "point", "reliability"]).assign(part="all")
+    assert gradients.last_reliable(table) == point
+    assert gradients.last_reliable(table.assign(reliability=0.2)) is None

@@ -21,7 +21,9 @@ def rows(tmp_path):
     path = tmp_path / tasks.json_path("ks", "test")
     path.parent.mkdir(parents=True)
     actions = enumerate(ACTIONS)
-    path.write_text(json.dumps([{"video_path": f"{i}.mp4", "audio_path": f"{i}.wav", "action": a} for i, a in actions]))
+    path.write_text(
+        json.dumps([{"video_path": f"{i}.mp4", "audio_path": f"{i}.wav", "action": a, "label": ""} for i, a in actions])
+    )
     return records.read(tmp_path, "ks", "test")
 
 
