@@ -29,13 +29,7 @@ BLANK = {
 
 @dataclass
 class Row:
-    """One row of training.
-
-    Attributes:
-        media: (key of `Bank.tokens`, index of the scene) in prompt order.
-        probes: the questions.
-        text: follows the media.
-    """
+    """One row of training: ``media`` as (key of `Bank.tokens`, index of the scene), then ``text``, then ``probes``."""
 
     media: list[tuple[str, int]]
     probes: list[Probe]
@@ -49,44 +43,41 @@ class Packer:
         self.model, self.processor, self.precision = model, processor, precision
         self.tokenizer = processor.tokenizer
         self.turn = self._ids(f"{omni.END} {omni.START} assistant")
-        self.templates: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.templates: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def template(self, media, bank: Bank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def template(self, kinds: tuple[str, ...], bank: Bank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The prompt up to the end of its media: ids [L], positions [3, L], and the order of the features [media].
 
         The order takes the features of all media, one after the other, to their placeholders.
         """
-        key = tuple(kind for kind, _ in media)
-        if key not in self.templates:
-            prompt = omni.prepare(self.processor, [BLANK[kind] for kind in key], "")
-            end = -len(self.turn)
-            ids = prompt["input_ids"][0, :end]
-            positions = omni.prompt_positions(self.model, prompt)[:, :end]
+        if kinds not in self.templates:
+            prompt, end = omni.prepare(self.processor, [BLANK[kind] for kind in kinds], ""), -len(self.turn)
+            ids, positions = prompt["input_ids"][0, :end], omni.prompt_positions(self.model, prompt)[:, :end]
             # tokens of one kind stand in the order of their media, but video and sound may take turns
             placed = ids[omni.media_mask(self.model.config, ids)]
-            token = {kind: self._ids(omni.SPECIAL[f"{BLANK[kind].kind}_token"]) for kind in key}
-            stored = [i for kind in key for i in token[kind] * bank.tokens[kind].shape[1]]
+            token = {kind: self._ids(omni.SPECIAL[f"{BLANK[kind].kind}_token"]) for kind in kinds}
+            stored = [i for kind in kinds for i in token[kind] * bank.tokens[kind].shape[1]]
             order = torch.empty_like(placed)
             order[placed.argsort(stable=True)] = torch.tensor(stored, dtype=torch.long).argsort(stable=True)
-            self.templates[key] = ids, positions, order
-        return self.templates[key]
+            self.templates[kinds] = ids, positions, order
+        return self.templates[kinds]
 
     def pack(self, rows: Sequence[Row], bank: Bank) -> dict:
-        """ids [B, L], position_ids [3, B, L], block [B, L] (0 context, -1 padding), target [B, L], media per row.
+        """ids [B, L], position_ids [3, B, L], block [B, L], target [B, L], and media: the features of each row.
 
-        Block k holds the k-th probe of the row, from 1 on.
+        Block 0 is the context, k the k-th probe of a row, -1 padding. The template of the first row serves all rows.
         """
-        prefix, prefix_positions, order = self.template(rows[0].media, bank)
+        prefix, prefix_positions, order = self.template(tuple(kind for kind, _ in rows[0].media), bank)
         columns: dict[str, list[torch.Tensor]] = {"ids": [], "position_ids": [], "block": [], "target": []}
         for row in rows:
-            ids = self._ids(row.text)
+            ids = [*prefix.tolist(), *self._ids(row.text)]
             first = int(prefix_positions.max()) + 1
-            start = first + len(ids)
+            start = first + len(ids) - len(prefix)
             positions = list(range(first, start))
-            block, target = [0] * (len(prefix) + len(ids)), [omni.IGNORE] * (len(prefix) + len(ids))
+            block, target = [0] * len(ids), [omni.IGNORE] * len(ids)
             for number, probe in enumerate(row.probes, 1):
                 question = self._ids(probe.question) + self.turn
                 answer = [*self._ids(probe.answer), self.tokenizer.eos_token_id]
@@ -95,16 +86,13 @@ class Packer:
                 block += [number] * (len(question) + len(answer))
                 positions += range(start, start + len(question) + len(answer))
             after = torch.tensor(positions, dtype=torch.long).expand(3, -1)
-            columns["ids"].append(torch.cat([prefix, torch.tensor(ids, dtype=torch.long)]))
             columns["position_ids"].append(torch.cat([prefix_positions, after], 1).T)
-            columns["block"].append(torch.tensor(block))
-            columns["target"].append(torch.tensor(target))
+            for name, values in (("ids", ids), ("block", block), ("target", target)):
+                columns[name].append(torch.tensor(values))
         padding = {"ids": self.tokenizer.pad_token_id, "position_ids": 0, "block": -1, "target": omni.IGNORE}
-        out = {name: pad_sequence(parts, True, padding[name]) for name, parts in columns.items()}
-        out["position_ids"] = out["position_ids"].permute(2, 0, 1).contiguous()
-        out = {name: value.to(self.model.device) for name, value in out.items()}
+        out = {name: pad_sequence(parts, True, padding[name]).to(self.model.device) for name, parts in columns.items()}
         media = [torch.cat([bank.tokens[kind][i] for kind, i in row.media])[order] for row in rows if row.media]
-        return {**out, "media": media}
+        return {**out, "position_ids": out["position_ids"].permute(2, 0, 1).contiguous(), "media": media}
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits at the answer tokens [M, vocabulary], their targets [M], and their index in the flat batch [M]."""
