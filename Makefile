@@ -1,5 +1,6 @@
-# Needs Python 3.11, GNU make and git; everything else is installed into .venv. Another interpreter: make PYTHON=/path/to/python3.11
-PYTHON ?= python3.11
+# Needs Python 3.11, 3.12 or 3.13, GNU make and git; everything else is installed into .venv.
+# The newest Python found is used. Another one: make PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
 export PATH := $(BIN):$(PATH)
@@ -7,32 +8,39 @@ export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro repro-all smoke tiny study full test lab lock
+.PHONY: help repro repro-all smoke tiny study full report test lint lab lock
 
 help: ## this list
-	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-repro: $(READY) ## run what is out of date of the profile chosen in params.yaml
-	@$(BIN)/python -m crab.study.params show
+repro: $(READY) ## run what is out of date in the profile that params.yaml chooses
+	@$(BIN)/python -m crab.pipeline show
 	$(BIN)/dvc repro
 
-repro-all: $(READY) ## the same, training the base again too
-	$(BIN)/dvc repro sources
+repro-all: $(READY) ## the same, and train the base again
+	$(BIN)/dvc repro resolve
 	$(BIN)/dvc repro --single-item --force base
 	$(BIN)/dvc repro
 
 smoke tiny full: $(READY) ## choose this profile in params.yaml and run it
-	@$(BIN)/python -m crab.study.params choose $@
+	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro
 
-study: $(READY) ## the same for the profile of hours: first the headline, then all else; stopped, it goes on where it was
-	@$(BIN)/python -m crab.study.params choose $@
+study: $(READY) ## the same, for hours: first the main result, then the rest; stopped, it goes on where it was
+	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro transfer@study
 	$(BIN)/dvc repro
 
-test: $(READY) ## all tests: quick ones on two processes, then the smoke study in a temporary clone
+report: $(READY) ## render the pages from executed notebooks and figures; runs no notebook
+	$(BIN)/python -m crab.pipeline report
+
+test: $(READY) lint ## all tests: quick ones on two processes, then the smoke study in a temporary clone
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY) ## check format and style
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
 
 lab: $(READY) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
@@ -41,10 +49,12 @@ lock: $(READY) ## write what .venv holds to constraints.txt
 	@{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//'; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 
-# The stamp makes set-up a no-op once done; it is written last, so an interrupted one is taken up again.
+# The stamp makes set-up a no-op once done. It is written last, so an interrupted set-up is done again.
+# The filter lets git commit notebooks without outputs (.gitattributes); .venv is found from the top of the clone.
 $(READY): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or give one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; install one, or give one: make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade 'pip>=24' # older ones cannot resolve the constraints
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	git config filter.nbstripout.clean '.venv/bin/python -m nbstripout --extra-keys metadata.language_info' || true
 	touch $@

@@ -51,7 +51,8 @@ def _page(notebook: Any, title: str, figures: Mapping[bytes, str], top: str) -> 
                 output.data = {"text/html": f'<img src="{escape(top + path)}" alt="{escape(heading)}" loading="lazy">'}
             elif png:
                 output.metadata["image/png"] = {"alt": heading}
-    exporter = HTMLExporter(template_name="page", extra_template_basedirs=[str(TEMPLATES)])
+    settings = {"exclude_input_prompt": True, "exclude_output_prompt": True, "template_name": "page"}
+    exporter = HTMLExporter(extra_template_basedirs=[str(TEMPLATES)], **settings)
     return exporter.from_notebook_node(notebook, resources={"title": title, "top": top})[0]
 
 
@@ -78,12 +79,12 @@ def refreshed(run: Any, now: Any, name: str = "notebook") -> Any:
     before = nbformat.from_dict({**run, "cells": [cell for cell in run.cells if cell not in injected]})
     if code_cells(before, name) != code_cells(now, name):
         return run
-    recorded = iter([cell for cell in before.cells if cell.cell_type == "code" and plain(cell.source)])
+    recorded = iter([cell for cell in before.cells if cell.cell_type == "code" and plain(cell.source, cell=True)])
     before.cells = []
     for cell in copy.deepcopy(now.cells):
         before.cells.append(cell)
         if cell.cell_type == "code":
-            old = next(recorded) if plain(cell.source) else {"outputs": [], "execution_count": None}
+            old = next(recorded) if plain(cell.source, cell=True) else {"outputs": [], "execution_count": None}
             cell.outputs, cell.execution_count = old["outputs"], old["execution_count"]
             if "parameters" in cell.metadata.get("tags", []):
                 before.cells += injected

@@ -20,7 +20,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 def code_cells(notebook: Any, name: str) -> list[str]:
     """The notebook's code as `plain` text, one member per cell. Empty cells and the parameters cell are left out."""
     cells = [c for c in notebook.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
-    return [text for i, c in enumerate(cells, 1) if (text := plain(c.source, f"{name}, code cell {i}"))]
+    return [text for i, c in enumerate(cells, 1) if (text := plain(c.source, f"{name}, code cell {i}", cell=True))]
 
 
 def resolve(folder: Path) -> None:

@@ -21,10 +21,11 @@ PACKAGE = "crab"
 _TEXT = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 
 
-def plain(code: str, name: str = "<code>") -> str:
+def plain(code: str, name: str = "<code>", cell: bool = False) -> str:
     """``code`` without comments, docstrings and blank lines, with ``\\n`` line ends.
 
-    The rest stays as it is written, so that all versions of Python agree.
+    The rest stays as it is written, so that all versions of Python agree. In a notebook's ``cell`` a string at the top
+    is no docstring: it may be what the cell shows.
 
     Raises:
         ValueError: ``code`` is not Python. This includes IPython magics and shell lines: files they use are not seen.
@@ -44,7 +45,7 @@ def plain(code: str, name: str = "<code>") -> str:
             lines[row - 1] = lines[row - 1][:column]
         elif token.type in _TEXT:
             exact.update(range(row - 1, token.end[0] - 1))
-    for node, alone in _docstrings(tree):
+    for node, alone in _docstrings(tree, cell):
         # the tree counts columns in bytes
         head = lines[node.lineno - 1].encode()[: node.col_offset].decode()
         tail = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
@@ -58,10 +59,11 @@ def plain(code: str, name: str = "<code>") -> str:
     )
 
 
-def _docstrings(tree: ast.AST) -> Iterator[tuple[ast.Expr, bool]]:
+def _docstrings(tree: ast.AST, cell: bool) -> Iterator[tuple[ast.Expr, bool]]:
     """Docstrings of a tree, and whether each is all that its function or class holds."""
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, *(() if cell else (ast.Module,)))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+        if isinstance(node, kinds) and node.body:
             first = node.body[0]
             if (
                 isinstance(first, ast.Expr)
@@ -96,7 +98,7 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def modules(folder: Path, code: str) -> dict[str, str]:
-    """Files of `crab` that importing ``code`` may load: paths relative to ``folder``, and digests of their `plain` text.
+    """Files of `crab` that importing ``code`` may load: paths relative to ``folder``, digests of their `plain` text.
 
     Python runs the ``__init__.py`` of each package on the way, so these count too.
     """

@@ -1,28 +1,44 @@
-"""Fixtures of the pipeline's tests: small folders that look like this repository to the runner."""
+"""Fixtures of the pipeline's tests."""
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
+from nbformat.v4 import new_markdown_cell
+from toys import REPOSITORY, code, write_notebook
 
-PARAMS = """
-profile: tiny  # chosen
-profiles:
-  smoke:
-    stage: {passes: 1, rate: 5e-3}
-    methods: {lora: {r: 1}}
-  tiny:
-    stage: {passes: 8, rate: 1}
-    methods: {lora: {r: 4}, ilora: {r: 4, num_heads: 3}}
-"""
+from crab.pipeline import params
+
+
+@pytest.fixture(scope="session")
+def _first(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copy(REPOSITORY / "params.yaml", folder)
+    (folder / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
+    (folder / "crab").mkdir()
+    values = params.resolve(folder, "tiny")
+    for stage in params.STAGES:
+        write_notebook(folder, stage, {"profile": "tiny", **values[stage]}, new_markdown_cell("words"), code("1 + 1"))
+    return folder
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A folder with params.yaml, an empty `crab`, a dvc.yaml that marks the root, and no notebook."""
-    (tmp_path / "params.yaml").write_text(PARAMS)
-    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    (tmp_path / "crab").mkdir()
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path
+def repository(_first, tmp_path: Path) -> Path:
+    """A folder that looks like this repository to the runner: the real params.yaml and notebooks that do nothing."""
+    return shutil.copytree(_first, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def _contents() -> dict:
+    return params.load(REPOSITORY)
+
+
+@pytest.fixture
+def loaded(_contents, monkeypatch) -> dict:
+    """The contents of params.yaml, which a test may change."""
+    contents = copy.deepcopy(_contents)
+    monkeypatch.setattr(params, "load", lambda folder: contents)
+    return contents

@@ -54,7 +54,10 @@ def test_learning_rates_are_swept_as_the_runs_are_trained(profile):
 
 
 #: Of one layer's seven projections, the sums of their inputs and of their outputs: the small base's, and Qwen2.5-7B's.
-WIDTHS = {"tiny": (6 * 128 + 320, 3 * 128 + 2 * 64 + 2 * 320), "full": (6 * 3584 + 18944, 3 * 3584 + 2 * 512 + 2 * 18944)}
+WIDTHS = {
+    "tiny": (6 * 128 + 320, 3 * 128 + 2 * 64 + 2 * 320),
+    "full": (6 * 3584 + 18944, 3 * 3584 + 2 * 512 + 2 * 18944),
+}
 
 
 @pytest.mark.parametrize("profile", WIDTHS)
@@ -63,15 +66,24 @@ def test_plain_rivals_have_the_ranks_nearest_to_the_parameters_they_are_to_match
     methods, (ins, outs) = LOADED["profiles"][profile]["methods"], WIDTHS[profile]
     r, heads = methods["ilora"]["r"], methods["ilora"]["num_heads"]
     unrouted = r * (ins + heads * outs)
-    nearest = {"lora": r, "lora_unrouted": round(unrouted / (ins + outs)), "lora_matched": round((unrouted + heads * ins) / (ins + outs))}
+    nearest = {
+        "lora": r,
+        "lora_unrouted": round(unrouted / (ins + outs)),
+        "lora_matched": round((unrouted + heads * ins) / (ins + outs)),
+    }
     assert {name: methods[name]["r"] for name in nearest} == nearest
 
 
 def test_tiny_takes_the_rates_that_the_sweep_of_study_found():
     tiny, study = (LOADED["profiles"][name] for name in ("tiny", "study"))
     assert set(tiny["sweep"]["given"]) == set(tiny["methods"])
-    assert tiny["train"]["passes"] == tiny["sweep"]["passes"] == study["sweep"]["passes"] == 3  # at which they were swept
-    assert all(tiny["sweep"][name] == study["sweep"][name] for name in ("rates", "extend", "seeds", "slots", "held_out", "batch_size"))
+    assert (
+        tiny["train"]["passes"] == tiny["sweep"]["passes"] == study["sweep"]["passes"] == 3
+    )  # at which they were swept
+    assert all(
+        tiny["sweep"][name] == study["sweep"][name]
+        for name in ("rates", "extend", "seeds", "slots", "held_out", "batch_size")
+    )
     for method, rates in tiny["sweep"]["given"].items():
         swept = read_json(REPOSITORY / f"reports/study/sweep-{method}/metrics.json")
         assert rates == swept["rates"] and set(rates) == set(tiny["methods"][method]["runs"])
@@ -104,7 +116,11 @@ def test_notebooks_are_clean_and_short(path):
 
 def test_answers_are_shown_with_their_tags():
     """A Styler leaves text as it is, and a browser hides what looks like a tag of HTML."""
-    code = [c.source for c in nbformat.read(REPOSITORY / "notebooks/evaluate.ipynb", as_version=4).cells if c.cell_type == "code"]
+    code = [
+        c.source
+        for c in nbformat.read(REPOSITORY / "notebooks/evaluate.ipynb", as_version=4).cells
+        if c.cell_type == "code"
+    ]
     for call in "examples(", "judged(":
         shown = [line for cell in code for line in cell.splitlines() if line.startswith(call)]
         assert shown and all('.format(escape="html")' in line for line in shown)

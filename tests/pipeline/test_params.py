@@ -1,134 +1,229 @@
-"""Parameters: what is unknown, missing or of another kind is refused before anything runs."""
+"""Parameters: what is unknown, missing or wrong is refused before anything runs, and the message says how to fix it."""
 
 from __future__ import annotations
+
+import re
 
 import nbformat
 import pytest
 from nbformat.v4 import new_notebook
-from toys import code, write_notebook
+from toys import REPOSITORY, code, write_notebook
 
-from crab.pipeline import params
+from crab.pipeline import params, stages
+from crab.pipeline.__main__ import main
 
-NULL = object()  # null in the file; None here stands for a parameter that is not there
+
+def change(contents, place, value):
+    """Set one value of params.yaml; ``...`` takes it out."""
+    *keys, last = place.split(".")
+    for key in keys:
+        contents = contents[key]
+    contents[last] = value
+    if value is ...:
+        del contents[last]
 
 
-def test_section_joins_stage_method_and_profile(repository):
-    values = params.section(params.load(repository), "tiny", "stage", "ilora")
-    assert values == {
-        "profile": "tiny", "passes": 8, "rate": 1, "method": "ilora", "settings": {"r": 4, "num_heads": 3},
-    }  # fmt: skip
+def resolve(profile="tiny"):
+    return params.resolve(REPOSITORY, profile)
+
+
+def test_a_profile_changes_what_it_names_and_nothing_else(loaded):
+    change(loaded, "profiles.smoke", {"train": {"rates": {"extend": 9}}, "encode": {"slots": ["ks"]}})
+    default, smoke = resolve("tiny"), resolve("smoke")
+    assert smoke["train"] == {**default["train"], "rates": {**default["train"]["rates"], "extend": 9}}
+    assert smoke["encode"] == {**default["encode"], "slots": ["ks"]}
+    assert all(smoke[name] == default[name] for name in default if name not in ("profile", "train", "encode"))
+
+
+def test_a_map_whose_keys_the_user_chooses_is_replaced(loaded):
+    method = {"r": 2, "lora_alpha": 4, "runs": ["joint-bare"]}
+    change(loaded, "profiles.smoke", {"train": {"methods": {"lora": method}, "given_rates": None}})
+    assert resolve("smoke")["train"]["methods"] == {"lora": method}
+    assert resolve("smoke")["train"]["given_rates"] is None
+    assert list(resolve("tiny")["train"]["methods"]) == ["lora", "lora_matched", "ilora"]
+
+
+def test_a_map_takes_from_the_experiments_what_it_leaves_out(loaded):
+    own = {"slots": ["ks"], "rank": 4, "seeds": 7}
+    change(loaded, "experiments.maps", {"short": {"rank": [1, 2]}, "own": own})
+    change(loaded, "profiles.smoke", {"experiments": {"passes": 5}})
+    plan = resolve()["experiments"]
+    rest = {name: plan[name] for name in ("slots", "passes", "seeds")}
+    rest |= {"samples": None, "conventions": 1, "routed": None}
+    assert plan["maps"]["short"] == {**rest, "tasks": len(plan["slots"]), "rank": [1, 2]}
+    assert plan["maps"]["own"] == {**rest, "tasks": 1, **own}
+    assert resolve("smoke")["experiments"]["maps"]["short"]["passes"] == 5
 
 
 def test_numbers_are_read_as_dvc_reads_them(repository):
-    assert params.section(params.load(repository), "smoke", "stage")["rate"] == 0.005
+    path = repository / "params.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("margin: 0.02", "margin: 5e-3"), encoding="utf-8")
+    assert params.resolve(repository)["shared"]["margin"] == 0.005
 
 
-@pytest.mark.parametrize(
-    ("profile", "stage", "method", "said"),
-    [
-        ("tinny", "stage", None, "did you mean 'tiny'"),
-        ("tiny", "stag", None, "did you mean 'stage'"),
-        ("tiny", "stage", "ilorra", "did you mean 'ilora'"),
-        ("smoke", "stage", "ilora", "profiles.smoke.methods"),
-    ],
-)
-def test_unknown_names_are_refused_with_the_nearest(repository, profile, stage, method, said):
-    with pytest.raises(ValueError, match=said):
-        params.section(params.load(repository), profile, stage, method)
-
-
-@pytest.mark.parametrize("text", ["profile: [", "profiles: {}", "profile: x\nprofiles: {y: {}}", ""])
-def test_malformed_files_are_refused(repository, text):
-    (repository / "params.yaml").write_text(text)
-    with pytest.raises(ValueError, match="params.yaml"):
-        params.load(repository)
-
-
-def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
+@pytest.mark.parametrize("text", ["profile: [", "profiles: {}", "profile: x\nprofiles: {y: {}}", "", None])
+def test_a_malformed_or_missing_file_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="params.yaml: " + ("no such file" if text is None else "")):
         params.load(tmp_path)
 
 
+WRONG = [
+    ("train.pases", 8, "train.pases is unknown"),
+    ("shared.answer.segmentor", "grabcut", "shared.answer.segmentor is unknown"),
+    ("trian", {}, "trian is unknown"),
+    ("experiments.maps.conflict.ranks", 1, "experiments.maps.conflict.ranks is unknown"),
+    ("train.passes", ..., "train.passes is missing; add it"),
+    ("benchmark.sweep.at", ..., "benchmark.sweep.at is missing"),
+    ("train.passes", "8", "train.passes is '8'; it should be a valid integer"),
+    ("train.passes", True, "train.passes is True"),
+    ("train.passes", 8.5, "train.passes is 8.5"),
+    ("train.passes", None, "train.passes is None"),
+    ("train.passes", 0, "train.passes is 0; it should be greater than or equal to 1"),
+    ("train.methods.lora.r", 0, "train.methods.lora.r is 0"),
+    ("train.methods.ilora.num_heads", -3, "train.methods.ilora.num_heads is -3; give finite numbers of at least 0"),
+    ("train.methods.lora.runs", ["both-bare"], "train.methods.lora.runs.0 is 'both-bare'; it should be 'single-bare'"),
+    ("train.methods.lora.runs", [], "train.methods.lora.runs is []; give at least 1"),
+    ("train.rates.tried", [0.01, 0.0], "train.rates.tried.1 is 0.0; it should be greater than 0"),
+    ("train.seeds", [-1], "train.seeds.0 is -1"),
+    ("shared.margin", "5e-3", "shared.margin is '5e-3'"),
+    ("shared.margin", float("nan"), "shared.margin is nan; it should be a finite number"),
+    ("shared.precision", "fp16", "shared.precision is 'fp16'; it should be 'fp32' or 'bf16'"),
+    ("shared.answer.segmenter", "grabcat", "shared.answer.segmenter is 'grabcat'; give 'grabcut', or a SAM 2"),
+    ("shared.answer.segmenter", 2, "shared.answer.segmenter is 2"),
+    ("encode.slots", "ave", "encode.slots is 'ave'; it should be a valid list"),
+    ("encode.slots", [], "encode.slots is []"),
+    ("encode.slots", ["avee"], "encode.slots.0 is 'avee'; there is no such slot; did you mean 'ave'"),
+    ("build.raw", {"avee": "/data"}, "did you mean 'ave'"),
+    ("base.folder", "../models", "base.folder is '../models'; give a folder under models/"),
+    ("experiments.variants", {"own": {"r": [1, -2]}}, "experiments.variants.own.r is [1, -2]"),
+    ("experiments.maps.conflict.rank", [], "experiments.maps.conflict.rank is []; give a whole number"),
+    ("experiments.maps.conflict.passes", [0], "conflict.passes is [0]; give finite numbers of at least 1"),
+    ("experiments.maps", None, "experiments.maps is None"),
+    ("benchmark.shapes", [[1, 2, 3]], "benchmark.shapes.0 is [1, 2, 3]"),
+    ("routing", None, "routing is None"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), WRONG)
+def test_what_is_wrong_is_refused(loaded, place, value, message):
+    change(loaded, place, value)
+    with pytest.raises(ValueError, match="^params.yaml, profile tiny: ") as error:
+        resolve()
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"pases": 8, "passes": None}, r"toy.ipynb, profile tiny: parameter 'pases' is unknown; did you mean 'passes'"),
-        ({"passes": None}, "'passes' is missing"),
-        ({"extra": 1}, "'extra' is unknown"),
-        ({"passes": "8"}, "expected int"),
-        ({"passes": True}, "expected int"),
-        ({"passes": 8.5}, "expected int"),
-        ({"rate": "5e-3"}, "expected float"),
-        ({"slots": "ave"}, "expected list"),
-        ({"slots": NULL}, "parameter 'slots' is None; expected list, such as"),
-        ({"slots": []}, "parameter 'slots' is an empty list; give at least one, such as 'ave'"),
-        ({"passes": 0}, "parameter 'passes' is 0; give a number of at least 1"),
-        ({"rate": -0.1}, "parameter 'rate' is -0.1; give a number of at least 0"),
-        ({"rate": float("nan")}, "parameter 'rate' is nan"),
-        ({"evaluate": {"segmenter": "grabcat"}}, "parameter 'evaluate.segmenter' is 'grabcat'; give 'grabcut', or a SAM 2 checkpoint"),
-        ({"evaluate": {"segmentor": "grabcut"}}, "parameter 'evaluate.segmentor' is unknown; did you mean 'segmenter'"),
-        ({"evaluate": {}}, "parameter 'evaluate.segmenter' is missing"),
-        ({"evaluate": {"segmenter": 2}}, "parameter 'evaluate.segmenter' is 2; expected str"),
-        ({"settings": {"deep": [1, {"r": -4}]}}, r"parameter 'settings.deep\[\].r' is -4; give a number of at least 0"),
-    ],
+    ("old", "new"), [("train.passes", "train.pases"), ("routing", "rooting"), ("base.size.n_fft", "base.size.nfft")]
 )
-def test_check_refuses(repository, change, said):
-    good = {"profile": "tiny", "passes": 8, "rate": 0.1, "slots": ["ave"], "settings": {"r": 1}, "evaluate": {"segmenter": "grabcut"}}
-    path = write_notebook(repository, "toy", good)
-    params.check(path, good)
-    params.check(path, good | {"settings": {"rank": 1}})  # its keys are the user's
-    bad = {k: None if v is NULL else v for k, v in {**good, **change}.items() if v is not None}
-    with pytest.raises(ValueError, match=said):
-        params.check(path, bad)
+def test_a_misspelt_name_is_told_with_the_nearest(loaded, old, new):
+    change(loaded, old, ...)
+    change(loaded, new, 1)
+    meant = old.rpartition(".")[2]
+    with pytest.raises(ValueError, match=re.escape(f"{new} is unknown; did you mean '{meant}'?")):
+        resolve()
+    with pytest.raises(ValueError, match="profile 'tinny' is unknown; did you mean 'tiny'"):
+        resolve("tinny")
 
 
-def test_check_takes_a_whole_number_for_a_real_one_anything_for_none_and_checkpoints_by_name_or_folder(repository):
-    path = write_notebook(repository, "toy", {"profile": "tiny", "rate": 0.1, "limit": None, "segmenter": "grabcut"})
+def test_all_faults_are_told_at_once_and_where_they_were_set(loaded):
+    change(loaded, "train.passes", 0)
+    change(loaded, "profiles.smoke", {"shared": {"margin": -1}})
+    with pytest.raises(ValueError) as error:
+        resolve("smoke")
+    first, second = str(error.value).splitlines()
+    assert first.endswith("shared.margin is -1; it should be greater than or equal to 0 (set in profiles.smoke)")
+    assert "train.passes is 0" in second and "set in" not in second
+
+
+def test_whole_numbers_stand_for_real_ones_and_checkpoints_have_a_slash(loaded):
+    change(loaded, "shared.margin", 1)
     for name in ("grabcut", "facebook/sam2.1-hiera-large", "/data/sam2"):
-        params.check(path, {"profile": "tiny", "rate": 1, "limit": 5, "segmenter": name})
+        change(loaded, "shared.answer.segmenter", name)
+        assert resolve()["shared"]["answer"]["segmenter"] == name
+
+
+def test_profiles_that_share_a_base_agree_on_it(loaded):
+    change(loaded, "profiles.study.base", {"seed": 7})
+    with pytest.raises(ValueError, match="tiny and study share base.folder 'base'.*set profiles.tiny.base.folder"):
+        resolve()
+    change(loaded, "profiles.study.base", {"seed": 7, "folder": "study/base"})
+    assert resolve("study")["base"]["seed"] == 7
+
+
+def test_choose_changes_one_word(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    before = (repository / "params.yaml").read_bytes()
+    main(["choose", "smoke"])
+    assert (repository / "params.yaml").read_bytes() == before.replace(b"profile: tiny\n", b"profile: smoke\n", 1)
+    with pytest.raises(SystemExit, match="did you mean 'smoke'"):
+        main(["choose", "smok"])
+
+
+def test_a_cell_gets_its_section_and_the_shared_values_it_names(repository):
+    values = resolve("smoke")
+    path = write_notebook(repository, "routing", {"answer": 0, "profile": "", "samples": 0})
+    got = params.parameters(path, params.read_notebook(path), "routing", values)
+    assert list(got.items()) == [("answer", values["shared"]["answer"]), ("profile", "smoke"), ("samples", 8)]
+    # of two values of one name, the section's
+    path = write_notebook(repository, "benchmark", dict.fromkeys(["profile", *values["benchmark"]], 0))
+    assert params.parameters(path, params.read_notebook(path), "benchmark", values)["batch_size"] == 2
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("names", "message"),
     [
-        ("methods: {lora: {r: 4}, ilora: {r: 4, num_heads: 3}}", None),
-        ("methods: {lora: {r: 4}, ilora: null}", "stage.ipynb, profile tiny: parameter 'settings' is None"),
-        ("stag: {}", "profiles.tiny.stag is the section of no notebook; did you mean 'stage'"),
-        ("stage: null", "profiles.tiny.stage is None; give the parameters of stage.ipynb"),
-        ("stage: {passes: 8, rate: -1}", "parameter 'rate' is -1"),
+        ("profile", "'samples' is missing in the parameters cell; run python -m crab.pipeline defaults"),
+        ("samples", "'profile' is missing"),
+        ("profile samples resample", "'resample' .* not in section routing of params.yaml; did you mean 'resamples'"),
     ],
 )
-def test_all_sections_of_the_chosen_profile_are_checked(repository, monkeypatch, change, said):
-    write_notebook(repository, "stage", {"profile": "tiny", "passes": 1, "rate": 0.1, "method": "lora", "settings": {"r": 1}})
-    text = (repository / "params.yaml").read_text()
-    head, name = text.partition("  tiny:\n")[0], change.partition(":")[0]
-    lines = {"stage": "stage: {passes: 8, rate: 1}", "methods": "methods: {lora: {r: 4}}", name: change}
-    (repository / "params.yaml").write_text(head + "  tiny:\n" + "".join(f"    {line}\n" for line in lines.values()))
-    monkeypatch.chdir(repository)
-    if said is None:
-        params.main(["check"])
-    else:
-        with pytest.raises(SystemExit, match=said):
-            params.main(["check"])
+def test_a_cell_that_does_not_fit_is_refused(repository, names, message):
+    write_notebook(repository, "routing", dict.fromkeys(names.split(), 1))
+    with pytest.raises(ValueError, match=f"09_routing.ipynb: {message}"):
+        stages.resolve(repository)
 
 
-@pytest.mark.parametrize("cells", [[], [code("a = 1", "parameters"), code("b = 1", "parameters")], [code("a = f()", "parameters")], [code("import os", "parameters")]])
-def test_parameters_cell_must_be_one_and_plain(tmp_path, cells):
-    nbformat.write(new_notebook(cells=cells), tmp_path / "toy.ipynb")
+@pytest.mark.parametrize("cells", [[], ["a = 1", "b = 1"], ["a = f()"], ["import os"]])
+def test_the_parameters_cell_must_be_one_and_plain(tmp_path, cells):
+    notebook = new_notebook(cells=[code(cell, "parameters") for cell in cells])
     with pytest.raises(ValueError, match="toy.ipynb"):
-        params.defaults(tmp_path / "toy.ipynb")
+        params.cell(tmp_path / "toy.ipynb", notebook)
 
 
-def test_choose_changes_one_word(repository):
-    before = (repository / "params.yaml").read_text()
-    params.choose("smoke", repository)
-    assert (repository / "params.yaml").read_text() == before.replace("profile: tiny  # chosen", "profile: smoke  # chosen")
-    with pytest.raises(ValueError, match="did you mean 'smoke'"):
-        params.choose("smok", repository)
-
-
-def test_defaults_are_written_into_the_cell(repository):
-    path = write_notebook(repository, "stage", {"profile": "tiny", "passes": 1, "old": 0})
-    assert params.write_defaults(repository) == ["stage.ipynb"]
-    assert params.defaults(path) == {"profile": "tiny", "passes": 8, "rate": 1}
+def test_defaults_are_written_into_the_cell(repository, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
+    path = write_notebook(repository, "benchmark", {"profile": "x", "resamples": 1, "old": 0})
+    main(["defaults"])
+    assert capsys.readouterr().out == "changed: 11_benchmark.ipynb\n"
+    values = params.resolve(repository, "tiny")
+    target, got = params.cell(path, params.read_notebook(path))
+    assert got == {"profile": "tiny", "resamples": values["shared"]["resamples"], **values["benchmark"]}
+    assert max(map(len, target.source.splitlines())) <= 120 and "'" not in target.source
     assert params.write_defaults(repository) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("04_trian.ipynb", "no stage 'trian'; did you mean 'train'"),
+        ("12_train.ipynb", "04_train.ipynb is the same stage"),
+    ],
+)
+def test_notebooks_belong_to_one_stage_each(repository, name, message):
+    (repository / "notebooks/ask.ipynb").write_text("no stage", encoding="utf-8")
+    assert list(params.notebooks(repository)) == params.STAGES
+    nbformat.write(new_notebook(), repository / "notebooks" / name)
+    with pytest.raises(ValueError, match=message):
+        params.notebooks(repository)
+
+
+def test_a_broken_or_missing_notebook_is_named(repository):
+    path = repository / "notebooks/05_evaluate.ipynb"
+    path.write_text("<<<<<<< HEAD\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ValueError, match="05_evaluate.ipynb: not a notebook; resolve a merge's conflict marks"):
+        stages.resolve(repository)
+    path.unlink()
+    with pytest.raises(ValueError, match="no notebook NN_evaluate.ipynb"):
+        stages.resolve(repository)

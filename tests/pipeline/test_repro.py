@@ -46,7 +46,9 @@ def toy(tmp_path_factory) -> Path:
     folder = toy_clone(tmp_path_factory.mktemp("toy"))
     said = ran(sh(folder, "dvc", "repro"))
     several = [f"{stage}@tiny-{m}" for stage in A_METHOD for m in METHODS]
-    assert sorted(said) == sorted(["sources", "report@tiny", *several, *(f"{s}@tiny" for s in STAGES if s not in A_METHOD)])
+    assert sorted(said) == sorted(
+        ["sources", "report@tiny", *several, *(f"{s}@tiny" for s in STAGES if s not in A_METHOD)]
+    )
     assert said[-1] == "report@tiny"
     sh(folder, "git", "add", "-A")
     sh(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "results")
@@ -137,7 +139,12 @@ def test_metrics_plots_and_experiments_mean_something(settled):
 
 
 def test_a_wrong_parameter_stops_all_before_anything_is_cleared_away(settled):
-    made = {path: path.read_bytes() for name in ("models", "reports") for path in (settled / name).rglob("*") if path.is_file()}
+    made = {
+        path: path.read_bytes()
+        for name in ("models", "reports")
+        for path in (settled / name).rglob("*")
+        if path.is_file()
+    }
     text = (settled / "params.yaml").read_text()
     for wrong in (text.replace("held_out: 300", "held_ot: 300"), text.replace("margin: 0.02", "margin: -0.02")):
         (settled / "params.yaml").write_text(wrong)

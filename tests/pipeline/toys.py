@@ -20,25 +20,27 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 #: What each toy stage writes besides its report: files by path, as an expression of ``paths``.
 FILES = {
     "build": 'paths.dataset / "manifest.json", paths.vocabulary, paths.dataset / "clip.mp4"',
-    "base": "paths.models / folder / 'model.json',",
+    "base": "paths.models / folder / 'config.json',",
     "encode": 'paths.encoded / "manifest.json", paths.encoded / "ave.safetensors"',
     "train": 'paths.adapters / "joint-toy-bare" / "record.json", paths.train_cells, paths.ledger',
     "evaluate": "paths.ledger,",
 }
 WORK = """
 from crab.data.files import write_json
+from crab.models.checkpoint import write_pointer
 from crab.pipeline.paths import Paths
 paths = Paths(profile)
 for path in ({files}):
     write_json(path, {{"toy": "{stage} made this"}})
 if "{stage}" == "base":
-    paths.point_base(folder, "a key")
+    write_pointer(paths.base_pointer, paths.models / folder)
 write_json(paths.report("{stage}") / "metrics.json", {{"score": 0.5, "joint-toy-bare": {{"mean_difference": 0.12345}}}})
 """
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 FIGURE = """
 import base64
 from IPython.display import Image
-pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+pixel = "{pixel}"
 paths.figures("{stage}").mkdir(parents=True, exist_ok=True)
 (paths.figures("{stage}") / "pixel.png").write_bytes(base64.b64decode(pixel))
 Image(data=base64.b64decode(pixel))
@@ -67,7 +69,14 @@ def write_notebooks(folder: Path) -> None:
     for stage in STAGES:
         values = dict.fromkeys(["profile", *SECTIONS[stage], *(["resamples"] if stage == "evaluate" else [])])
         work = WORK.format(stage=stage, files=FILES.get(stage, ""))
-        write_notebook(folder, stage, values, code(work), code(FIGURE.format(stage=stage), "result"), code(RESULT, "result"))
+        write_notebook(
+            folder,
+            stage,
+            values,
+            code(work),
+            code(FIGURE.format(stage=stage, pixel=PIXEL), "result"),
+            code(RESULT, "result"),
+        )
     params.write_defaults(folder)
 
 
