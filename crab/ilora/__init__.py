@@ -17,11 +17,17 @@ package makes the method known to PEFT, and PEFT's own calls do the rest::
 """
 
 from .config import ILoraConfig
-from .instruction import instruction_tokens
 from .layer import ILoraLayer, Linear
 from .model import ILoraModel, parameter_groups
 from .registration import register
-from .routing import RoutingMeans, record_routing, record_routing_means, routing_entropy, routing_information
+from .routing import (
+    RoutingMeans,
+    instruction_tokens,
+    record_routing,
+    record_routing_means,
+    routing_entropy,
+    routing_information,
+)
 from .static import fixed_routing, to_static
 
 register(ILoraConfig, ILoraModel)

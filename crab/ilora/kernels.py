@@ -117,8 +117,8 @@ def route(z: torch.Tensor, logits: torch.Tensor, columns: int, temperature: floa
     weights = logits.new_empty((heads, 1, tokens), dtype=torch.float32)
     grid = (-(-tokens // 64), -(-columns // 16), 1)
     constants, _ = _constants(heads, columns, z.shape[0])
-    _launch(_forward, grid, constants, z, logits, routed, weights, tokens, routed.stride(0), float(temperature))
-    return routed, weights
+    _launch(_forward, grid, constants, z, logits, routed, weights, tokens, routed.shape[1], float(temperature))
+    return _cut(routed, tokens), weights
 
 
 def route_backward(z, logits, routed_grad, temperature: float, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,14 +129,17 @@ def route_backward(z, logits, routed_grad, temperature: float, scaling: float) -
     heads, tokens = logits.shape
     routed, small_grad = _rows(z, len(routed_grad), tokens), _rows(z, len(z) + heads, tokens)
     _, constants = _constants(heads, len(routed_grad), len(z))
-    numbers = tokens, routed.stride(0), float(temperature), float(scaling)
+    numbers = tokens, routed.shape[1], float(temperature), float(scaling)
     _launch(_backward, (-(-tokens // 32), 1, 1), constants, z, logits, routed_grad, routed, small_grad, *numbers)
-    return routed, small_grad
+    return _cut(routed, tokens), _cut(small_grad, tokens)
 
 
 def _rows(like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-    """A new [rows, tokens], whose rows start at aligned places."""
-    tensor = like.new_empty((rows, tokens + -tokens % ALIGNED))
+    """A new tensor for [rows, tokens], with rows that start at aligned places."""
+    return like.new_empty((rows, tokens + -tokens % ALIGNED))
+
+
+def _cut(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
     return tensor if tensor.shape[1] == tokens else tensor[:, :tokens]
 
 

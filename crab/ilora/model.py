@@ -142,8 +142,7 @@ class ILoraModel(BaseTuner):
         """The tensors of the adapter. Raises ValueError if one is missing or not whole, such as a shard.
 
         They are selected by name: PEFT's selection by modules misses those inside wrappers of the first FSDP. A bias of
-        the adapter's own module is called `<module>.base_layer.bias`, as in LoRA, because transformers looks for that.
-        Other biases have their name in the base, even if another adapter wraps the module here.
+        an own module is called `<module>.base_layer.bias`, as transformers expects. Others have their name in the base.
         """
         expected = _shapes(model, adapter_name, config.bias)
         tensors = {key: value for key, value in state_dict.items() if base_name(key) in expected}

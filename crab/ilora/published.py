@@ -42,8 +42,7 @@ PARTS = (  # beginning of a module's name in the base: current, published
     ("model.visual.", "visual."),
 )
 TENSORS = ("ilora_A", "ilora_B", "ilora_router")
-# The published format can say these, or they do not matter once modules and ranks are known.
-WRITTEN = {"r", "lora_alpha", "num_heads", "rank_pattern", "alpha_pattern", "layers_pattern"}
+WRITTEN = {"r", "lora_alpha", "num_heads", "layers_pattern"}  # options that need no place in the published format
 
 
 def read_published(path: str | Path) -> dict[str, torch.Tensor]:
@@ -51,12 +50,8 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
 
     Text that all names have before `base_model.model.`, such as `module.` or `thinker.`, is dropped.
 
-    Returns:
-        Published name -> tensor on the CPU, in the dtype of the file. `import_published` checks the names and shapes.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or has anything but finite floating-point tensors with published names.
+    Returns published name -> tensor on the CPU, in the dtype of the file. Raises FileNotFoundError, or ValueError if
+    the file is damaged or has anything but finite floating-point tensors with published names.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,7 +81,8 @@ def import_published(
 ) -> ILoraConfig:
     """Turn the published file into an adapter folder for `PeftModel.from_pretrained(model, folder)`.
 
-    The heads are put side by side, and no value changes. The folder appears only when it is complete.
+    The heads are put side by side, and no value changes. r and the number of heads come from the shapes. The folder
+    appears only when it is complete.
 
     Args:
         path: the published file, see `read_published`.
@@ -94,9 +90,6 @@ def import_published(
         folder: for `adapter_model.safetensors` and `adapter_config.json`. It must not exist, or be empty.
         lora_alpha: numerator of the scaling, which the file does not have. Published run: 256 (with r = 128).
         lora_dropout: dropout for further training. Published run: 0.1.
-
-    Returns:
-        The configuration. r and the number of heads come from the shapes.
 
     Raises:
         FileExistsError: `folder` is not empty.
@@ -149,10 +142,7 @@ def published_state_dict(model: nn.Module, adapter_name: str | None = None) -> d
 
     They are copies on the CPU in the dtype of the adapter (PEFT holds bf16 adapters in float32). An adapter on fewer
     modules gives fewer names, which `import_published` refuses. Note alpha elsewhere: the format does not have it.
-
-    Raises:
-        ValueError: no such (or no single active) adapter, a module or an option that the published format does not
-            have, several r, alphas or numbers of heads, or a tensor that is not whole.
+    Raises ValueError for anything else that it does not have, and for a tensor that is not whole.
     """
     caller = "published_state_dict"
     adapter_name, layers = adapted_layers(model, adapter_name, caller)
@@ -163,18 +153,13 @@ def published_state_dict(model: nn.Module, adapter_name: str | None = None) -> d
             raise ValueError(f"{caller}: `{name}` is {value!r}, {always}. Use save_pretrained.")
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     state = {base_name(key): value for key, value in state.items()}
-    tensors, sizes = {}, {}
-    for module, layer in layers.items():
+    tensors = {}
+    for module in layers:
         if not re.fullmatch(PUBLISHED_TARGETS, module):
             raise ValueError(f"{caller}: the published format has no name for {module}; adapt PUBLISHED_TARGETS only.")
-        sizes[tuple(values[adapter_name] for values in (layer.r, layer.num_heads, layer.lora_alpha))] = module
-        if len(sizes) > 1:
-            fix = "the published format has one of each; train without `rank_pattern` and `alpha_pattern`"
-            raise ValueError(f"{caller}: (r, heads, alpha) of the modules are {sizes}, but {fix}.")
-        r, heads, _ = next(iter(sizes))
         a, b, route = (state[f"{module}.{part}.weight"].detach().cpu() for part in TENSORS)
-        names = _tensor_names(module, heads)
-        tensors.update(zip(names, map(_copy, (a, route, *b.split(r, dim=1))), strict=True))
+        names = _tensor_names(module, config.num_heads)
+        tensors.update(zip(names, map(_copy, (a, route, *b.split(config.r, dim=1))), strict=True))
     return tensors
 
 

@@ -58,8 +58,8 @@ def _strict(load_adapter):
         if config is not None and config.peft_type == ILORA:
             saved = type(config).from_pretrained(model_id, **self._split_kwargs(kwargs)[0])
             if different := config.differences(saved):
-                fields = "; ".join(f"`{name}` is {a!r} in the model, {b!r} saved" for name, (a, b) in different.items())
-                reason = f"the model has one of this name that is not as {model_id}/adapter_config.json says: {fields}"
+                fields = "; ".join(f"`{name}` is {a!r} there, {b!r} in the file" for name, (a, b) in different.items())
+                reason = f"{model_id}/adapter_config.json does not fit the adapter of this name in the model: {fields}"
                 fix = "Load it under another name, or call delete_adapter first."
                 raise ValueError(f"Cannot load adapter '{adapter_name}': {reason}. {fix}")
         try:

@@ -1,4 +1,4 @@
-"""Recording of routing weights: those of every token, or means in constant memory."""
+"""Routing from outside: to record it, and to tell routers which tokens are the instruction."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .adapters import adapted_layers, replaced
+from .adapters import adapted_layers, ilora_layers, replaced
 from .layer import ILoraLayer
 
 SEGMENTS = ("text", "video", "audio", "answer")  # the default kinds of token of `record_routing_means`
@@ -42,14 +42,11 @@ def record_routing(model: nn.Module, adapter_name: str | None = None) -> Iterato
     """Record the routing weights of every adapted module while the block runs. The outputs do not change.
 
     Yields a dict: name of the module in the base -> one tensor per forward pass, [batch, tokens, heads], float32 or
-    wider, detached, on the CPU. Under `generate` the first pass is the prompt and each later one a new token, so
+    wider, on the CPU. Under `generate` the first pass is the prompt and each later one a new token, so
     `torch.cat(passes, 1)` joins them. Compiled code runs eagerly in the block.
 
     `model` may be any module with I-LoRA layers, also inside DDP or torch.compile. An `adapter_name` of None takes the
-    active adapter.
-
-    Raises:
-        ValueError: no I-LoRA layer, no such adapter, or not exactly one active; in the block: weights are not finite.
+    active adapter. Raises ValueError if there is not exactly one, or if weights are not finite.
     """
     adapter_name, layers = adapted_layers(model, adapter_name, "record_routing")
     routing: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
@@ -186,12 +183,8 @@ def record_routing_means(
                 model(**batch)
         means.rows(), to_static(model, means.weights())
 
-    After a longer labelled pass, passes of one token are those of `generate`, and count as `generated`.
-
-    Args:
-        segments: names of the kinds of token.
-        generated: the segment of tokens that `generate` adds, or None to refuse them.
-        model, adapter_name: as in `record_routing`, with its errors.
+    `segments` are names of the kinds of token. After a longer labelled pass, passes of one token are those of
+    `generate` and count as the segment `generated`; None refuses them. The rest is as in `record_routing`.
     """
     if isinstance(segments, str) or not segments or len(set(segments)) < len(segments):
         raise ValueError(f"record_routing_means: `segments` must be a list of different names, got {segments!r}.")
@@ -201,3 +194,50 @@ def record_routing_means(
     means = RoutingMeans(segments, generated)
     with _observed(layers, adapter_name, means._add):
         yield means
+
+
+class _Instruction:
+    """The mask, and the weights of each layer, which later passes of `generate` use again."""
+
+    def __init__(self, mask: torch.Tensor):
+        self.mask = mask
+        self._prompt: dict[tuple[int, str], torch.Tensor] = {}
+
+    def weights(self, layer: ILoraLayer, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """Routing weights [batch, 1, heads] for the input x [batch, tokens, in] of the layer."""
+        key = (id(layer), adapter_name)
+        if x.dim() == 3 and x.shape[:2] == self.mask.shape:
+            # a sum over a long instruction overflows float16, and bfloat16 cannot hold its length
+            wide = torch.promote_types(x.dtype, torch.float32)
+            mask = self.mask.to(x.device, wide).unsqueeze(-1)
+            mean = (x.to(wide) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            weights = layer.ilora_router[adapter_name](mean.to(x.dtype))
+            if not torch.is_grad_enabled():
+                self._prompt[key] = weights
+            return weights
+        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and key in self._prompt:
+            if self._prompt[key].shape[0] == x.shape[0]:
+                return self._prompt[key]
+        raise ValueError(
+            f"instruction_tokens: a layer reads {list(x.shape)}, but `mask` is {list(self.mask.shape)}. Give the mask "
+            "of this batch (repeated for each beam), and do not adapt the encoders. generate must read one new token "
+            "per pass: not use_cache=False, prompt_lookup_num_tokens or an assistant model."
+        )
+
+
+@contextmanager
+def instruction_tokens(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
+    """Tell routers with router_input='instruction' which tokens to read, while the block runs.
+
+    `mask` is bool [batch, tokens], True on the instruction; ValueError if it is not, or does not fit the batch. Under
+    `generate` the weights of the prompt serve the new tokens too. With gradient checkpointing, run the backward pass in
+    the block too, since it computes the layers again.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] < 2:
+        kind = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"instruction_tokens: `mask` must be bool [batch, tokens], at least two tokens, got {kind}.")
+    if not mask.any(1).all():
+        empty = (~mask.any(1)).nonzero().flatten().tolist()
+        raise ValueError(f"instruction_tokens: `mask` has no token of the samples {empty}; mark at least one of each.")
+    with replaced("instruction", dict.fromkeys(ilora_layers(model).values(), _Instruction(mask))):
+        yield
