@@ -56,5 +56,5 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade 'pip>=24' # older ones cannot resolve the constraints
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
-	git config filter.nbstripout.clean '.venv/bin/python -m nbstripout --extra-keys metadata.language_info' || true
+	git config filter.nbstripout.clean '.venv/bin/python -m nbstripout --keep-id --extra-keys metadata.language_info' || true
 	touch $@
