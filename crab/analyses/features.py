@@ -36,10 +36,9 @@ def plane(states: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
         raise ValueError(f"features: {len(states)} samples are too few for a map; raise features.samples")
     from umap import UMAP  # takes seconds to import
 
-    init = "spectral" if len(states) > 20 else "random"
+    size, init = min(neighbours, len(states) - 1), "spectral" if len(states) > 20 else "random"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*n_jobs value.*overridden.*")
-        size = min(neighbours, len(states) - 1)
         umap = UMAP(n_neighbors=size, min_dist=0.3, init=init, random_state=seed, n_jobs=1)
         return umap.fit_transform(np.asarray(states, np.float32))
 

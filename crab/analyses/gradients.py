@@ -6,7 +6,6 @@ Two slots conflict if the cosine is negative: a step that helps one then hurts t
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from peft import PeftConfig, get_peft_model
 from peft.utils import load_peft_weights
 from transformers.utils.logging import disable_progress_bar
 
-from crab.ilora import ILoraLayer
 from crab.models.batches import answer_loss, batch
 from crab.models.checkpoint import load_base
 from crab.study.cells import Cell
@@ -34,24 +32,19 @@ MEANS = [
     *("family", "point", "part", "pairs", "negative", "negative_low", "negative_high"),
     *("cosine", "cosine_low", "cosine_high", "clear_negative", "clear_positive", "reliability"),
 ]
-_PARAMETER = re.compile(r"(?P<layer>.+)\.i?lora_(?P<part>A|B|router)\.default\.weight")
 
 
-def unfrozen_parameters(model) -> dict[str, torch.nn.Parameter]:
-    """The parameters of LoRA or I-LoRA by name, made trainable. Raises ValueError if the model has none."""
-    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if _PARAMETER.fullmatch(name)}
-    if not parameters:
-        raise ValueError("gradients: the model has no LoRA or I-LoRA parameters; give a folder of the train stage")
-    return parameters
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    """The parameters of the adapter, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def pieces(model, name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
     """One parameter's gradient by part of the adapter: ``A``, ``B``, ``router``, or ``head 0``, ``head 1``, ..."""
-    match = _PARAMETER.fullmatch(name)
-    layer = model.get_submodule(match["layer"])
-    if match["part"] != "B" or not isinstance(layer, ILoraLayer):
-        return {match["part"]: gradient}
-    by_head = gradient.unflatten(1, (layer.num_heads["default"], -1))  # [B_0 | B_1 | ...]
+    layer, kind, adapter, _ = name.rsplit(".", 3)
+    if kind != "ilora_B":
+        return {kind.rpartition("_")[2]: gradient}
+    by_head = gradient.unflatten(1, (model.get_submodule(layer).num_heads[adapter], -1))  # [B_0 | B_1 | ...]
     return {f"head {i}": by_head[:, i] for i in range(by_head.shape[1])}
 
 
@@ -76,7 +69,7 @@ def gradient_products(model, processor, data: Mapping[str, Sequence[tuple]], chu
         data: by slot, pairs of sample and answer, the same number for each slot.
         chunk: samples of a slot whose gradient is taken together.
     """
-    parameters = unfrozen_parameters(model)
+    parameters = trainable(model)
     rows: dict[str, list[torch.Tensor]] = {}
     for pairs in data.values():
         for start in range(0, len(pairs), chunk):
@@ -118,8 +111,9 @@ def cosines(products: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(chunks, np.full(chunks, 1 / chunks), size=(resamples, slots)) / chunks
     pairs = np.triu_indices(slots, 1)
-    draws = [((counts[:, s] @ products[s, :, t, :]) * counts[:, t]).sum(1) for s, t in zip(*pairs, strict=True)]
-    draws = np.stack(draws, 1)
+    draws = np.empty((resamples, len(pairs[0])))
+    for pair, (one, other) in enumerate(zip(*pairs, strict=True)):
+        draws[:, pair] = ((counts[:, one] @ products[one, :, other, :]) * counts[:, other]).sum(1)
     return table, np.divide(draws, scale[pairs], out=np.zeros_like(draws), where=scale[pairs] > 0)
 
 
@@ -132,7 +126,7 @@ def part_way(base: Path, adapter: Path, way: float, seed: int):
     model = get_peft_model(model, config).eval()
     trained = load_peft_weights(str(adapter), device="cpu")
     with torch.no_grad():
-        for name, parameter in unfrozen_parameters(model).items():
+        for name, parameter in trainable(model).items():
             parameter.lerp_(trained[name.replace(".default.", ".")].to(parameter), way)
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # the backward pass of torch's fused attention is slow on CPUs

@@ -34,8 +34,8 @@ from crab.study.score import true_answer, truths
 # Changes of the routing. Each is compared with the unchanged adapter, but OTHER with OWN.
 OFF, HEAD, RESCALED = "adapter off", "head off", "head off, others rescaled"
 UNIFORM, OWN, OTHER = "uniform routing", "own mean routing", "another slot's mean routing, on top"
-#: Takes a module's name, its routing weights [samples, tokens, heads] and the places of the tokens in `SEGMENTS`
-#: [samples, tokens]; returns new weights.
+#: Takes a module's name, its routing weights [samples, tokens, heads] and the kind of each token (its place in
+#: `SEGMENTS`) [samples, tokens]; returns new weights.
 Edit = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 Batch = Mapping[str, torch.Tensor]
 
@@ -81,7 +81,10 @@ def likelihood(model, batches: Sequence[Batch], edit: Edit | None = None, label:
             label(kinds)
         with ExitStack() as hooks:
             for name, layer in layers.items():
-                hook = lambda module, args, weights, n=name, k=kinds: edit(n, weights, k)  # noqa: E731
+
+                def hook(module, args, weights, name=name, kinds=kinds):
+                    return edit(name, weights, kinds)
+
                 hooks.enter_context(layer.ilora_router[adapter].register_forward_hook(hook))
             states = last_hidden(model, inputs)
         labels = inputs["labels"][:, 1:]

@@ -37,23 +37,16 @@ def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_to
     if table["layer"].isna().any():
         raise ValueError(f"routing: {table['module'][table['layer'].isna()].iloc[0]} lies in no numbered layer")
     table["layer"] = table["layer"].astype(int)
-    table["segment"] = pd.Categorical(table["segment"], SEGMENTS)  # groups come in this order
     table["entropy"] /= math.log2(max(table["head"].nunique(), 2))  # bits to a share; a single head has 0 bits
     # the modules of a layer see the same tokens, so each weighs the same
-    groups = table.groupby(["layer", "segment", "head"], observed=True, as_index=False)
-    rows = groups.agg({"weight": "mean", "entropy": "mean", "tokens": "sum"})
-    return rows.astype({"segment": str})
+    groups = table.groupby(["layer", "segment", "head"], sort=False, as_index=False)
+    return groups.agg({"weight": "mean", "entropy": "mean", "tokens": "sum"})
 
 
 def routing(
-    adapter: Path,
-    encoded: Path,
-    base: Path,
-    slots: Sequence[str],
-    samples: int,
-    max_new_tokens: int,
+    adapter: Path, encoded: Path, base: Path, slots: Sequence[str], samples: int, max_new_tokens: int,
     batch_size: int = 32,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """`record_slot` of test samples of each slot, with a column ``slot``.
 
     Args:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from crab import tasks
 from crab.study.compare import bootstrap_means, interval
-from crab.study.statements import COUNTS, statement_counts  # noqa: F401  TODO: store and ledger import statements
+from crab.study.statements import COUNTS
 
 RIGHT, LUCKY, WRONG = SHARES = ("right for right reasons", "right for wrong reasons", "wrong")
 TRUE, UNREADABLE, COUNT = "statements true", "statements unreadable", "statements"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crab.analyses import features, routing
-from crab.ilora import record_routing, routing_entropy, routing_information
+from crab.ilora import record_routing, routing_entropy
 from crab.models.batches import batch
 from crab.models.checkpoint import load_base
 from crab.study.answer import answer, load_adapter
@@ -22,16 +22,6 @@ def adapter(encoded, base, tmp_path_factory):
     options = {"r": 2, "lora_alpha": 4, "num_heads": 3, "router_init_std": 0.5}
     folder = tmp_path_factory.mktemp("w")
     return train(pairs, "ilora", options, base, folder, learning_rate=1e-2, passes=1, batch_size=8, seed=0)
-
-
-def test_entropy_and_information_by_hand():
-    entropy = routing_entropy(torch.tensor([[1, 0], [0.5, 0.5], [0.25, 0.75]], dtype=torch.float64))
-    assert entropy.tolist() == pytest.approx([0, 1, 0.811278], abs=1e-6)
-    for gates, bits in (
-        ([[1.0, 0], [0, 1]], 1), ([[0.3, 0.7], [0.3, 0.7]], 0), (np.eye(4), 2),
-        ([[0.75, 0.25], [0.25, 0.75]], 1 - 0.811278),  # a binary symmetric channel of error 1/4: 1 - H(1/4)
-    ):  # fmt: skip
-        assert routing_information(torch.tensor(gates)) == pytest.approx(bits, abs=1e-6)
 
 
 def test_information_is_the_mean_over_layers():
@@ -86,7 +76,7 @@ def test_features(adapter, encoded, base):
     assert (silhouettes["by slot"] == silhouettes["by family"]).all()  # each slot is a family of its own
 
 
-def test_same_seed_same_map():
+def test_the_same_seed_gives_the_same_map():
     states = np.random.default_rng(0).normal(size=(16, 8))
     assert (features.plane(states, 4, 0) == features.plane(states, 4, 0)).all()
     with pytest.raises(ValueError, match="features: 4 samples are too few for a map; raise features.samples"):
