@@ -1,11 +1,16 @@
-"""Records of every slot, as the published layout has them, for the tests of the unified interface."""
+"""Records of every slot with the published fields, for the tests of the unified interface."""
 
 import numpy as np
 import pytest
 
-from crab.tasks import NULL, Masks, get_slot
+from crab.tasks import NULL, Masks, answer, get_slot, truth
 
-# Per slot: true answers (typed) and, for each, the record's own fields that say the same.
+PROMPTS = [
+    ((16, 24, 80, 88), ((40, 48), (48, 56), (56, 64))),
+    ((0, 0, 224, 224), ((0, 0), (224, 224), (112, 112))),
+    ((120, 8, 184, 72), ((130, 16), (140, 24), (150, 32))),
+]
+# Three truths of each slot. The first and the third label are equal, so that chance is 2/3.
 TRUTHS = {
     "ave": [("bell", 2, 6), ("drum", 0, 10), ("bell", 3, 4)],
     "unav": [
@@ -18,31 +23,14 @@ TRUTHS = {
         (("visual", "frying_(food)", 0, 10),),
         (("audio", "drum", 1, 3), ("audio", "drum", 7, 9), ("audio", "horn, small", 0, 4)),
     ],
-    "arig": [(16, 24, 80, 88), (0, 0, 224, 224), (120, 8, 184, 72)],
-    "s4": [
-        ((16, 24, 80, 88), ((40, 48), (48, 56), (56, 64))),
-        ((0, 0, 224, 224), ((0, 0), (224, 224), (112, 112))),
-        ((120, 8, 184, 72), ((130, 16), (140, 24), (150, 32))),
-    ],
-    "ms3": [
-        ((8, 24, 200, 88), ((16, 48), (48, 56), (192, 64))),
-        ((0, 0, 224, 224), ((0, 0), (224, 224), (112, 112))),
-        ((120, 8, 184, 192), ((130, 16), (140, 24), (150, 180))),
-    ],
-    "ref_avs": [
-        ((16, 24, 80, 88), ((40, 48), (48, 56), (56, 64))),
-        NULL,
-        ((120, 8, 184, 72), ((130, 16), (140, 24), (150, 32))),
-    ],
+    "arig": [box for box, _ in PROMPTS],
+    "s4": PROMPTS,
+    "ms3": PROMPTS,
+    "ref_avs": [PROMPTS[0], NULL, PROMPTS[2]],
     "avqa": ["yes", "two", "yes"],
     "avqa_thu": ["bell", "car horn", "bell"],
-    "meld": ["neutral", "joy", "neutral"],
-    "mer24": ["worried", "happy", "worried"],
-    "cremad": ["anger", "happy", "anger"],
-    "mafw": ["contempt", "helplessness", "contempt"],
-    "dfew": ["sad", "disgust", "sad"],
-    "ks": ["swaying", "still", "swaying"],
-    "ucf": ["swaying bell", "still drum", "swaying bell"],
+    **{slot: ["neutral", "joy", "neutral"] for slot in ("meld", "mer24", "cremad", "mafw", "dfew")},
+    **{slot: ["swaying bell", "still", "swaying bell"] for slot in ("ks", "ucf")},
     "a2v": ["one", "two", "one"],
     "v2a": ["two", "two", "one"],
     "avcap": ["a red bell sways at top left .", "a drum .", "nothing is heard ."],
@@ -50,63 +38,63 @@ TRUTHS = {
 SPLITS = ["test_s", "test_n", "test_u"]
 CHOICES = [["bell", "drum", "horn", "siren"], ["Flute", "Car Horn", "drum", "bell"], ["drum", "flute", "bell", "horn"]]
 PLACES = [0, "Car  horn", "2"]  # a place among the choices, or the words of one
-TYPES = ['["Audio", "Counting"]', '["Audio-Visual", "Location"]', '["Audio-Visual", "Counting"]']
+TYPES = ['["Audio", "Counting"]', '["Audio-Visual", "Location"]', ["Audio-Visual", "Counting"]]
 
 
-def make_record(slot, index, tagged, truth):
-    """A record holding the published fields, the tagged answer behind a chain, and the truth fields."""
-    fields = (get_slot(slot).test_fields or get_slot(slot).train_fields)
+def make_record(slot, index, truth, text=None):
+    """A test record (a train record if there is no test split) whose answer follows a chain."""
+    entry = get_slot(slot)
+    fields = entry.fields(entry.splits[-1])
     record = {field: f"{field} {index}" for field in fields}
-    record |= {f: f"clips/{index}/frames/0.jpg" for f in fields if f.endswith("_path")}
-    record[get_slot(slot).answer_field] = f"i hear it and i see it . {tagged}"
+    record |= {field: f"media/clip_{index}/frames/0.jpg" for field in fields if field.endswith("_path")}
+    record[entry.answer_field] = f"i hear it and i see it . {answer(slot, truth) if text is None else text}"
     if slot == "ave":
-        record |= dict(zip(("event", "start_time", "end_time"), truth))
+        record |= dict(zip(("event", "start_time", "end_time"), truth, strict=True))
     elif slot == "arig":
         record |= {"top_left": list(truth[:2]), "bottom_right": list(truth[2:])}
     elif slot == "avqa":
         record |= {"answer": truth, "type": TYPES[index % 3]}
     elif slot == "avqa_thu":
-        asked = {"question_relation": ("Sound", "Both")[index % 2], "question_type": ("Which", "Come From")[index // 2 % 2]}
-        record |= {"multi_choice": CHOICES[index % 3], "answer": PLACES[index % 3], **asked}
+        record |= {"multi_choice": CHOICES[index % 3], "answer": PLACES[index % 3]}
+        record |= {
+            "question_relation": ("Sound", "Both")[index % 2],
+            "question_type": ("Which", "From")[index // 2 % 2],
+        }
     elif slot == "ref_avs":
-        clip = f"media/clip_{index}"
-        record |= {"visual_path": f"{clip}/frames/0.jpg", "audio_path": f"{clip}/audio.wav", "fid": 1 + index}
-        record |= {"split": "test_n" if truth == NULL else SPLITS[index % 3]}
-    elif get_slot(slot).module in ("emotion", "action"):
-        record[get_slot(slot).truth_fields[0]] = truth
-    elif slot in ("a2v", "v2a"):
-        record["correct_video" if slot == "a2v" else "correct_audio"] = {"one": 1, "two": "2"}[truth]
-    if "frame_idx" in fields:
-        record["frame_idx"] = 0
-    return record
+        record |= {"fid": 1 + index, "split": "test_n" if truth == NULL else SPLITS[index % 3]}
+    elif entry.kind in ("emotion", "action"):
+        record[entry.truth_fields[0]] = truth
+    elif entry.kind == "matching":
+        record[entry.truth_fields[0]] = {"one": 1, "two": "2"}[truth]
+    return record | ({"frame_idx": 0} if "frame_idx" in fields else {})
+
+
+def make_records(slot, truths=None):
+    """A record for each truth; those of TRUTHS by default."""
+    return [make_record(slot, index, truth) for index, truth in enumerate(truths or TRUTHS[slot])]
 
 
 @pytest.fixture
 def records_of():
     """slot name -> its records."""
-    from crab.tasks import answer
-
-    return lambda slot: [make_record(slot, i, answer(slot, t), t) for i, t in enumerate(TRUTHS[slot])]
+    return make_records
 
 
 def box_mask(box, size=224):
-    """A filled box as a mask."""
+    """A mask with this box filled."""
     x1, y1, x2, y2 = box
     mask = np.zeros((size, size), bool)
     mask[y1:y2, x1:x2] = True
     return mask
 
 
-def true_box_mask(record):
-    """The true box of a record of a slot with masks, filled; a null record has none to be asked for."""
-    from crab.tasks import truth
-
-    return box_mask(truth("ref_avs" if "split" in record else "s4", record).box)
-
-
-MASKS = Masks(true_box_mask, lambda record, box, points: box_mask(box))
+# The true mask fills the true box. The segmenter fills the box of the answer.
+MASKS = Masks(
+    lambda record: box_mask(truth("ref_avs" if "split" in record else "s4", record).box),
+    lambda record, box, points: box_mask(box),
+)
 
 
 def options(slot):
-    """What scoring a slot needs: true masks are the true boxes, the segmenter fills the box it is given."""
+    """What `score` and `chance` need for a slot."""
     return {"masks": MASKS} if get_slot(slot).masks else {}
