@@ -55,26 +55,16 @@ class ValidationError(ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem.
+    """One problem."""
 
-    Attributes:
-        slot, split: of the list; empty for a folder that belongs to no slot.
-        record: id of the record; empty for a problem of the whole list.
-        index: place of the record in its list, from 0; None for a problem of the whole list.
-        file: the file at fault, a POSIX path under the root.
-        problem: one of :data:`PROBLEMS`.
-        words: the problem and how to fix it.
-        left_out: whether the record (or the list, or the row of the original set) is left out because of it.
-    """
-
-    slot: str
+    slot: str  # both empty for a folder that belongs to no slot
     split: str
-    record: str
-    index: int | None
-    file: str
-    problem: str
-    words: str
-    left_out: bool
+    record: str  # id; empty for a problem of the whole list
+    index: int | None  # place of the record in its list, from 0; None for a problem of the whole list
+    file: str  # POSIX path under the root
+    problem: str  # one of `PROBLEMS`
+    words: str  # the problem and how to fix it
+    left_out: bool  # whether the record, the list, or the row of the original set is left out because of it
 
     @property
     def kind(self) -> str:
@@ -88,44 +78,34 @@ class Finding:
 
 @dataclass
 class Count:
-    """One split of a slot in numbers.
-
-    Attributes:
-        listed: records in its list; None if there is no list that can be read.
-        kept: records that can be used.
-        left_out: the other records, by their first problem.
-        files, bytes: media of the kept records with their masks, each file once.
-        seconds: lengths of the clips of the kept records, or of their sounds if they have no clips.
-    """
+    """One split of a slot in numbers."""
 
     slot: str
     split: str
-    listed: int | None = None
-    kept: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    files: int = 0
+    listed: int | None = None  # records in its list; None if there is no list that can be read
+    kept: int = 0  # records that can be used
+    left_out: Counter[str] = field(default_factory=Counter)  # the other records, by their first problem
+    files: int = 0  # media of the kept records with their masks, each file once
     bytes: int = 0
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(
+        default_factory=list
+    )  # lengths of their clips, or of their sounds if they have no clips
 
 
 @dataclass
 class Report:
-    """The result of a walk.
+    """The result of a walk."""
 
-    Attributes:
-        counts: one per slot and split.
-        findings: all problems, in the order of the lists.
-        lists: (slot, split) -> records that can be used, as published; with an ``id`` if their list lost some.
-        chains: for converted slots, how many chains of a chat model were "taken", and how many were refused, by reason.
-        probed, known: number of files probed in this walk, and of files unchanged since an earlier walk.
-    """
-
-    counts: list[Count] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    lists: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
-    chains: Counter[str] = field(default_factory=Counter)
-    probed: int = 0
-    known: int = 0
+    counts: list[Count]
+    findings: list[Finding]  # in the order of the lists
+    lists: dict[
+        tuple[str, str], list[dict[str, Any]]
+    ]  # usable records by slot and split; with ids if some are left out
+    chains: Counter[
+        str
+    ]  # of converted slots: chains of a chat model that were "taken", and that were refused, by reason
+    probed: int  # media files opened in this walk
+    known: int  # media files unchanged since an earlier walk
 
     @property
     def problems(self) -> list[Finding]:

@@ -63,13 +63,10 @@ def read_video(path: str | os.PathLike, frames: int) -> tuple[np.ndarray, np.nda
     """Split a clip into ``frames`` equal parts, and take the frame on display in the middle of each.
 
     Frames that an edit list hides are left out. Pictures that are marked as rotated are turned upright. A clip with too
-    few frames repeats some.
+    few frames repeats some. MediaError if the file is missing, truncated or undecodable, or has no video stream.
 
     Returns:
         uint8 [frames, 224, 224, 3] RGB, and float64 [frames]: when each frame taken begins, in seconds from the start.
-
-    Raises:
-        MediaError: the file is missing, truncated or undecodable, or has no video stream.
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}; ask for at least 1")
@@ -108,6 +105,8 @@ def _sample(path: Path, frames: int, way: str) -> tuple[np.ndarray, np.ndarray] 
             fix = "give a file with pictures, or read it with read_audio"
             raise MediaError(path, "has no video stream", fix, "no video")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise MediaError(path, "has a video stream of a kind that FFmpeg does not know", AGAIN)
         if way == "skip" and stream.codec_context.name != "h264":  # other decoders do not say which frames are needed
             way = "own"
         stream.codec_context.thread_count = 1
@@ -131,8 +130,8 @@ def _sample(path: Path, frames: int, way: str) -> tuple[np.ndarray, np.ndarray] 
 def _stamps(path: str | os.PathLike, container, stream) -> tuple[list[int], int]:
     """Time stamps of the frames shown, ascending, and the end of the last one, in ticks of the stream.
 
-    They come from the packets, which costs a few percent of decoding. Headers cannot be trusted: mp4 muxers add up
-    durations in decoding order, and avi has no length for a stream.
+    They come from the packets, since headers cannot be trusted: mp4 muxers add up durations in decoding order, and avi
+    has no length for a stream.
     """
     packets = [
         (p.dts if p.pts is None else p.pts, p.duration or 0, p.is_discard) for p in container.demux(stream) if p.size
@@ -158,9 +157,9 @@ def _decoded(container, stream, wanted: set[int] | None) -> Iterator:
 
 
 def _on_display(timed: Iterable[tuple], middles: np.ndarray) -> tuple[list[np.ndarray], list[float], bool]:
-    """For each of the ascending ``middles``, the picture of the last frame that begins at or before it, and its second.
+    """For each of the ascending ``middles``, picture and second of the last frame that begins at or before it.
 
-    Also whether a frame seems to begin before the frame ahead of it.
+    Also returns whether a frame seems to begin before the frame ahead of it.
     """
     pictures, seconds, backwards = [], [], False
     scaler = VideoReformatter()  # one for all frames, with one thread: a new one takes longer to set up than to scale
@@ -186,10 +185,8 @@ def read_audio(path: str | os.PathLike, start: float | None = None, end: float |
     """Sound between ``start`` and ``end`` seconds (by default all of it): float32 [samples], mono, 16 kHz.
 
     Channels are averaged. Other rates are resampled by a polyphase filter. A window past the end is cut there.
-    libsndfile reads wav, flac, ogg and mp3; FFmpeg reads the rest, such as the sound of an mp4.
-
-    Raises:
-        MediaError: the file is missing, empty or undecodable, or the window lies outside the sound.
+    libsndfile reads wav, flac, ogg and mp3; FFmpeg reads the rest, such as the sound of an mp4. MediaError if the file
+    is missing, empty or undecodable, or if the window lies outside the sound.
     """
     path = _existing(path)
     if path.stat().st_size == 0:

@@ -1,9 +1,9 @@
-"""Media files probed: is each what its record says, and whole?
+"""Media files probed: does each exist, is it what its record says, and is it whole?
 
-A probe opens a file, finds the stream that is needed, decodes its first frame, and makes sure that its end is there: a
+A probe opens a file, decodes the first frame of the stream that is needed, and makes sure that the end is there: a
 clip must reach as far as its index says, a sound must have a sample near its end. Pictures are decoded completely. This
-finds the files that `crab.data.media` refuses without decoding hundreds of gigabytes. Damage in the middle of a clip or
-sound is only found if they are decoded completely ("whole video", "whole audio").
+finds the files that `crab.data.media` refuses, without decoding hundreds of gigabytes. Damage in the middle of a clip
+or sound is only found if they are decoded completely ("whole video", "whole audio").
 """
 
 from __future__ import annotations
@@ -44,24 +44,18 @@ SUFFIXES = {
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpegts,mpeg,flv,asf,wav,mp3,aac,flac,ogg"
 _OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
 _BOXES = b"ftyp moov mdat free skip wide uuid moof mfra sidx styp udta meta".split()
+_SAVE_EVERY = 60  # seconds between two writes of the results
 WHOLE = "whole "  # stands before a kind if the file is decoded completely
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Result for one file.
+    """Result for one file."""
 
-    Attributes:
-        problem: one of `crab.data.findings.PROBLEMS`; empty if the file can be used.
-        words: the problem and how to fix it.
-        seconds: length; None for a picture.
-        named: what is wrong with the name of a file that can be used; else empty.
-    """
-
-    problem: str = ""
-    words: str = ""
-    seconds: float | None = None
-    named: str = ""
+    problem: str = ""  # one of `crab.data.findings.PROBLEMS`; empty if the file can be used
+    words: str = ""  # the problem and how to fix it
+    seconds: float | None = None  # None for a picture
+    named: str = ""  # what is wrong with the name of a file that can be used
 
 
 def probe(path: str, kind: str) -> Probe:
@@ -204,18 +198,10 @@ def _start_worker() -> None:
 
 
 def probe_all(jobs: Iterable[tuple[str, str]], workers: int, limit: float) -> Iterator[tuple[tuple[str, str], Probe]]:
-    """Probe files in worker processes, and yield (job, result) as they finish.
+    """Probe files, given as (path, kind), in worker processes, and yield (job, result) as they finish.
 
-    A worker that takes too long for a file, or dies of it, is replaced. The problem of this file is then "hangs" or
-    "crashes".
-
-    Args:
-        jobs: (path, kind) of each file.
-        workers: number of processes.
-        limit: seconds per file.
-
-    Raises:
-        RuntimeError: the processes cannot be started.
+    A worker that takes more than ``limit`` seconds for a file, or dies of it, is replaced. The problem of this file is
+    then "hangs" or "crashes". RuntimeError if the processes cannot be started.
     """
     waiting, running = deque(jobs), {}
     workers = min(workers, len(waiting) // 16 + 1)
@@ -259,14 +245,11 @@ class File(NamedTuple):
 
 
 class Files:
-    """The media files of a tree: what the file system says of them, and what probes found, now or in an earlier walk.
+    """The media files of a tree: what the file system says (`files`, by path under the root), and what probes found
+    (`probes`, by path and kind), now or in an earlier walk.
 
     Results are kept in a JSON file, by path, kind, size and time of the last change. If it is damaged, or comes from
     other versions of the decoders, it begins again. A killed walk loses the results of its last minute.
-
-    Attributes:
-        files: path under the root -> what the file system says, asked once.
-        probes: (path under the root, kind) -> result of its probe.
     """
 
     _VERSION = f"3 {av.__version__} {soundfile.__libsndfile_version__} {Image.__version__}"
@@ -309,12 +292,7 @@ class Files:
         return File(None, at.st_size, at.st_mtime_ns, (at.st_dev, at.st_ino) if at.st_ino else full, outside)
 
     def probe(self, jobs: Iterable[tuple[str, str]], decode: bool, limit: float, workers: int, progress: bool):
-        """Probe each (path, kind). Returns how many files were opened for it, and how many were known already.
-
-        Args:
-            decode: decode clips and sounds completely.
-            limit, workers: as for `probe_all`.
-        """
+        """Probe each (path, kind), with ``decode`` completely. Returns the number of files opened, and known."""
         waiting, known = {}, 0
         for path, kind in jobs:
             at, full = self.stat(path), str(self.root / path)
@@ -332,12 +310,10 @@ class Files:
         for (full, asked), result in tqdm(results, "probe", len(waiting), unit="file", disable=not progress):
             path, kind = waiting[full, asked]
             self.probes[path, kind] = result
-            if result.problem not in (
-                "hangs",
-                "crashes",
-            ):  # probe these again next time: the machine may have been busy
+            # a decoder that hangs or crashes is tried again next time: the machine may have been busy
+            if result.problem not in ("hangs", "crashes"):
                 self._results[f"{asked} {full}"] = [*self.files[path][1:3], *astuple(result)]
-            if time.monotonic() - self._saved > 60:
+            if time.monotonic() - self._saved > _SAVE_EVERY:
                 self._save()
         self._save()
         return len(waiting), known

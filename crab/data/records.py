@@ -56,8 +56,7 @@ def read(root: str | os.PathLike, slot: str, split: str) -> list[dict[str, Any]]
 
     Raises:
         ValueError: unknown slot, or it has no such split.
-        RecordError: no file, malformed JSON, a record that lacks a field or has a wrong type or a path outside its
-            folder, an id that occurs twice, a folder of media that is not there.
+        RecordError: as for `parse` and `check`; an id that occurs twice; a folder of media that is not there.
     """
     folder = media_root(root)
     records = list(_relative(root, tasks.get_slot(slot), split))
@@ -88,8 +87,7 @@ def twice(name: str, index: int) -> str:
 def parse(path: str | os.PathLike) -> list[Any]:
     """The list in a file of records, its members unchecked. NaN and infinite numbers are read as null.
 
-    Raises:
-        RecordError: no file, not UTF-8, not JSON, not a list, or an object with the same field twice.
+    RecordError if there is no file, if it is not UTF-8, JSON or a list, or if an object has the same field twice.
     """
     problem = "unreadable list"
     try:
@@ -138,14 +136,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check(place: str, slot: tasks.Slot, split: str, index: int, raw: Any) -> dict[str, Any]:
-    """Check one member of a list, and add ``id``, ``media`` and ``mask``, with paths relative to the root.
+    """Check the member of a list at ``index``, and add ``id``, ``media`` and ``mask``, with paths relative to the root.
 
-    Args:
-        place: file and place, for the message.
-        index: its place in the list.
-
-    Raises:
-        RecordError: it is not an object, lacks a field, or has a wrong type or a path outside its folder.
+    ``place`` names it in messages. RecordError if it is not an object, lacks a field, or has a wrong type or a path
+    outside its folder.
     """
     if not isinstance(raw, dict):
         raise RecordError(place, f"is a {type(raw).__name__}; it must be an object with fields")
@@ -194,17 +188,15 @@ def load(record: dict[str, Any], frames: int) -> list[tuple[np.ndarray, np.ndarr
     Raises:
         MediaError: naming the file.
     """
-    out = []
+    loaded = []
     for item in record["media"]:
         if item.kind == "video":
-            out.append(media.read_video(item.path, frames))
+            loaded.append(media.read_video(item.path, frames))
         elif item.kind == "image":
-            out.append(media.read_image(item.path))
-        elif item.second is None:
-            out.append(media.read_audio(item.path))
+            loaded.append(media.read_image(item.path))
         else:
-            out.append(media.read_audio(item.path, item.second, item.second + 1))
-    return out
+            loaded.append(media.read_audio(item.path, item.second, None if item.second is None else item.second + 1))
+    return loaded
 
 
 # ---------------------------------------------------------------- the data root
@@ -213,8 +205,7 @@ def load(record: dict[str, Any], frames: int) -> list[tuple[np.ndarray, np.ndarr
 def write(root: str | os.PathLike, slot: str, split: str, records: Iterable[dict[str, Any]], ids: bool = False) -> Path:
     """Write the records of a split, without the added keys, to their place under ``root``. Returns the file.
 
-    Args:
-        ids: also write ``id``, so that a record keeps its name if others before it are left out.
+    With ``ids`` it also writes ``id``, so that a record keeps its name if others before it are left out.
     """
     path = Path(root) / tasks.json_path(slot, split)
     published = (*tasks.get_slot(slot).fields(split), *(("id",) if ids else ()))  # some slots publish an id
@@ -229,8 +220,7 @@ def write(root: str | os.PathLike, slot: str, split: str, records: Iterable[dict
 def media_root(root: str | os.PathLike) -> Path:
     """The folder under which the media of a data root lie: ``root``, or the one that its ``root.json`` names.
 
-    Raises:
-        RecordError: the file is malformed, or the folder is not there.
+    RecordError if that is malformed, or if the folder is not there.
     """
     path = Path(root) / ROOT
     if not path.is_file():
@@ -241,12 +231,11 @@ def media_root(root: str | os.PathLike) -> Path:
         raise RecordError(str(error)) from None
     folder = content.get("media_root") if isinstance(content, dict) else None
     if not isinstance(folder, str) or not (Path(folder) / tasks.FOLDER).is_dir():
-        words = (
-            f"the folder of the media, {folder!r}, is not there, or holds no {tasks.FOLDER}; mount it again, or set "
+        fault = f"the folder of the media, {folder!r}, is not there, or holds no {tasks.FOLDER}"
+        fix = (
+            "mount it again, or set `root` of the build section in params.yaml to its new place and run the build stage"
         )
-        raise RecordError(
-            str(path), f"{words}`root` of the build section in params.yaml to its present place and run the build stage"
-        )
+        raise RecordError(str(path), f"{fault}; {fix}")
     return Path(folder)
 
 
@@ -260,40 +249,32 @@ def write_manifest(root: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
     A digest covers the records in order, as `read` returns them but with relative paths, and the content of their media
     and masks. So it is the same on every machine. Only media that lie elsewhere and are too large to be read count by
-    size and time of change.
-
-    Raises:
-        RecordError: as for `read`.
+    size and time of change. RecordError as for `read`.
     """
-    manifest = {}
-    for slot in tasks.SLOTS.values():
-        for split in slot.splits:
-            if (Path(root) / tasks.json_path(slot, split)).is_file():
-                manifest[f"{slot.name}/{split}"] = _summary(root, slot, split)
+    manifest, folder = {}, media_root(root)
+    for slot, split in [(entry, split) for entry in tasks.SLOTS.values() for split in entry.splits]:
+        if not (Path(root) / tasks.json_path(slot, split)).is_file():
+            continue
+        rows = list(_relative(root, slot, split))
+        files = [[*(item.path for item in row["media"]), *([row["mask"]] if slot.masks else [])] for row in rows]
+        paths = [path for path in {path for each in files for path in each} if (folder / path).is_file()]
+        stats = {path: (folder / path).stat() for path in paths}
+        if folder == Path(root) or sum(stat.st_size for stat in stats.values()) <= _READ:
+            marks = {path: file_digest(folder / path) for path in paths}
+        else:
+            marks = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+        digest = hashlib.sha256()
+        for row, each in zip(rows, files, strict=True):
+            digest.update(json.dumps([row, [marks.get(path) for path in each]], sort_keys=True).encode())
+        manifest[f"{slot.name}/{split}"] = {"records": len(rows), "digest": digest.hexdigest()[:16]}
     write_json(Path(root) / MANIFEST, manifest)
     return manifest
-
-
-def _summary(root: str | os.PathLike, slot: tasks.Slot, split: str) -> dict[str, Any]:
-    records, folder = list(_relative(root, slot, split)), media_root(root)
-    files = [[item.path for item in record["media"]] + [record["mask"]] * slot.masks for record in records]
-    paths = dict.fromkeys(path for row in files for path in row if (folder / path).is_file())
-    stats = {path: (folder / path).stat() for path in paths}
-    if folder == Path(root) or sum(stat.st_size for stat in stats.values()) <= _READ:
-        marks = {path: file_digest(folder / path) for path in paths}
-    else:
-        marks = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
-    digest = hashlib.sha256()
-    for record, row in zip(records, files, strict=True):
-        digest.update(json.dumps([record, [marks.get(path) for path in row]], sort_keys=True).encode())
-    return {"records": len(records), "digest": digest.hexdigest()[:16]}
 
 
 def read_manifest(root: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """``{"slot/split": {"records": number, "digest": 16 hexadecimal digits}}`` of a data root.
 
-    Raises:
-        ValueError: there is no manifest, or it is malformed; naming the file and how to fix it.
+    ValueError if there is no manifest, or if it is malformed.
     """
     manifest = read_json(Path(root) / MANIFEST)
     entries = manifest.values() if isinstance(manifest, dict) else [None]

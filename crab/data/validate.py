@@ -70,7 +70,7 @@ def validate(
         ValueError: a wrong argument; the message names it and how to fix it.
         ValidationError: there are problems, and ``on_problem`` is "error".
     """
-    chosen = _chosen(root, slots, on_problem, tolerate, time_limit, workers)
+    chosen = _chosen(root, slots, on_problem, tolerate, time_limit)
     walk = _Walk(root, tolerate, cache)
     splits = [(slot, split) for slot in chosen for split in slot.splits]
     for slot, split in tqdm(splits, "read", unit="list", disable=not progress, mininterval=0.5):
@@ -95,23 +95,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _chosen(root, slots, on_problem, tolerate, time_limit, workers) -> list[tasks.Slot]:
-    """The slots to check, if all arguments are right."""
-    if isinstance(slots, str) or (slots is not None and not slots):
-        raise ValueError(f"slots is {slots!r}; give a list of names, or none for all")
-    if on_problem not in ON_PROBLEM:
-        raise ValueError(f"on_problem is {on_problem!r}; choose one of {', '.join(ON_PROBLEM)}")
-    unknown = [] if isinstance(tolerate, str) else [name for name in tolerate if name not in TOLERABLE]
-    if isinstance(tolerate, str) or unknown:
-        useless = f"; a record with {unknown[0]!r} cannot be used" if unknown else ""
-        raise ValueError(f"tolerate is {tolerate!r}; give a list of {', '.join(TOLERABLE)}{useless}")
-    if not time_limit > 0 or (workers is not None and workers < 1):
-        raise ValueError(f"time_limit is {time_limit}, workers is {workers}; both must be more than 0")
-    root = Path(root)
+def _chosen(root, slots, on_problem, tolerate, time_limit) -> list[tasks.Slot]:
+    """The slots to check, if all arguments are right. `crab.pipeline.schema` checks them earlier, and one by one."""
+    if on_problem not in ON_PROBLEM or not set(tolerate) <= set(TOLERABLE) or not time_limit > 0:
+        fault = f"on_problem is {on_problem!r}, tolerate is {tolerate!r}, time_limit is {time_limit}"
+        fix = f"give one of {', '.join(ON_PROBLEM)}, a list of {', '.join(TOLERABLE)}, and a number above 0"
+        raise ValueError(f"{fault}; {fix}")
+    root, fix = Path(root), f"set it to the folder that holds {tasks.FOLDER}"
+    if root.name == tasks.FOLDER or any((root / name / "train.json").is_file() for name in tasks.SLOTS):
+        fix = f"give the folder above it, '{root.parent}'"
     if not (root / tasks.FOLDER).is_dir():
-        fix = f"set it to the folder that holds {tasks.FOLDER}"
-        if root.name == tasks.FOLDER or any((root / name / "train.json").is_file() for name in tasks.SLOTS):
-            fix = f"give the folder above it, '{root.parent}'"
         raise ValueError(f"root is '{root}', which holds no folder {tasks.FOLDER}; {fix}")
     return [tasks.get_slot(name) for name in dict.fromkeys(slots or tasks.SLOTS)]
 
