@@ -5,8 +5,6 @@ clip; if a record has a `second`, then in that second. Intervals [start, end) ar
 closed vocabulary, and punctuation stands alone, as a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from crab.world.scene import FACE, QUADRANTS, Interval, Scene, Thing

@@ -5,8 +5,6 @@ base's training are disjoint. For the same seed and counts the tree is the same 
 number of workers.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -25,6 +23,7 @@ from crab.data import media, records
 from crab.data.files import atomic_folder, write_json
 from crab.data.workers import end_with_parent
 from crab.world import render, vocabulary
+from crab.world.scene import SECONDS
 from crab.world.views import VIEWS, view
 
 VOCABULARY = "vocabulary.json"  # in the tree's root, for a tokenizer; the same for every seed and count
@@ -32,7 +31,7 @@ SUMMARY = "build.json"  # in the tree's root, written last; it also marks a tree
 _CHUNK = 20  # even, because the two records of a pair share files and must be made by one worker
 
 Job = tuple[str, str, int, int]  # slot, split, first index, end
-Part = tuple[list[dict], dict[str, int]]  # the records of a job, and the size of each file written for them
+Part = tuple[list[dict], list[int]]  # the records of a job, and the sizes of their files
 
 
 def build(
@@ -63,11 +62,9 @@ def build(
     slots = _slots(slots)
     for name, value in {"train": train, "test": test, "caption": caption, "workers": workers, "seed": seed}.items():
         least = 0 if name == "seed" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            real = (
-                "; profile full generates nothing, set source to tree to read the real AV-UIE v2" if value == 0 else ""
-            )
-            raise ValueError(f"build: {name} is {value!r}; give a whole number of at least {least}{real}")
+        if type(value) is not int or value < least:
+            hint = "; to read the real AV-UIE v2 instead, set source to tree" if value == 0 else ""
+            raise ValueError(f"build: {name} is {value!r}; give a whole number of at least {least}{hint}")
     root = Path(root)
     refuse_foreign(root)
     began = time.perf_counter()
@@ -112,43 +109,35 @@ def _jobs(slots: Sequence[str], train: int, test: int, caption: int) -> list[Job
     return jobs
 
 
-#: Field of :class:`crab.world.staging.View` -> what writes its files.
+#: Kind of file -> what writes it.
 _WRITERS = {
     "video": lambda path, scene: media.write_video(path, render.frames(scene), render.FPS),
     "audio": lambda path, scene: media.write_audio(path, render.waveform(scene)),
-    "image": lambda path, moment: media.write_image(path, render.frame(*moment)),
-    "second": lambda path, moment: media.write_audio(path, render.second_of_sound(*moment)),
-    "mask": lambda path, things: media.write_mask(path, render.union(*things)),
+    "image": lambda path, scene, second: media.write_image(path, render.frame(scene, second)),
+    "sound": lambda path, scene, second: media.write_audio(path, np.split(render.waveform(scene), SECONDS)[second]),
+    "mask": lambda path, things, second: media.write_mask(path, render.union(things, second)),
 }
 
 
 def _make(folder: Path, seed: int, job: Job) -> Part:
     slot, split, start, end = job
     folder = folder / tasks.FOLDER / tasks.get_slot(slot).media_slot
-    made, sizes = [], {}
-    for index in range(start, end):
-        one = view(slot, split, index, seed)
-        made.append(one.record)
-        for kind, write in _WRITERS.items():
-            for name, source in getattr(one, kind).items():
-                if name not in sizes:
-                    write(folder / name, source)
-                    sizes[name] = (folder / name).stat().st_size
-    return made, sizes
+    views = [view(slot, split, index, seed) for index in range(start, end)]
+    files = {folder / name: what for one in views for name, what in one.files.items()}
+    for path, (kind, *what) in files.items():
+        _WRITERS[kind](path, *what)
+    return [one.record for one in views], [path.stat().st_size for path in files]
 
 
 def _finish(folder: Path, seed: int, parts: Iterable[tuple[Job, Part]]) -> dict:
     """Write the records, the vocabulary and the summary."""
     table: dict[str, dict[str, dict]] = {}
     for (slot, split), group in groupby(parts, key=lambda pair: pair[0][:2]):
-        made, sizes = [], {}
-        for _, part in group:
-            made += part[0]
-            sizes |= part[1]
+        made, sizes = (sum(column, []) for column in zip(*(part for _, part in group), strict=True))
         vocabulary.check(slot, made)
         records.write(folder, slot, split, made)
         scenes = {number for record in made for number in np.atleast_1d(record["scene"]).tolist()}
-        row = {"records": len(made), "scenes": len(scenes), "files": len(sizes), "bytes": sum(sizes.values())}
+        row = {"records": len(made), "scenes": len(scenes), "files": len(sizes), "bytes": sum(sizes)}
         table.setdefault(slot, {})[split] = row
     write_json(folder / VOCABULARY, vocabulary.vocabulary())
     rows = [row for splits in table.values() for row in splits.values()]

@@ -1,7 +1,5 @@
 """A scene as pixels, masks and sound. The same scene gives the same bytes on one machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -133,27 +131,16 @@ def sound_loop(name: str) -> np.ndarray:
     t = np.arange(SAMPLE_RATE) / SAMPLE_RATE
     noise = np.random.default_rng(7).standard_normal(SAMPLE_RATE) * 0.4
 
-    def tone(frequency):
+    def tone(frequency: float) -> np.ndarray:
         return np.sin(2 * np.pi * frequency * t)
 
-    def sweep(frequencies):
+    def sweep(frequencies: np.ndarray) -> np.ndarray:
         return np.sin(2 * np.pi * np.cumsum(frequencies) / SAMPLE_RATE)
 
-    def hits(per_second, decay):
+    def hits(per_second: int, decay: float) -> np.ndarray:
         return np.exp(-decay * ((t * per_second) % 1.0))
 
-    if name in EMOTIONS:
-        carrier = {
-            "anger": sweep(300 + 60 * np.sign(tone(8))) * (0.6 + 0.4 * tone(8)),
-            "disgust": sweep(180 - 60 * t) * (0.7 + 0.3 * tone(3)),
-            "fear": sweep(650 + 80 * tone(10)),
-            "happy": sweep(350 + 250 * np.abs(tone(2))),
-            "neutral": tone(250),
-            "sad": sweep(260 - 140 * t) * hits(1, 1.5),
-            "surprise": sweep(400 + 1100 * ((2 * t) % 1.0)),
-        }[name]
-        return 0.7 * carrier + 0.3 * carrier * np.abs(carrier)  # the second harmonic makes it a voice, not a flute
-    return {
+    loop = {
         "bell": (tone(880) + 0.5 * tone(2200)) / 1.5 * hits(2, 5),
         "drum": (tone(90) + noise) / 1.4 * hits(3, 9),
         "horn": np.sign(tone(220)) * 0.6 + 0.4 * tone(440),
@@ -162,7 +149,16 @@ def sound_loop(name: str) -> np.ndarray:
         "clock": noise * hits(4, 40) * 2,
         "flute": sweep(1300 + 30 * tone(6)),
         "engine": np.sign(tone(55)) * (0.6 + 0.4 * tone(11)) * 0.8 + 0.2 * noise,
+        "anger": sweep(300 + 60 * np.sign(tone(8))) * (0.6 + 0.4 * tone(8)),
+        "disgust": sweep(180 - 60 * t) * (0.7 + 0.3 * tone(3)),
+        "fear": sweep(650 + 80 * tone(10)),
+        "happy": sweep(350 + 250 * np.abs(tone(2))),
+        "neutral": tone(250),
+        "sad": sweep(260 - 140 * t) * hits(1, 1.5),
+        "surprise": sweep(400 + 1100 * ((2 * t) % 1.0)),
     }[name]
+    # Its second harmonic makes a voice different from a flute.
+    return 0.7 * loop + 0.3 * loop * np.abs(loop) if name in EMOTIONS else loop
 
 
 def waveform(scene: Scene) -> np.ndarray:
@@ -173,8 +169,3 @@ def waveform(scene: Scene) -> np.ndarray:
         loop = np.roll(sound_loop(thing.heard_emotion or thing.name), -thing.shift)
         mix[start * SAMPLE_RATE : end * SAMPLE_RATE] += 0.4 * thing.gain * np.tile(loop, end - start)
     return np.clip(mix, -1, 1).astype(np.float32)
-
-
-def second_of_sound(scene: Scene, second: int) -> np.ndarray:
-    """The sound of one second: float32 [16000]."""
-    return waveform(scene)[second * SAMPLE_RATE : (second + 1) * SAMPLE_RATE]

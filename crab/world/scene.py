@@ -4,8 +4,6 @@ Units: whole seconds for time, pixels of a 224 x 224 image for space. Every box 
 a coordinate is one token of a small vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,32 +26,19 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Thing:
-    """One object or face.
+    """One object or face. Intervals are seconds [start, end)."""
 
-    Attributes:
-        name: a class of :data:`CLASSES`, or :data:`FACE`.
-        motion: one of :data:`MOTIONS`. Its phase flips every second.
-        centre: (x, y) in pixels, on the 8-pixel lattice.
-        half: (half width, half height) in pixels, on the lattice.
-        visible: seconds [start, end) during which it is seen; None if it stays off screen.
-        sounding: seconds [start, end) during which it is heard; None if it is silent.
-        gain: loudness of its sound, 0 to 1.
-        shift: where its one-second sound loop starts, in audio samples.
-        emotion: what a face shows; None for other things.
-        voice: the emotion of a face's voice if it differs from the one shown.
-    """
-
-    name: str
+    name: str  # a class, or FACE
     colour: str
-    motion: str
-    centre: tuple[int, int]
-    half: tuple[int, int]
-    visible: Interval | None
-    sounding: Interval | None
-    gain: float = 0.5
-    shift: int = 0
-    emotion: str | None = None
-    voice: str | None = None
+    motion: str  # its phase flips every second
+    centre: tuple[int, int]  # (x, y) in pixels, on the lattice
+    half: tuple[int, int]  # (half width, half height) in pixels, on the lattice
+    visible: Interval | None  # None if it stays off screen
+    sounding: Interval | None  # None if it is silent
+    gain: float = 0.5  # loudness of its sound, 0 to 1
+    shift: int = 0  # where its one-second sound loop starts, in audio samples
+    emotion: str | None = None  # what a face shows
+    voice: str | None = None  # the emotion of a face's voice, if it differs from the one shown
 
     @property
     def heard_emotion(self) -> str | None:
@@ -87,15 +72,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Up to four things in different quadrants before a patterned background.
-
-    `pan` is by how many pixels the background moves each second, as with a panning camera. The things stay.
-    """
+    """Up to four things in different quadrants before a patterned background."""
 
     id: int
     background: int
     things: tuple[Thing, ...]
-    pan: int = 0
+    pan: int = 0  # pixels by which the background moves each second; the things stay
 
     @property
     def visible(self) -> tuple[Thing, ...]:

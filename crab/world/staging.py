@@ -1,11 +1,9 @@
-"""Scenes made for a wanted answer: labels in balance, things in different quadrants, and the record that comes of them."""
-
-from __future__ import annotations
+"""Scenes made for a wanted answer: labels in balance, things in different quadrants, and the record about them."""
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,8 +13,6 @@ from crab.world.scene import CLASSES, SECONDS, Interval, Scene, Thing, sample_in
 # Scenes with an id below this are for the training of the base model only. Above it each slot and split has a block of
 # this many ids. So every id has one owner, and a build with more samples keeps the scenes of a smaller one.
 BASE_IDS = 2**20
-
-Moment = tuple[Scene, int]  # a scene and one of its seconds
 
 
 def scene_id(slot: str, split: str, number: int) -> int:
@@ -30,32 +26,26 @@ def scene_id(slot: str, split: str, number: int) -> int:
 
 @dataclass(frozen=True)
 class View:
-    """One record, its scenes, and what its files show: path below the media slot's folder -> what is rendered there."""
+    """One record, its scenes, and its files.
+
+    `files` maps a path below the media slot's folder to what is rendered there: ("video", scene), ("audio", scene),
+    ("image", scene, second), ("sound", scene, second) for one second of sound, or ("mask", things, second).
+    """
 
     record: dict
     scenes: tuple[Scene, ...]
-    video: dict[str, Scene] = field(default_factory=dict)
-    audio: dict[str, Scene] = field(default_factory=dict)
-    image: dict[str, Moment] = field(default_factory=dict)
-    second: dict[str, Moment] = field(default_factory=dict)  # one second of sound
-    mask: dict[str, tuple[tuple[Thing, ...], int]] = field(default_factory=dict)  # of these things together
+    files: dict[str, tuple]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one record is made from.
-
-    Attributes:
-        slot, split, index: whose record it is, and its place in the file.
-        seed: the seed of the build.
-        scenes: numbers, within the split, of the scenes that the record may use.
-    """
+    """What one record is made from."""
 
     slot: str
     split: str
-    index: int
+    index: int  # the record's place in its file
     seed: int
-    scenes: tuple[int, ...]
+    scenes: tuple[int, ...]  # numbers, within the split, of the scenes that it may use
 
     @property
     def stems(self) -> tuple[str, ...]:
@@ -78,7 +68,7 @@ class Stage:
         key = [self.seed, turn, *f"{self.slot}/{self.split}/{what}".encode()]
         return choices[int(np.random.default_rng(key).permutation(len(choices))[place])]
 
-    def every(self, count: int) -> Stage:
+    def every(self, count: int) -> Self:
         """The same stage for choices that change only every `count` records."""
         return replace(self, index=self.index // count)
 
@@ -103,7 +93,19 @@ class Stage:
         path = path or self.stems[0]
         record = {"video_path": f"{path}.{form}", "audio_path": f"{path}.mp3", **fields, **self.answer(chain, truth)}
         record["scene"] = scene.id
-        return View(record, (scene,), video={f"video/{path}.{form}": scene}, audio={f"audio/{path}.mp3": scene})
+        files = {f"video/{path}.{form}": ("video", scene), f"audio/{path}.mp3": ("audio", scene)}
+        return View(record, (scene,), files)
+
+    def still(self, folder: str, scene: Scene, second: int, chain: str, truth: Any, fields: dict, **last) -> View:
+        """A record about one frame and the second of sound around it. The clip is that one second, so it is frame 0.
+
+        `fields` and `last` are other fields of the record, before and after the answer.
+        """
+        picture, sound = f"{folder}/frames/0.jpg", f"{folder}/audio.wav"
+        path = "image_path" if self.split == "train" else "visual_path"  # AV-UIE has two names for this field
+        record = {path: picture, "audio_path": sound, **fields, **self.answer(chain, truth), **last}
+        record |= {"frame_idx": 0, "scene": scene.id, "second": second}
+        return View(record, (scene,), {picture: ("image", scene, second), sound: ("sound", scene, second)})
 
 
 def skewed(**shares: int) -> tuple[str, ...]:
@@ -129,8 +131,7 @@ class Maker:
     name: str
     quadrant: int
 
-    def __call__(self, **fixed) -> Thing:
-        """On screen throughout and silent, if nothing else is fixed."""
+    def __call__(self, **fixed) -> Thing:  # on screen throughout and silent, if nothing else is fixed
         return sample_thing(self.rng, self.name, self.quadrant, **fixed)
 
     def sounds(self, shortest: int = 3, **fixed) -> Thing:
@@ -138,7 +139,7 @@ class Maker:
         return self(sounding=sample_interval(self.rng, shortest), **fixed)
 
     def sounds_anywhere(self, sounding: Interval | None = None, shortest: int = 3, **fixed) -> Thing:
-        """It sounds for some seconds, or then, on or off screen."""
+        """It sounds at these times, or for some seconds, on or off screen."""
         sounding = sounding or sample_interval(self.rng, shortest)
         return self(sounding=sounding, **({} if self.rng.random() < 0.5 else {"visible": None}), **fixed)
 
@@ -151,6 +152,11 @@ def makers(rng: np.random.Generator, names: Sequence[str]) -> list[Maker]:
 def cast(rng: np.random.Generator, *names: str) -> list[Maker]:
     """Makers of four things: of these classes, then of others."""
     return makers(rng, [*names, *others(rng, *names)])
+
+
+def off_screen(rng: np.random.Generator, name: str, times: Interval) -> Thing:
+    """A thing of this class that is heard then and never seen."""
+    return sample_thing(rng, name, visible=None, sounding=times)
 
 
 def around(rng: np.random.Generator, core: Interval) -> tuple[Interval, Interval]:

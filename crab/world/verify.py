@@ -8,13 +8,13 @@ No scene is stored on disk. The scene graph of a record is made again from the s
 record in its file. The record is compared with what the views make there now.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,13 @@ from crab.tasks.text import LONGEST
 from crab.world import chains
 from crab.world.chains import NUMBERS, VOICE
 from crab.world.generate import SUMMARY
-from crab.world.scene import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, QUADRANTS, Interval, Scene, Thing
+from crab.world.scene import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, QUADRANTS, Interval, Scene
 from crab.world.staging import View
 from crab.world.views import view
 
 TRUE, FALSE, UNREADABLE = "true", "false", "unreadable"
+
+Words = dict[str, Any]  # blank of a statement -> what is said there of a thing, or can be said
 
 
 class Verdict(NamedTuple):
@@ -46,18 +48,30 @@ class Evidence:
     seen: tuple[Scene, ...]
     heard: tuple[Scene, ...]
 
+    @cached_property
+    def sights(self) -> list[Words]:
+        """All that can be said of each thing that is seen."""
+        heard = {(scene.id, t.centre, t.name) for scene in self.heard for t in scene.sounding}
+        sights = []
+        for medium, scene in enumerate(self.seen, 1):
+            for t in scene.visible:
+                words = {name: getattr(t, name) for name in ("colour", "name", "emotion", "motion", "quadrant")}
+                state = chains.SOUNDS if (scene.id, t.centre, t.name) in heard else chains.SILENT
+                sights.append({**words, "times": chains.lasting(t.visible), "state": state, "medium": medium})
+        return sights
 
-# ---------------------------------------------------------------- the evidence of a record
+    @cached_property
+    def sounds(self) -> list[Words]:
+        """All that can be said of each thing that is heard."""
+        sounds = []
+        for medium, scene in enumerate(self.heard, 1):
+            for t in scene.sounding:
+                words = {"source": VOICE if t.name == FACE else t.name, "emotion": t.heard_emotion}
+                sounds.append({**words, "times": chains.lasting(t.sounding), "medium": medium})
+        return sounds
 
 
-def evidence(slot: str, split: str, index: int, seed: int) -> Evidence:
-    """What the prompt of record `index` shows and plays; for a picture, in its one second."""
-    return _evidence(slot, view(slot, split, index, seed))
-
-
-def read_evidence(
-    root: str | os.PathLike, slot: str, split: str, records: Sequence[Mapping[str, Any]]
-) -> list[Evidence]:
+def read_evidence(root: str | os.PathLike, slot: str, split: str, records: Sequence[Mapping]) -> list[Evidence]:
     """The evidence of all records of a split of a built tree, in order.
 
     Args:
@@ -70,10 +84,7 @@ def read_evidence(
     """
     summary = Path(root) / SUMMARY
     if not known(root):
-        raise ValueError(
-            f"{summary}: no such file, so these records have no scene graph to check a chain against; give a data root "
-            "that was generated"
-        )
+        raise ValueError(f"{summary}: no such file, so no scene graph is known; give a data root that was generated")
     contents = read_json(summary)
     seed = contents.get("seed") if isinstance(contents, dict) else None
     if not isinstance(seed, int):
@@ -84,10 +95,10 @@ def read_evidence(
         for name, value in json.loads(json.dumps(one.record)).items():
             if name not in ADDED and (name not in record or record[name] != value):
                 raise RecordError(
-                    f"{Path(root) / tasks.json_path(slot, split)}: record {index}, field '{name}': differs from what "
-                    "the views make of this seed now, so its scene is unknown; build the data again"
+                    f"{Path(root) / tasks.json_path(slot, split)}: record {index}, field '{name}': is not what the "
+                    "views make now, so the scene is unknown; build the data again"
                 )
-        result.append(_evidence(slot, one))
+        result.append(evidence(slot, one))
     return result
 
 
@@ -96,13 +107,14 @@ def known(root: str | os.PathLike) -> bool:
     return (Path(root) / SUMMARY).is_file()
 
 
-def _evidence(slot: str, one: View) -> Evidence:
+def evidence(slot: str, one: View) -> Evidence:
+    """What the prompt of this record shows and plays; for a picture, in its one second."""
     folder = f"{tasks.FOLDER}/{tasks.get_slot(slot).media_slot}/"
-    sources = {**one.video, **one.audio, **{name: moment(*at) for name, at in (one.image | one.second).items()}}
-    items = [
-        (item.kind == "audio", sources[item.path.removeprefix(folder)]) for item in tasks.media_paths(slot, one.record)
-    ]
-    return Evidence(*(tuple(scene for audio, scene in items if audio is heard) for heard in (False, True)))
+    seen, heard = [], []
+    for item in tasks.media_paths(slot, one.record):
+        _, scene, *second = one.files[item.path.removeprefix(folder)]
+        (heard if item.kind == "audio" else seen).append(moment(scene, *second) if second else scene)
+    return Evidence(tuple(seen), tuple(heard))
 
 
 def moment(scene: Scene, second: int) -> Scene:
@@ -112,9 +124,6 @@ def moment(scene: Scene, second: int) -> Scene:
         seen, heard = t.visible if t.seen_at(second) else None, t.sounding if t.heard_at(second) else None
         things.append(replace(t, visible=seen, sounding=heard))
     return replace(scene, things=tuple(things))
-
-
-# ---------------------------------------------------------------- the chain of an answer
 
 
 def chain(slot: str | tasks.Slot, text: str) -> str:
@@ -136,16 +145,12 @@ def statements(text: str) -> list[str]:
 
 def verify(text: str, shown: Evidence) -> list[Verdict]:
     """The verdict on each statement of a chain, in order. The text may be any text."""
-    if len(text) > LONGEST:
-        return [Verdict(s, UNREADABLE) for s in statements(text)]
-    facts = _facts(shown)
-    verdicts: list[Verdict] = []
-    before: list[_Claim] = []
-    for statement in statements(text):
-        claim = _judge(statement, *facts, before)
-        verdicts.append(Verdict(statement, UNREADABLE if claim is None else TRUE if claim.holds else FALSE))
-        before.append(claim or _Claim(False))
-    return verdicts
+    said = statements(text)
+    claims: list[_Claim | None] = []
+    for statement in said:
+        claims.append(_judge(statement, shown, claims[-2:]) if len(text) <= LONGEST else None)
+    verdicts = (UNREADABLE if claim is None else TRUE if claim.holds else FALSE for claim in claims)
+    return list(map(Verdict, said, verdicts))
 
 
 def verify_answer(slot: str | tasks.Slot, text: str, shown: Evidence) -> list[Verdict]:
@@ -153,8 +158,7 @@ def verify_answer(slot: str | tasks.Slot, text: str, shown: Evidence) -> list[Ve
     return verify(chain(slot, text), shown)
 
 
-# ---------------------------------------------------------------- the grammar
-
+#: What fills the blanks of a statement.
 _WORDS = {
     "colour": COLOURS,
     "name": (*CLASSES, FACE),
@@ -169,19 +173,17 @@ _WORDS = {
     "sights": (".+",),
     "sounds": (".+",),
 }
-#: What fills each blank of a statement, as a pattern.
 _BLANKS = {blank: f"(?P<{blank}>{'|'.join(words)})" for blank, words in _WORDS.items()}
 _BLANKS["thing"] = "(?:{colour} )?{name}".format(**_BLANKS)
-_SIGHT, _SOUND = (
-    re.compile(text.format(**_BLANKS))
-    for text in (
-        "an? {thing}(?: showing {emotion}| {motion})?(?: at {quadrant})?(?: {times})?",
-        "an? {source}(?: showing {emotion})?(?: {times})?",
-    )
-)
-_PATTERNS = {kind: re.compile(text.format(**_BLANKS)) for kind, text in chains.STATEMENTS.items()}
 
-Words = dict[str, str]  # blank -> what is said of a thing there, or what can be said
+
+def _pattern(text: str) -> re.Pattern:
+    return re.compile(text.format(**_BLANKS))
+
+
+_SIGHT = _pattern("an? {thing}(?: showing {emotion}| {motion})?(?: at {quadrant})?(?: {times})?")
+_SOUND = _pattern("an? {source}(?: showing {emotion})?(?: {times})?")
+_PATTERNS = {kind: _pattern(text) for kind, text in chains.STATEMENTS.items()}
 
 
 class _Claim(NamedTuple):
@@ -191,57 +193,42 @@ class _Claim(NamedTuple):
     intervals: tuple[Interval, ...] = ()
 
 
-def _facts(shown: Evidence) -> tuple[list[list[Words]], list[list[Words]]]:
-    """All that can be said of each thing seen, for each video or picture, and of each thing heard, for each sound."""
-    heard = {(scene.id, t.centre, t.name) for scene in shown.heard for t in scene.sounding}
-
-    def sight(scene: Scene, t: Thing) -> Words:
-        words = {name: getattr(t, name) for name in ("colour", "name", "emotion", "motion", "quadrant")}
-        state = chains.SOUNDS if (scene.id, t.centre, t.name) in heard else chains.SILENT
-        return {**words, "times": chains.lasting(t.visible), "state": state}
-
-    def sound(t: Thing) -> Words:
-        source = VOICE if t.name == FACE else t.name
-        return {"source": source, "emotion": t.heard_emotion, "times": chains.lasting(t.sounding)}
-
-    sights = [[sight(scene, t) for t in scene.visible] for scene in shown.seen]
-    return sights, [[sound(t) for t in scene.sounding] for scene in shown.heard]
-
-
-def _judge(
-    statement: str, videos: list[list[Words]], plays: list[list[Words]], before: Sequence[_Claim]
-) -> _Claim | None:
-    """The claim of a statement; None if it is unreadable."""
-    sights, sounds = sum(videos, []), sum(plays, [])
-    for kind, pattern in _PATTERNS.items():
-        if match := pattern.fullmatch(statement):
-            break
-    else:
+def _judge(statement: str, shown: Evidence, before: Sequence[_Claim | None]) -> _Claim | None:
+    """The claim of a statement, after at most two claims before it; None if it is unreadable."""
+    matches = ((kind, pattern.fullmatch(statement)) for kind, pattern in _PATTERNS.items())
+    kind, match = next((pair for pair in matches if pair[1]), (None, None))
+    if match is None:
         return None
-    said = _said(match)
+    said, sights, sounds = _said(match), shown.sights, shown.sounds
     match kind:
-        case "see no" | "source":
-            return _Claim(_all_there([said], sights) == (kind == "source"))
-        case "hear no":
-            return _Claim(not _all_there([said], sounds))
         case "see":
             return _listed(said["sights"], _SIGHT, sights)
         case "hear":
             return _listed(said["sounds"], _SOUND, sounds)
         case "video":
-            return _listed(said["sights"], _SIGHT, _medium(videos, said["which"]))
+            return _listed(said["sights"], _SIGHT, _of_medium(sights, len(shown.seen), said["which"]))
         case "sound":
-            return _listed(said["sounds"], _SOUND, _medium(plays, said["which"]))
+            return _listed(said["sounds"], _SOUND, _of_medium(sounds, len(shown.heard), said["which"]))
+        case "see no" | "source":
+            return _Claim(_all_there([said], sights) == (kind == "source"))
+        case "hear no":
+            return _Claim(not _all_there([said], sounds))
         case "first":
             starts = [(_interval(s["times"])[0], s["source"] == said["source"]) for s in sounds]
             own, other = ([start for start, its in starts if its is wanted] for wanted in (True, False))
             return _Claim(bool(own) and all(min(own) < start for start in other))
         case "both":
-            return _both(_interval(said["times"]), before[-2:])
-    both = sum(s["state"] == chains.SOUNDS for s in sights)
-    counts = {"seen": len(sights), "heard": len(sounds), "seen and heard": both}
-    numbers = {said["what"]: said["number"]} if kind == "count" else said
-    return _Claim(all(counts[what] == NUMBERS.index(number) for what, number in numbers.items()))
+            if len(before) < 2 or not all(claim and len(claim.intervals) == 1 for claim in before):
+                return None
+            starts, ends = zip(*(claim.intervals[0] for claim in before), strict=True)
+            overlap = max(starts), min(ends)
+            holds = overlap[0] < overlap[1] and overlap == _interval(said["times"])
+            return _Claim(holds and all(claim.holds for claim in before))
+        case _:
+            both = sum(s["state"] == chains.SOUNDS for s in sights)
+            counts = {"seen": len(sights), "heard": len(sounds), "seen and heard": both}
+            numbers = {said["what"]: said["number"]} if kind == "count" else said
+            return _Claim(all(counts[what] == NUMBERS.index(number) for what, number in numbers.items()))
 
 
 def _said(match: re.Match) -> Words:
@@ -253,9 +240,10 @@ def _interval(times: str) -> Interval:
     return int(start), int(end)
 
 
-def _medium(media: list[list[Words]], which: str) -> list[Words] | None:
+def _of_medium(things: list[Words], media: int, which: str) -> list[Words] | None:
     """The things of one of several media; None if the prompt has no such medium."""
-    return dict(zip(NUMBERS[1:], media, strict=False)).get(which) if len(media) > 1 else None
+    medium = NUMBERS.index(which)
+    return [thing for thing in things if thing["medium"] == medium] if media > 1 and 1 <= medium <= media else None
 
 
 def _listed(text: str, pattern: re.Pattern, things: list[Words] | None) -> _Claim | None:
@@ -269,25 +257,6 @@ def _listed(text: str, pattern: re.Pattern, things: list[Words] | None) -> _Clai
 
 
 def _all_there(said: list[Words], things: list[Words]) -> bool:
-    """Whether each thing that is said fits its own one of those there: a bipartite matching by augmenting paths."""
-    chosen: dict[int, int] = {}  # index of a thing there -> index of a thing said
-
-    def fits(one: int, tried: set[int]) -> bool:
-        for place, thing in enumerate(things):
-            if place not in tried and said[one].items() <= thing.items():
-                tried.add(place)
-                if place not in chosen or fits(chosen[place], tried):
-                    chosen[place] = one
-                    return True
-        return False
-
-    return len(said) <= len(things) and all(fits(one, set()) for one in range(len(said)))
-
-
-def _both(interval: Interval, pair: Sequence[_Claim]) -> _Claim | None:
-    """The claim that two statements, each with one interval, hold during their overlap; None if there are not two."""
-    if len(pair) < 2 or any(len(claim.intervals) != 1 for claim in pair):
-        return None
-    starts, ends = zip(*(claim.intervals[0] for claim in pair), strict=True)
-    start, end = max(starts), min(ends)
-    return _Claim(start < end and interval == (start, end) and all(claim.holds for claim in pair))
+    """Whether each thing that is said fits its own one of those there, of which there are few."""
+    orders = permutations(things, len(said))
+    return any(all(one.items() <= thing.items() for one, thing in zip(said, order, strict=True)) for order in orders)

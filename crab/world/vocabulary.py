@@ -4,8 +4,6 @@ It follows from the views only, not from a build's seed or counts. So the base m
 same when those change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import cache
 

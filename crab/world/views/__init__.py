@@ -5,21 +5,17 @@ statements (:mod:`crab.world.chains`), then the tagged answer (:mod:`crab.tasks`
 the id of its scene (a list of two for a pair). To add a view: see :mod:`crab.world`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from crab import tasks
 from crab.world.staging import Stage, View
-from crab.world.views import actions, captions, emotions, matching, questions, when, where
+from crab.world.views import actions, captions, emotions, matching, questions, referring, when, where
 
-_ALL = {
-    name: make
-    for family in (when, where, questions, emotions, actions, matching, captions)
-    for name, make in family.VIEWS.items()
-}
+_FAMILIES = (when, where, referring, questions, emotions, actions, matching, captions)
 #: Slot -> its view, in the registry's order.
-VIEWS: dict[str, Callable[[Stage], View]] = {name: _ALL[name] for name in tasks.SLOTS if name in _ALL}
+VIEWS: dict[str, Callable[[Stage], View]] = {
+    name: family.VIEWS[name] for name in tasks.SLOTS for family in _FAMILIES if name in family.VIEWS
+}
 
 
 def view(slot: str, split: str, index: int, seed: int) -> View:

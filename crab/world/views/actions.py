@@ -1,7 +1,5 @@
 """Action recognition: what the sounding thing does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

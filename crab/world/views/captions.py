@@ -1,7 +1,5 @@
 """Captions of scenes that are staged for no task."""
 
-from __future__ import annotations
-
 from crab.world import chains
 from crab.world.scene import sample_scene
 from crab.world.staging import Stage, View

@@ -1,7 +1,5 @@
 """Emotion recognition: what a face shows and a voice tells. Each data set has its own labels, shares and staging."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -81,8 +79,8 @@ _MAFW = (
     *skewed(contempt=2, disappointment=2, helplessness=2),
 )
 _DFEW = skewed(neutral=6, happy=5, angry=4, sad=4, surprise=3, fear=2, disgust=1)
-#: Slot -> its labels, the record's field of the label, and how a clip is staged. The shares of the labels are near those
-#: of the published sets. The rarest are raised, so that a hundred test records hold each label.
+#: Slot -> its labels in their shares, the record's field of the label, and how a clip is staged. The shares are near
+#: those of the published sets. The rarest are raised, so that a hundred test records hold each label.
 _SETS: dict[str, tuple[tuple[str, ...], str, Callable[[Stage, np.random.Generator, dict], Staged]]] = {
     "cremad": (tuple(e for e in EMOTIONS if e != "surprise"), "emotion", _studio),
     "meld": (_MELD, "Emotion", _dialogue),

@@ -1,7 +1,5 @@
 """Audio-visual matching: which of two videos belongs to a sound, or which of two sounds to a video."""
 
-from __future__ import annotations
-
 from crab.world import chains
 from crab.world.scene import CLASSES, Scene, Thing
 from crab.world.staging import Stage, View, makers, others
@@ -48,11 +46,9 @@ def match(stage: Stage) -> View:
         **stage.answer(" ".join(chain), CHOICES[right]),
         "scene": [scene.id for scene in scenes],
     }
-    files = {
-        two: {f"{two}/{name}": scene for name, scene in zip(names[two], scenes, strict=True)},
-        one: {f"{one}/{names[one][right]}": scenes[right]},
-    }
-    return View(record, tuple(scenes), **files)
+    files = {f"{two}/{name}": (two, scene) for name, scene in zip(names[two], scenes, strict=True)}
+    files[f"{one}/{names[one][right]}"] = (one, scenes[right])
+    return View(record, tuple(scenes), files)
 
 
 VIEWS = {"a2v": match, "v2a": match}

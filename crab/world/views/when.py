@@ -1,7 +1,5 @@
 """Temporal localization: what happens from when to when."""
 
-from __future__ import annotations
-
 from crab.world import chains
 from crab.world.scene import CLASSES, SECONDS, sample_interval
 from crab.world.staging import Stage, View, around, cast
