@@ -1,7 +1,6 @@
 """Records of every slot with the published fields, for the tests of the unified interface."""
 
 import numpy as np
-import pytest
 
 from crab.tasks import NULL, Masks, answer, get_slot, truth
 
@@ -72,12 +71,6 @@ def make_record(slot, index, truth, text=None):
 def make_records(slot, truths=None):
     """A record for each truth; those of TRUTHS by default."""
     return [make_record(slot, index, truth) for index, truth in enumerate(truths or TRUTHS[slot])]
-
-
-@pytest.fixture
-def records_of():
-    """slot name -> its records."""
-    return make_records
 
 
 def box_mask(box, size=224):
