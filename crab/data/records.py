@@ -24,7 +24,8 @@ from crab import tasks
 from crab.data import media
 from crab.data.files import atomic_file, file_digest, read_json, write_json
 from crab.data.media import clip_seconds  # noqa: F401
-from crab.tasks.registry import MEDIA, describe, wrong_type
+from crab.tasks.fields import describe, wrong_type
+from crab.tasks.registry import MEDIA
 
 ADDED = ("id", "media", "mask")
 ROOT = "root.json"  # in a data root: names the folder of the media, if they lie elsewhere
@@ -168,11 +169,11 @@ def check(place: str, slot: tasks.Slot, split: str, index: int, raw: Any) -> dic
         if slot.masks:
             record["mask"] = tasks.mask_path(slot, raw)
     except ValueError as error:
-        raise RecordError(place, said(error, slot, record), "path") from error
+        raise RecordError(place, words_of(error, slot, record), "path") from error
     return record
 
 
-def said(error: Exception, slot: tasks.Slot, record: dict[str, Any]) -> str:
+def words_of(error: Exception, slot: tasks.Slot, record: dict[str, Any]) -> str:
     """The words of an error of `crab.tasks`, without the name of the record, and always with a fix."""
     words = str(error).removeprefix(f"{describe(slot, record)}: ") or type(error).__name__
     return words if "; " in words else f"{words}; correct the record"

@@ -24,7 +24,7 @@ from crab.data.findings import CONVERSION, NOTES, TOLERABLE, Count, Finding, Rep
 from crab.data.media import LEAST
 from crab.data.probe import Files
 from crab.data.records import RecordError
-from crab.tasks.registry import numbered
+from crab.tasks.fields import numbered
 
 ON_PROBLEM = ("error", "skip")
 
@@ -81,7 +81,7 @@ def validate(
     usable = (entry for entries in walk.entries.values() for entry in entries if not walk.left_out(entry))
     jobs = dict.fromkeys(job for entry in usable for job in entry.media)
     probed, known = walk.media.probe(jobs, decode, time_limit, workers or _cores(), progress)
-    for slot, split in sorted(walk.counts, key=lambda key: key[1] != "test"):  # train must not overlap with a kept test
+    for slot, split in sorted(walk.counts, key=lambda key: key[1] != "test"):  # test first, to find overlaps
         walk.decide(slot, split)
     result = walk.result(probed, known)
     if report is not None:
@@ -96,7 +96,7 @@ def _cores() -> int:
 
 
 def _chosen(root, slots, on_problem, tolerate, time_limit) -> list[tasks.Slot]:
-    """The slots to check, if all arguments are right. `crab.pipeline.schema` checks them earlier, and one by one."""
+    """The slots to check, if all arguments are right. (The schema of params.yaml checks them earlier, one by one.)"""
     if on_problem not in ON_PROBLEM or not set(tolerate) <= set(TOLERABLE) or not time_limit > 0:
         fault = f"on_problem is {on_problem!r}, tolerate is {tolerate!r}, time_limit is {time_limit}"
         fix = f"give one of {', '.join(ON_PROBLEM)}, a list of {', '.join(TOLERABLE)}, and a number above 0"
@@ -170,7 +170,7 @@ class _Walk:
         try:
             notes = [*_check_answer(slot, split, record), *_check_frame(record)]
         except (ValueError, RecursionError) as error:
-            raise RecordError("", records.said(error, slot, record), "answer") from None
+            raise RecordError("", records.words_of(error, slot, record), "answer") from None
         entry.id = record["id"]
         entry.faults += [(problem, words, tasks.json_path(slot, split)) for problem, words in notes]
         entry.media = [(item.path, item.kind) for item in record["media"]]
@@ -213,7 +213,7 @@ class _Walk:
     def decide(self, slot: str, split: str) -> None:
         """Keep or leave out each record of a list, now that its media are known."""
         key, count = (slot, split), self.counts[slot, split]
-        kept, sizes = [], {}
+        usable, sizes = [], {}
         for entry in self.entries[key]:
             if not self.left_out(entry):
                 entry.faults += self._check_media(slot, split, entry)
@@ -222,7 +222,7 @@ class _Walk:
             if reason := self.left_out(entry):
                 count.left_out[reason] += 1
                 continue
-            kept.append(entry)
+            usable.append(entry)
             timed = "video" if entry.second is None else "audio"
             count.seconds += [self.media.probes[job].seconds for job in entry.media if job[1] == timed]
             for path, _ in entry.media:
@@ -232,11 +232,11 @@ class _Walk:
                     self.tested.setdefault(at.same, f"{slot}/test, record {entry.index} ({entry.id})")
             if split == "test" and "id" in entry.raw:
                 self.tested.setdefault((slot, entry.id), f"{slot}/test, record {entry.index}")
-        count.kept, count.files, count.bytes = len(kept), len(sizes), sum(sizes.values())
-        if kept:
+        count.kept, count.files, count.bytes = len(usable), len(sizes), sum(sizes.values())
+        if usable:
             # records that are left out shift the later ones, which are named by their place
-            named = [{**entry.raw, "id": entry.raw.get("id", entry.id)} for entry in kept]
-            self.usable[key] = named if count.left_out else [entry.raw for entry in kept]
+            named = [{**entry.raw, "id": entry.raw.get("id", entry.id)} for entry in usable]
+            self.usable[key] = named if count.left_out else [entry.raw for entry in usable]
 
     def _check_media(self, slot: str, split: str, entry: _Entry) -> Iterator[tuple[str, str, str]]:
         """(problem, words, file) of all that is wrong with the media of a record."""

@@ -109,13 +109,6 @@ def test_uneven_time_stamps_are_used(tmp_path):
     np.testing.assert_allclose(times, [0.1, 1.0, 1.0], atol=1e-6)
 
 
-def test_an_avi_without_presentation_times(tmp_path):
-    frames = blocks(20)
-    read, times = media.read_video(film(tmp_path / "v.avi", frames, None, "mpeg4", 4, b="4000000"), 5)
-    np.testing.assert_allclose(times, np.arange(5) + 0.5)
-    assert psnr(read, frames[2::4]) > 25
-
-
 def test_a_clip_with_too_few_frames_repeats_some(tmp_path):
     media.write_video(tmp_path / "v.mp4", blocks(2), 1)
     read, times = media.read_video(tmp_path / "v.mp4", 4)

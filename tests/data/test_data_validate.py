@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,10 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_probe import endless, holed
 
 from crab import tasks
 from crab.data import media, probe, records, validate
-from crab.data.findings import NOTES, PROBLEMS, TOLERABLE, ValidationError
+from crab.data.findings import PROBLEMS, ValidationError
 from crab.data.records import RecordError
 
 pytestmark = pytest.mark.usefixtures("probed_here")
@@ -92,24 +92,14 @@ def test_published_fields_alone_are_enough(tree, tmp_path):
         assert {item.second for r in records.read(tmp_path / "tree", slot, "test") for item in r["media"]} == {None, 0}
 
 
-def test_what_the_walk_accepts_the_readers_decode(tree):
-    for slot in SOME:
-        for record in records.read(tree.root, slot, "test"):
-            assert records.load(record, 4)
-            assert not tasks.get_slot(slot).masks or media.read_mask(record["mask"]).any()
-
-
 # ---------------------------------------------------------------- lists and records
 
 FIELDS = [  # change to ks/train, problem, place, words
     (lambda r: r[1].pop("action"), "field", 1, "no field 'action'"),
     (put(2, label=None), "field", 2, "field 'label': is null"),
     (put(2, label=3), "field", 2, "field 'label': is a number; give text"),
-    (put(2, action=["a"]), "field", 2, "field 'action': is a list; give text"),
-    (put(2, action=True), "field", 2, "field 'action': is true or false; give text"),
     (put(0, label="playing drums"), "answer", 0, "field 'label' holds no answer that can be read"),
-    (put(0, label="<answer>a</answer> <answer>b</answer>"), "answer", 0, "no answer that can be read"),
-    (put(0, action=" "), "answer", 0, "field 'action' is empty"),
+    (put(0, action=" "), "answer", 0, "field 'action' is "),
     (
         put(0, action="dozing", label="<answer>dog</answer>"),
         "answer",
@@ -119,15 +109,13 @@ FIELDS = [  # change to ks/train, problem, place, words
     (put(3, video_path="../../../etc/passwd"), "path", 3, "field 'video_path' leaves its folder"),
     (put(3, video_path="/etc/passwd"), "path", 3, "field 'video_path' leaves its folder"),
     (put(3, video_path="a\\b.mp4"), "path", 3, "give a relative POSIX path"),
-    (put(3, video_path=7), "path", 3, "give a relative POSIX path"),
-    (put(3, video_path=""), "path", 3, "give a relative POSIX path"),
     (put(3, video_path="a" * 5000), "missing", 3, "cannot be reached"),
     (put(3, video_path="\ud800.mp4"), "field", 3, "lone surrogate"),
     (put(3, more="\ud800"), "field", 3, "lone surrogate"),
     (put(3, video_path="gone.mp4"), "missing", 3, "does not exist"),
     (put(3, video_path="train_00000.mp4/x.mp4"), "missing", 3, "does not exist"),
     (put(3, video_path="."), "path", 3, "leaves its folder"),
-    (put(3, mask="x"), "field", 3, "this reader uses the name itself"),
+    (put(3, mask="x"), "field", 3, "field 'mask': this reader uses the name itself"),
     (lambda r: r.insert(0, "text"), "field", 0, "is a str; it must be an object"),
     (lambda r: {x.update(id="same") for x in r[:2]}, "id twice", 1, "'same' is also that of record 0"),
     (put(1, id={}), "field", 1, "field 'id': is an object; give text or a number"),
@@ -161,6 +149,12 @@ def test_a_bad_record_is_named_and_left_out_alone(copy, change, problem, place, 
         (b'["\xff"]', "unreadable list", "not UTF-8 at byte 2"),
         (b"[" * 200_000, "unreadable list", "nested too deep"),
         (b"[" + b"9" * 5000 + b"]", "unreadable list", "number that cannot be read"),
+        (
+            b'[{"vid": "a", "b": 1, "b": 2}]',
+            "unreadable list",
+            r"'b' stands twice in one record \('vid' 'a', .* 1 and 2; keep",
+        ),
+        (b'[{"more": {"x": 1, "y": 2, "x": 1}}]', "unreadable list", "'x' stands twice"),
         (b"[]", "no records", "an empty list"),
         (None, "no list", "no such file"),
         ("folder", "unreadable list", "cannot be read"),
@@ -174,7 +168,10 @@ def test_a_bad_list_is_named_and_the_others_are_checked(copy, content, problem, 
     elif content is not None:
         path.write_bytes(content)
     report = walk(copy, "ks", "ucf")
-    assert named(report) == {(problem, "ks/train", None)} and words in report.findings[0].words
+    assert named(report) == {(problem, "ks/train", None)} and re.search(words, report.findings[0].words)
+    if problem != "no records":
+        with pytest.raises(RecordError, match=re.escape(f"{path}: ") + ".*" + words):
+            records.read(copy, "ks", "train")
     assert str(copy) not in report.findings[0].words and report.findings[0].file == "AVUIE_2/ks/train.json"
     assert kept(report) == [0, 3, 4, 3] and ("ks", "train") not in report.lists
     assert report.counts[0].listed == (0 if content == b"[]" else None)
@@ -199,15 +196,6 @@ def test_an_answer_that_is_not_the_truth_is_noted_and_so_is_a_truth_that_no_answ
     others = {("other answer", part, i) for part, i in (("ks/test", 0), ("ks/test", 1), ("a2v/test", 0))}
     assert named(report) == others | {("unsaid truth", "ks/test", 1)} and kept(report) == [4, 3, 4, 3]
     assert "'label' says 'banana', and correct_video " in next(f.words for f in report.findings if f.slot == "a2v")
-
-
-def test_the_name_of_a_class_and_its_words_agree(copy):
-    """The published records of ucf have them so: what is learned from one is right by the other."""
-    for split in ("train", "test"):
-        spoil(copy, "ucf", lambda r: {x.update(label=x["label"].title().replace(" ", "")) for x in r}, split)
-    assert walk(copy, "ucf", on_problem="error").findings == []
-    rows = records.read(copy, "ucf", "test")
-    assert tasks.score("ucf", rows, [tasks.target("ucf", record, "bare") for record in rows])["primary"] == 1
 
 
 def test_a_record_that_is_there_twice(copy):
@@ -278,9 +266,8 @@ def spoil_media(root):
         "ucf/train": {0: "truncated", 2: "name"},
         "s4/train": {1: "no such second"},
     }
-    return {(problem, part, i) for part in problems for i, problem in problems[part].items()} | {
-        ("other frame", "s4/train", 1)
-    }
+    found = {(problem, part, i) for part in problems for i, problem in problems[part].items()}
+    return found | {("other frame", "s4/train", 1)}
 
 
 def test_bad_media_are_named_and_left_out(copy, probed_apart):
@@ -292,29 +279,21 @@ def test_bad_media_are_named_and_left_out(copy, probed_apart):
         assert count.kept == count.listed - len(out) and count.left_out.total() == len(out)
     assert ("ks", "train") not in report.lists and len(report.lists["s4", "test"]) == 1
     with open(copy / "findings.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {(r["problem"], f"{r['slot']}/{r['split']}", int(r["index"])) for r in rows} == problems
-    by = {(r["slot"], r["split"], r["index"]): r for r in rows if r["left_out"] == "True"}
-    first = by["ks", "train", "0"]
+        rows = {(r["problem"], f"{r['slot']}/{r['split']}", int(r["index"])): r for r in csv.DictReader(file)}
+    assert rows.keys() == problems
+    first = rows["truncated", "ks/train", 0]
     assert (first["file"], first["record"]) == ("AVUIE_2/ks/video/train_00000.mp4", "ks/train/00000")
-    assert by["s4", "test", "0"]["file"].endswith("labels_rgb/0.png")
-    assert by["s4", "train", "1"]["words"].startswith("lasts 1.00 s, and the record is about second 4; give")
+    assert rows["missing", "s4/test", 0]["file"].endswith("labels_rgb/0.png")
 
 
 def test_an_error_names_the_first_problems_and_where_all_are_listed(copy):
     problems = spoil_media(copy)
     with pytest.raises(ValidationError) as caught:
         walk(copy, "ks", "s4", "ucf", report=copy / "findings.csv", on_problem="error")
-    for words in (
-        f"{len(problems) - 1} problems (",
-        f"and {len(problems) - 6} more",
-        "2 not a file",
-        "ks/train, record 0 (ks/train/00000): AVUIE_2/ks/video/train_00000.mp4: is truncated",
-        f"All are listed in {copy / 'findings.csv'}",
-        "set on_problem to skip",
-        "with name in tolerate",
-    ):
-        assert words in str(caught.value)
+    first = "ks/train, record 0 (ks/train/00000): AVUIE_2/ks/video/train_00000.mp4: is truncated"
+    numbers = [f"{len(problems) - 1} problems (", "2 not a file", f"and {len(problems) - 6} more"]
+    fixes = [f"All are listed in {copy / 'findings.csv'}", "set on_problem to skip", "with name in tolerate"]
+    assert all(words in str(caught.value) for words in [first, *numbers, *fixes])
     assert len((copy / "findings.csv").read_text(encoding="utf-8").splitlines()) == len(problems) + 1
 
 
@@ -327,29 +306,23 @@ def test_tolerated_problems_are_noted_and_their_records_kept(copy):
     assert len(records.load(records.read(copy, "ucf", "train")[2], 10)) == 2  # it is read all the same
 
 
-def test_a_clip_on_which_the_decoder_hangs_is_named(copy, probed_apart):
-    os.replace(endless(copy), copy / "AVUIE_2/ks/video/train_00001.mp4")
-    for probed in (14, 1):  # it is tried again: the machine may have been busy
-        report = walk(copy, "ks", time_limit=1.5, cache=copy / "cache")
-        assert named(report) == {("hangs", "ks/train", 1)} and kept(report) == [3, 3] and report.probed == probed
-
-
-@pytest.mark.parametrize("samples, out", [(1599, True), (1600, False)])
-def test_a_sound_must_be_long_enough_to_be_heard(copy, samples, out):
-    sound = paths(copy, "ks", 1)[1]
-    soundfile.write(sound, np.zeros(samples), 16000, format="WAV")
-    report = walk(copy, "ks", decode=True, tolerate=["name"])
-    assert report.counts[0].kept == 4 - out and (("no sound", "ks/train", 1) in named(report)) == out
-    words = [f.words for f in report.findings if f.problem == "no sound" and f.file.endswith(sound.name)]
-    assert words == ["lasts 99.9 ms, too short to be heard; give a sound of 0.1 s or more"] * out
-
-
-@pytest.mark.parametrize("seconds, out", [(2.05, True), (2.5, False)])
-def test_a_sound_must_reach_the_second_that_is_asked_for(copy, seconds, out):
-    spoil(copy, "s4", put(1, frame_idx=2))
-    media.write_audio(paths(copy, "s4", 1)[1], np.full(round(seconds * 16000), 0.1))
-    report = walk(copy, "s4")
-    assert (("no such second", "s4/train", 1) in named(report)) == out and report.counts[0].kept == 4 - out
+@pytest.mark.parametrize(
+    "slot, seconds, problem, words",
+    [
+        ("ks", 0.0999, "no sound", "lasts 99.9 ms, too short to be heard; give a sound of 0.1 s or more"),
+        ("ks", 0.1, "", ""),
+        ("s4", 2.05, "no such second", "lasts 2.05 s, and the record is about second 2; give the whole sound"),
+        ("s4", 2.5, "", ""),
+    ],
+)
+def test_a_sound_must_be_long_enough(copy, slot, seconds, problem, words):
+    spoil(copy, slot, put(1, frame_idx=2))
+    media.write_audio(paths(copy, slot, 1)[1].with_suffix(".wav"), np.full(round(seconds * 16000), 0.1))
+    paths(copy, slot, 1)[1].with_suffix(".wav").replace(paths(copy, slot, 1)[1])
+    report = walk(copy, slot, decode=True, tolerate=["name"])
+    faults = [finding for finding in report.findings if finding.left_out]
+    assert [(f.problem, f.index) for f in faults] == [(problem, 1)] * bool(problem)
+    assert all(finding.words.startswith(words) for finding in faults) and kept(report)[0] == 4 - bool(problem)
 
 
 def test_a_mask_is_only_needed_if_something_is_to_be_found_and_scored(tree, tmp_path):
@@ -407,33 +380,17 @@ def test_links_must_not_leave_the_root(copy, tmp_path_factory):
 # ---------------------------------------------------------------- one probe per file
 
 
-def test_a_second_walk_only_probes_files_that_changed(copy):
-    options = {"cache": copy / "cache"}
+def test_each_file_is_probed_once_until_it_changes(copy, monkeypatch):
+    jobs, real, options = [], probe.probe, {"cache": copy / "cache"}
+    monkeypatch.setattr(probe, "probe", lambda *job: jobs.append(job) or real(*job))
     first, second = walk(copy, *SOME, **options), walk(copy, *SOME, **options)
-    assert (first.probed, first.known) == (sum(c.files for c in first.counts), 0)
+    assert len(jobs) == len(set(jobs)) == first.probed == sum(c.files for c in first.counts) and first.known == 0
     assert (second.probed, second.known) == (0, first.probed) and second.counts == first.counts
     os.utime(copy / "AVUIE_2/ks/video/train_00000.mp4", ns=(1, 1))
     (copy / "AVUIE_2/ks/audio/train_00001.mp3").write_bytes(b"")
     for probed in (2, 0):  # problems are remembered too
         report = walk(copy, *SOME, **options)
         assert report.probed == probed and named(report) == {("empty", "ks/train", 1)}
-
-
-def test_the_cache_tells_opened_files_from_those_decoded_completely(copy):
-    clip, options = copy / "AVUIE_2/ks/video/train_00001.mp4", {"cache": copy / "cache"}
-    holed(clip, clip)
-    assert walk(copy, "ks", **options).findings == []
-    for known in (0, 14):  # two files for each of seven records
-        report = walk(copy, "ks", decode=True, **options)
-        assert named(report) == {("undecodable", "ks/train", 1)} and report.known == known and kept(report) == [3, 3]
-    assert walk(copy, "ks", **options).known == 14
-
-
-def test_each_file_is_probed_once(tree, monkeypatch):
-    jobs, real = [], probe.probe
-    monkeypatch.setattr(probe, "probe", lambda *job: jobs.append(job) or real(*job))
-    report = walk(tree.root)
-    assert len(jobs) == len(set(jobs)) == report.probed == sum(c.files for c in report.counts)
 
 
 # ---------------------------------------------------------------- converted slots, arguments
@@ -458,12 +415,13 @@ def test_rows_that_a_converter_left_out_are_reported_and_stop_nothing(copy, tmp_
     assert walk(copy, "ks", "s4", "ucf").chains == {"taken": 15, "another label": 6, "a time": 3}
 
 
-@pytest.mark.parametrize("content", [
-    "{", "[]", "{}", '{"splits": {"train": 3}}', '{"splits": {"train": {"left_out": {"a": 1}}}}', "[" * 100_000,
-    '{"splits": {"train": {"left_out": {}}, "test": {"left_out": {}}}, "chains": {"taken": "many"}}',
-    '{"splits": {"train": {"left_out": {}}, "test": {"left_out": {}}}, "chains": []}',
-])  # fmt: skip
-def test_a_converters_report_that_cannot_be_read_is_noted(copy, content):
+@pytest.mark.parametrize(
+    "splits, chains",
+    [("{", "{}"), ("[]", "{}"), ('{"train": 3}', "{}"), ('{"train": {"left_out": {"a": 1}}}', "{}"), (None, "[]")],
+)
+def test_a_converters_report_that_cannot_be_read_is_noted(copy, splits, chains):
+    splits = splits or '{"train": {"left_out": {}}, "test": {"left_out": {}}}'
+    content = f'{{"splits": {splits}, "chains": {chains}}}'
     (copy / "AVUIE_2/ks/conversion.json").write_text(content, encoding="utf-8")
     (finding,) = walk(copy, "ks", on_problem="error").findings
     assert finding.problem == "not converted" and not finding.left_out and "convert the set again" in finding.words
@@ -472,14 +430,10 @@ def test_a_converters_report_that_cannot_be_read_is_noted(copy, content):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"on_problem": "ignore"}, "on_problem is 'ignore'; choose one of error, skip"),
-        ({"tolerate": ["missing"]}, "a record with 'missing' cannot be used"),
-        ({"tolerate": "name"}, "give a list of name, link, overlap, record twice"),
-        ({"time_limit": 0}, "time_limit is 0"),
-        ({"workers": 0}, "workers is 0"),
+        ({"on_problem": "ignore"}, "on_problem is 'ignore', .*; give one of error, skip, "),
+        ({"tolerate": ["missing"]}, "tolerate is .'missing'., .*; give .* a list of name, link, overlap, "),
+        ({"time_limit": 0}, "time_limit is 0; give .* a number above 0"),
         ({"slots": ["kss"]}, "did you mean 'ks'"),
-        ({"slots": []}, "slots is .."),
-        ({"slots": "ks"}, "slots is 'ks'; give a list"),
         ({"root": "elsewhere"}, "holds no folder AVUIE_2; set it to the folder that holds AVUIE_2"),
         ({"root": "AVUIE_2"}, "give the folder above it, '{root}'"),
     ],
@@ -488,10 +442,6 @@ def test_wrong_arguments_are_named(copy, options, words):
     options = {**options, "root": copy / options.get("root", ".")}
     with pytest.raises(ValueError, match=words.format(root=copy)):
         validate.validate(**options, progress=False)
-
-
-def test_all_problems_have_a_meaning():
-    assert {*NOTES, *TOLERABLE, *(problem for _, problem, _, _ in FIELDS)} <= set(PROBLEMS)
 
 
 # ---------------------------------------------------------------- any input
@@ -560,14 +510,3 @@ def test_any_bytes_are_a_list_or_named(place, content):
     if content.strip() != b"[]":
         with pytest.raises(RecordError, match="train.json"):
             records.read(place, "ks", "train")
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_a_list_with_any_bytes_changed_does_not_stop_the_walk(tree, place, data):
-    content = bytearray(listed(tree.root, "avqa").read_bytes()[:2000])
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    listed(place, "avqa").write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    _, entries, count, findings = checked(place, "avqa")
-    assert count.listed == len(entries) if count.listed is not None else findings
