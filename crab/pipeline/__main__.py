@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crab.data.files import read_json
 from crab.pipeline import params, stages
 from crab.pipeline.paths import root
 
@@ -17,7 +16,6 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("choose", help="choose another profile").add_argument("profile")
     commands.add_parser("defaults", help="write the default values into the notebooks' parameters cells")
     commands.add_parser("resolve", help="check everything and write what each stage depends on")
-    commands.add_parser("modules", help="list the modules that a stage depends on").add_argument("stage")
     commands.add_parser("run", help="execute the notebook of a stage").add_argument("stage")
     commands.add_parser("report", help="render the report from executed notebooks").add_argument("--profile")
     options = parser.parse_args(arguments)
@@ -32,8 +30,6 @@ def main(arguments: list[str] | None = None) -> None:
                 print("changed:", ", ".join(params.write_defaults(folder)) or "nothing")
             case "resolve":
                 stages.resolve(folder)
-            case "modules":
-                print(*read_json(folder / stages.FOLDER / f"{options.stage}.json")["modules"], sep="\n")
             case "run":
                 from crab.pipeline import stage
 

@@ -59,12 +59,6 @@ def same(kind: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), kind)
 
 
-def _slot(name: str) -> str:
-    if name not in SLOTS:
-        raise ValueError(f"there is no such slot; {nearest(name, SLOTS)}")
-    return name
-
-
 def _segmenter(name: str) -> str:
     if name != "grabcut" and "/" not in name:
         raise ValueError(
@@ -72,12 +66,6 @@ def _segmenter(name: str) -> str:
             "'facebook/sam2.1-hiera-large'"
         )
     return name
-
-
-def _below_models(folder: str) -> str:
-    if not folder.strip("/.") or folder.startswith("/") or ".." in folder.split("/"):
-        raise ValueError("give a folder under models/, such as 'base'")
-    return folder
 
 
 def _option(value: Any, least: int = 0) -> Any:
@@ -97,7 +85,7 @@ Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Real = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Slot = Annotated[str, AfterValidator(_slot)]
+Slot = Literal[tuple(SLOTS)]
 Axis = Annotated[Any, AfterValidator(_axis)]
 #: An option whose name and kind another library checks.
 Option = Annotated[Any, AfterValidator(_option)]
@@ -141,7 +129,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         **same(Whole, "seed train_samples test_samples caption_samples"),
     },
     "base": {
-        "folder": Annotated[str, AfterValidator(_below_models)],
+        "folder": Annotated[str, Field(pattern=r"^[\w-]+(/[\w-]+)*$")],  # under models/
         "checkpoint": str | None,
         "seed": Whole,
         **same(Count, "scenes held_out"),
@@ -198,8 +186,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
 _PARAMS = _section("Params", SECTIONS)
 
 
-def faults(values: Any) -> list[tuple[tuple, str]]:
-    """All that is wrong with the sections of a profile: the place of each fault, and how to fix it."""
+def faults(values: Any) -> list[tuple[str, str]]:
+    """All that is wrong with the sections of a profile: the dotted place of each fault, and how to fix it."""
     try:
         _PARAMS.model_validate(values)
     except ValidationError as errors:
@@ -207,11 +195,11 @@ def faults(values: Any) -> list[tuple[tuple, str]]:
     return []
 
 
-def _fault(error: Mapping[str, Any]) -> tuple[tuple, str]:
-    place = tuple(key for key in error["loc"] if key != "[key]")
+def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
+    place = [str(key) for key in error["loc"] if key != "[key]"]
     if error["type"] == "name":
-        return (*place, error["ctx"]["key"]), error["ctx"]["fix"]
+        return ".".join([*place, error["ctx"]["key"]]), error["ctx"]["fix"]
     fix = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     if error["type"] == "too_short":
         fix = f"give at least {error['ctx']['min_length']}"
-    return place, f"is {reprlib.repr(error['input'])}; {fix}"
+    return ".".join(place), f"is {reprlib.repr(error['input'])}; {fix}"

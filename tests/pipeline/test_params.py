@@ -27,20 +27,15 @@ def resolve(profile="tiny"):
     return params.resolve(REPOSITORY, profile)
 
 
-def test_a_profile_changes_what_it_names_and_nothing_else(loaded):
-    change(loaded, "profiles.smoke", {"train": {"rates": {"extend": 9}}, "encode": {"slots": ["ks"]}})
+def test_a_profile_changes_what_it_names_and_replaces_maps_whose_keys_the_user_chooses(loaded):
+    methods = {"lora": {"r": 2, "lora_alpha": 4, "runs": ["joint-bare"]}}
+    train = {"rates": {"extend": 9}, "methods": methods, "given_rates": None}
+    change(loaded, "profiles.smoke", {"train": train, "encode": {"slots": ["ks"]}})
     default, smoke = resolve("tiny"), resolve("smoke")
-    assert smoke["train"] == {**default["train"], "rates": {**default["train"]["rates"], "extend": 9}}
+    assert list(default["train"]["methods"]) == ["lora", "lora_matched", "ilora"] and default["train"]["given_rates"]
+    assert smoke["train"] == {**default["train"], **train, "rates": {**default["train"]["rates"], "extend": 9}}
     assert smoke["encode"] == {**default["encode"], "slots": ["ks"]}
     assert all(smoke[name] == default[name] for name in default if name not in ("profile", "train", "encode"))
-
-
-def test_a_map_whose_keys_the_user_chooses_is_replaced(loaded):
-    method = {"r": 2, "lora_alpha": 4, "runs": ["joint-bare"]}
-    change(loaded, "profiles.smoke", {"train": {"methods": {"lora": method}, "given_rates": None}})
-    assert resolve("smoke")["train"]["methods"] == {"lora": method}
-    assert resolve("smoke")["train"]["given_rates"] is None
-    assert list(resolve("tiny")["train"]["methods"]) == ["lora", "lora_matched", "ilora"]
 
 
 def test_a_map_takes_from_the_experiments_what_it_leaves_out(loaded):
@@ -72,31 +67,26 @@ def test_a_malformed_or_missing_file_is_refused(tmp_path, text):
 WRONG = [
     ("train.pases", 8, "train.pases is unknown"),
     ("shared.answer.segmentor", "grabcut", "shared.answer.segmentor is unknown"),
-    ("trian", {}, "trian is unknown"),
     ("experiments.maps.conflict.ranks", 1, "experiments.maps.conflict.ranks is unknown"),
     ("train.passes", ..., "train.passes is missing; add it"),
     ("benchmark.sweep.at", ..., "benchmark.sweep.at is missing"),
     ("train.passes", "8", "train.passes is '8'; it should be a valid integer"),
     ("train.passes", True, "train.passes is True"),
     ("train.passes", 8.5, "train.passes is 8.5"),
-    ("train.passes", None, "train.passes is None"),
     ("train.passes", 0, "train.passes is 0; it should be greater than or equal to 1"),
-    ("train.methods.lora.r", 0, "train.methods.lora.r is 0"),
     ("train.methods.ilora.num_heads", -3, "train.methods.ilora.num_heads is -3; give finite numbers of at least 0"),
     ("train.methods.lora.runs", ["both-bare"], "train.methods.lora.runs.0 is 'both-bare'; it should be 'single-bare'"),
     ("train.methods.lora.runs", [], "train.methods.lora.runs is []; give at least 1"),
     ("train.rates.tried", [0.01, 0.0], "train.rates.tried.1 is 0.0; it should be greater than 0"),
-    ("train.seeds", [-1], "train.seeds.0 is -1"),
     ("shared.margin", "5e-3", "shared.margin is '5e-3'"),
     ("shared.margin", float("nan"), "shared.margin is nan; it should be a finite number"),
     ("shared.precision", "fp16", "shared.precision is 'fp16'; it should be 'fp32' or 'bf16'"),
     ("shared.answer.segmenter", "grabcat", "shared.answer.segmenter is 'grabcat'; give 'grabcut', or a SAM 2"),
-    ("shared.answer.segmenter", 2, "shared.answer.segmenter is 2"),
     ("encode.slots", "ave", "encode.slots is 'ave'; it should be a valid list"),
     ("encode.slots", [], "encode.slots is []"),
-    ("encode.slots", ["avee"], "encode.slots.0 is 'avee'; there is no such slot; did you mean 'ave'"),
-    ("build.raw", {"avee": "/data"}, "did you mean 'ave'"),
-    ("base.folder", "../models", "base.folder is '../models'; give a folder under models/"),
+    ("encode.slots", ["avee"], "encode.slots.0 is 'avee'; it should be 'ave', 'unav'"),
+    ("build.raw", {"avee": "/data"}, "build.raw.avee is 'avee'; it should be 'ave', 'unav'"),
+    ("base.folder", "../models", "base.folder is '../models'"),
     ("experiments.variants", {"own": {"r": [1, -2]}}, "experiments.variants.own.r is [1, -2]"),
     ("experiments.maps.conflict.rank", [], "experiments.maps.conflict.rank is []; give a whole number"),
     ("experiments.maps.conflict.passes", [0], "conflict.passes is [0]; give finite numbers of at least 1"),
@@ -127,14 +117,11 @@ def test_a_misspelt_name_is_told_with_the_nearest(loaded, old, new):
         resolve("tinny")
 
 
-def test_all_faults_are_told_at_once_and_where_they_were_set(loaded):
+def test_all_faults_are_told_at_once(loaded):
     change(loaded, "train.passes", 0)
     change(loaded, "profiles.smoke", {"shared": {"margin": -1}})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="smoke: shared.margin is -1; .*\n.* smoke: train.passes is 0;"):
         resolve("smoke")
-    first, second = str(error.value).splitlines()
-    assert first.endswith("shared.margin is -1; it should be greater than or equal to 0 (set in profiles.smoke)")
-    assert "train.passes is 0" in second and "set in" not in second
 
 
 def test_whole_numbers_stand_for_real_ones_and_checkpoints_have_a_slash(loaded):
@@ -142,14 +129,6 @@ def test_whole_numbers_stand_for_real_ones_and_checkpoints_have_a_slash(loaded):
     for name in ("grabcut", "facebook/sam2.1-hiera-large", "/data/sam2"):
         change(loaded, "shared.answer.segmenter", name)
         assert resolve()["shared"]["answer"]["segmenter"] == name
-
-
-def test_profiles_that_share_a_base_agree_on_it(loaded):
-    change(loaded, "profiles.study.base", {"seed": 7})
-    with pytest.raises(ValueError, match="tiny and study share base.folder 'base'.*set profiles.tiny.base.folder"):
-        resolve()
-    change(loaded, "profiles.study.base", {"seed": 7, "folder": "study/base"})
-    assert resolve("study")["base"]["seed"] == 7
 
 
 def test_choose_changes_one_word(repository, monkeypatch):
