@@ -103,7 +103,7 @@ def _jobs(slots: Sequence[str], train: int, test: int, caption: int) -> list[Job
     jobs = []
     for name in slots:
         slot = tasks.get_slot(name)
-        counts = {"train": caption if slot.module == "captioning" else train, "test": test if slot.test else 0}
+        counts = {"train": caption if slot.kind == "captioning" else train, "test": test if slot.test else 0}
         for split, count in counts.items():
             jobs += [(name, split, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     return jobs

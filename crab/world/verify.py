@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from crab import tasks
 from crab.data.files import read_json
 from crab.data.records import ADDED, RecordError
-from crab.tasks.text import LONGEST
+from crab.tasks.answers import LONGEST
 from crab.world import chains
 from crab.world.chains import NUMBERS, VOICE
 from crab.world.generate import SUMMARY
@@ -129,7 +129,7 @@ def moment(scene: Scene, second: int) -> Scene:
 def chain(slot: str | tasks.Slot, text: str) -> str:
     """The part of an answer before its first tag or bracket. A caption is all chain."""
     slot = tasks.get_slot(slot)
-    return text if slot.module == "captioning" else re.split(r"[<\[]", text, maxsplit=1)[0]
+    return text if slot.kind == "captioning" else re.split(r"[<\[]", text, maxsplit=1)[0]
 
 
 def statements(text: str) -> list[str]:

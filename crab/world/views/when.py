@@ -17,7 +17,8 @@ def ave(stage: Stage) -> View:
         things.append(make[1](visible=sample_interval(rng, 4)))
     if rng.random() < 0.3:
         things.append(make[2].sounds(2, visible=None))
-    chain = f"{chains.hear([event])} {chains.see([event], times=True)} {chains.both_hold(core)}"
+    both = chains.say("both", times=chains.lasting(core))
+    chain = f"{chains.hear([event])} {chains.see([event], times=True)} {both}"
     fields = {"vid": stage.stems[0], "event": name, "start_time": start, "end_time": end}
     return stage.clip(stage.scene(rng, things), chain, (name, start, end), **fields)
 

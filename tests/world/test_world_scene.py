@@ -1,3 +1,5 @@
+"""Scenes, their pixels and their sounds."""
+
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,15 +11,14 @@ from crab.world.scene import CLASSES, EMOTIONS, FACE, Scene, Thing, sample_scene
 FACES = {e: Thing(FACE, "red", "still", (56, 56), (40, 40), (0, 10), (0, 10), emotion=e) for e in EMOTIONS}
 
 
-def test_faces_of_the_base_show_all_emotions_and_mostly_voice_them():
+def test_faces_of_the_base_show_all_emotions_and_most_voices_agree():
     faces = [t for i in range(3000) for t in sample_scene(i, faces=1).things if t.name == FACE]
-    assert {t.emotion for t in faces} == {t.heard_emotion for t in faces} == set(EMOTIONS)
     assert 0.75 < np.mean([t.heard_emotion == t.emotion for t in faces]) < 0.85
-    assert len({(t.emotion, t.heard_emotion) for t in faces}) == len(EMOTIONS) ** 2  # compounds of a data set among them
+    assert len({(t.emotion, t.heard_emotion) for t in faces}) == len(EMOTIONS) ** 2  # all pairs of face and voice
     assert all(t.voice is None for i in range(100) for t in sample_scene(i).things if t.name != FACE)
 
 
-def test_every_emotion_looks_and_sounds_like_no_other():
+def test_every_emotion_looks_and_sounds_different():
     pictures = {e: render.frame(Scene(1, 0, (t,)), 0)[::2, ::2].astype(int) for e, t in FACES.items()}
     for one, other in combinations(EMOTIONS, 2):
         assert (np.abs(pictures[one] - pictures[other]).max(2) > 50).sum() > 25, (one, other)
@@ -33,8 +34,8 @@ def test_a_face_is_heard_in_the_emotion_of_its_voice():
     assert (anxious.heard_emotion, FACES["sad"].heard_emotion) == ("fear", "sad")
 
 
-def test_a_pan_moves_the_background_alone():
-    (thing,) = (FACES["happy"],)
+def test_a_pan_moves_the_background_only():
+    thing = FACES["happy"]
     still, panned = Scene(1, 5, (thing,)), Scene(1, 5, (thing,), pan=8)
     off = ~render.mask(thing, 3)
     assert (render.frame(still, 3)[~off] == render.frame(panned, 3)[~off]).all()
@@ -46,7 +47,7 @@ def test_a_pan_moves_the_background_alone():
             assert steps <= 1 if background & 2 else set(np.unique(levels)) <= {60, 80, 100}
 
 
-def test_a_union_holds_each_things_pixels_and_nothing_else():
+def test_a_union_holds_the_pixels_of_each_thing_and_no_others():
     bell = Thing("bell", "red", "swaying", (168, 168), (24, 32), (2, 6), None)
     things = [FACES["sad"], bell]
     assert render.union(things, 3).sum() == render.mask(bell, 3).sum() + render.mask(FACES["sad"], 3).sum()
