@@ -12,8 +12,10 @@ from .registration import ILORA
 
 # Options of earlier versions, at the values that change nothing. A saved configuration may have these.
 REMOVED = {"shared_head": False, "router_noise": 0, "balance_weight": 0, "orthogonality_weight": 0}
+REMOVED |= {"layers_to_transform": None, "layers_pattern": None}
 # Options that do not change what the saved tensors mean.
-FREE = {"lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "init_weights", "router_init_std"}
+FREE = {"lora_dropout", "target_modules", "exclude_modules", "init_weights", "router_init_std"}
+FREE |= set(PeftConfig.__dataclass_fields__)
 
 
 def _is_count(value: Any) -> bool:
@@ -33,10 +35,8 @@ class ILoraConfig(PeftConfig):
         y = W x + scaling * sum_i softmax(R x / router_temperature)_i * B_i A dropout(x)
 
     `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. The published run has r = 128,
-    lora_alpha = 256, num_heads = 3 and lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections.
-
-    Raises:
-        ValueError: a value is out of range, or a saved configuration has an unknown field. The message names it.
+    lora_alpha = 256, num_heads = 3 and lora_dropout = 0.1 on the q, k, v, o, gate, up and down projections. Raises
+    ValueError with the name of a field that is out of range, or of an unknown field of a saved configuration.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of A and of each head B_i. At least 1."})
@@ -102,12 +102,6 @@ class ILoraConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Ending of names, or regular expression -> rank, in place of r."}
     )
     alpha_pattern: dict = field(default_factory=dict, metadata={"help": "Like rank_pattern, for lora_alpha."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Adapt only the layers with these numbers. Needs target_modules as a list."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, for layers_to_transform and router_sharing."}
-    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Endings of further modules, which are trained in full and saved too."}
     )
@@ -160,11 +154,6 @@ class ILoraConfig(PeftConfig):
             fits = isinstance(pattern, dict) and all(map(valid, pattern.values()))
             yield name, fits, "a map to numbers like `r` or `lora_alpha`"
         yield "modules_to_save", not isinstance(self.modules_to_save, str), "a list of names"
-        counted = self.layers_to_transform is not None
-        fits = not counted or not isinstance(self.target_modules, str)
-        yield "layers_to_transform", fits, "None if `target_modules` is a string (write the numbers into that)"
-        fits = self.layers_pattern is None or counted or self.router_sharing == "layer"
-        yield "layers_pattern", fits, "None without `layers_to_transform` or router_sharing='layer'"
 
     def to_dict(self) -> dict:
         """Sets become sorted lists, so that equal choices give equal files."""
@@ -176,18 +165,17 @@ class ILoraConfig(PeftConfig):
         kwargs = {name: value for name, value in kwargs.items() if REMOVED.get(name, ...) != value}
         unknown = {name: kwargs[name] for name in sorted(set(kwargs) - {option.name for option in fields(cls)})}
         if unknown:
-            fix = "correct the spelling, or use the version of crab that wrote it"
-            raise ValueError(
-                f"adapter_config.json has fields that ILoraConfig does not (or no longer) know: {unknown}; {fix}."
-            )
+            fix = "correct them, or use the version of crab that wrote them"
+            raise ValueError(f"adapter_config.json has fields that ILoraConfig does not know: {unknown}; {fix}.")
         return super().check_kwargs(**kwargs)
 
     def differences(self, other: "ILoraConfig") -> dict[str, tuple]:
         """Field -> (value here, value in `other`), where they differ and change what the saved tensors mean."""
-        ignored = FREE | set(PeftConfig.__dataclass_fields__)
-        names = [option.name for option in fields(self) if option.name not in ignored]
-        values = {name: (getattr(self, name), getattr(other, name)) for name in names}
-        repeated = set(self.modules_to_save or ()) == set(other.modules_to_save or ())  # PEFT may add names twice
-        return {
-            name: (a, b) for name, (a, b) in values.items() if a != b and not (name == "modules_to_save" and repeated)
-        }
+
+        def value(config, name):
+            items = getattr(config, name)
+            return set(items) if isinstance(items, list) else items  # PEFT may add a module to save twice
+
+        names = [option.name for option in fields(self) if option.name not in FREE]
+        pairs = {name: (value(self, name), value(other, name)) for name in names}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

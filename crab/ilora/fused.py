@@ -70,8 +70,7 @@ class FusedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("I-LoRA: set ILoraLayer.fused = False for second derivatives (create_graph=True).")
         with autocast_off(grad.device.type):  # backward may run inside the autocast block
-            grads = _backward(ctx, grad, *ctx.saved_tensors)
-        grad_x, *grads = (None if g is None else _cast(g, dtype) for g, dtype in grads)
+            grad_x, *grads = _backward(ctx, grad, *ctx.saved_tensors)
         return grad_x, None, None, None, *grads, None
 
 
@@ -115,13 +114,8 @@ def _route(z, logits, R, B, setting):
     """The input of B, [num_heads * r, T], and the routing weights [num_heads, 1, T]."""
     if setting.kernels:
         return setting.kernels.route(z, logits, B.shape[1], setting.router.temperature)
-    weights = _weigh(logits, setting.router)
+    weights = setting.router.weigh(logits, 0).unsqueeze(1)
     return (_cast(weights, z.dtype) * _by_head(z, R, B)).flatten(0, 1), weights
-
-
-def _weigh(logits, router):
-    """Logits [num_heads, T] -> weights [num_heads, 1, T]."""
-    return router.weigh(logits, 0).unsqueeze(1)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -130,17 +124,17 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
-    """(gradient or None, its dtype) for x, A, R and B."""
+    """The gradients (or None) of x, A, R and B, in their dtypes."""
     need_x, _, _, _, need_A, need_R, need_B, _ = ctx.needs_input_grad
     router, scaling, dropout, dtype, _, kernels = ctx.setting
     stored = A.dtype, B.dtype
     A, R, B, up_grad = _cast(A, dtype), _cast(R, dtype), _cast(B, dtype), _cast(grad, dtype)
     grad_x = grad_A = grad_R = grad_B = None
     if kernels:
-        grads = torch.mm(B.t(), up_grad.t())
-        routed, small_grad = kernels.route_backward(z, logits, grads, router.temperature, scaling)
+        routed_grad = torch.mm(B.t(), up_grad.t())
+        routed, small_grad = kernels.route_backward(z, logits, routed_grad, router.temperature, scaling)
     else:
-        weights = _weigh(logits, router)  # again: z and logits share one storage, stored weights would be a second one
+        weights = router.weigh(logits, 0).unsqueeze(1)  # again: to store them would need more memory
         by_head, factor = _by_head(z, R, B), weights * scaling
         scaled = _cast(factor, dtype)
         routed = (scaled * by_head).flatten(0, 1) if need_B else None
@@ -176,7 +170,8 @@ def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
         if need_x:
             _accumulate(grad_x, logits_grad.t(), R)
             grad_x += (z_grad.t() @ A).mul_(kept)
-    return (grad_x, x.dtype), (grad_A, stored[0]), (grad_R, stored[0]), (grad_B, stored[1])
+    grads = (grad_x, x.dtype), (grad_A, stored[0]), (grad_R, stored[0]), (grad_B, stored[1])
+    return [None if gradient is None else _cast(gradient, dtype) for gradient, dtype in grads]
 
 
 def _by_head(z, R, B):

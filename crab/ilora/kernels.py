@@ -113,7 +113,7 @@ def route(z: torch.Tensor, logits: torch.Tensor, columns: int, temperature: floa
     z is A x^T [r or num_heads * r, T], logits are R x^T [num_heads, T], both contiguous; columns is num_heads * r.
     """
     heads, tokens = logits.shape
-    routed = _rows(z, columns, tokens)
+    routed = z.new_empty((columns, tokens + -tokens % ALIGNED))
     weights = logits.new_empty((heads, 1, tokens), dtype=torch.float32)
     grid = (-(-tokens // 64), -(-columns // 16), 1)
     constants, _ = _constants(heads, columns, z.shape[0])
@@ -127,16 +127,12 @@ def route_backward(z, logits, routed_grad, temperature: float, scaling: float) -
     `routed_grad` is the gradient of the former, [num_heads * r, T], contiguous. All have the dtype of z.
     """
     heads, tokens = logits.shape
-    routed, small_grad = _rows(z, len(routed_grad), tokens), _rows(z, len(z) + heads, tokens)
+    pitch = tokens + -tokens % ALIGNED
+    routed, small_grad = z.new_empty((len(routed_grad), pitch)), z.new_empty((len(z) + heads, pitch))
     _, constants = _constants(heads, len(routed_grad), len(z))
-    numbers = tokens, routed.shape[1], float(temperature), float(scaling)
+    numbers = tokens, pitch, float(temperature), float(scaling)
     _launch(_backward, (-(-tokens // 32), 1, 1), constants, z, logits, routed_grad, routed, small_grad, *numbers)
     return _cut(routed, tokens), _cut(small_grad, tokens)
-
-
-def _rows(like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-    """A new tensor for [rows, tokens], with rows that start at aligned places."""
-    return like.new_empty((rows, tokens + -tokens % ALIGNED))
 
 
 def _cut(tensor: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -17,9 +17,8 @@ from .fused import FusedLinear, Setting, kernels_for, project, project_few
 from .routers import SharedRouter, TokenRouter, UniformRouter, autocast_dtype, autocast_off
 
 MERGE_REFUSAL = (
-    "I-LoRA cannot be merged: the weights of its heads change with every token. Keep the adapter beside the base, call "
-    "unload() for the base (with biases as the config's `bias` trained them), or export an approximation with fixed "
-    "weights by crab.ilora.to_static()."
+    "I-LoRA cannot be merged: the weights of its heads change with every token. Call unload() for the base (biases "
+    "that were trained stay so), or export an approximation with fixed weights by crab.ilora.to_static()."
 )
 
 CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +27,7 @@ FEW_TOKENS = 32  # as in decoding: to prepare the weights takes as long as to us
 
 
 def _untouched(*modules: nn.Module) -> bool:
-    """No module has a hook or a replaced forward, so the layer may use their weights without calling them.
+    """No module has a hook or another forward, so the layer may use their weights without calling them.
 
     ZeRO and FSDP gather sharded weights in hooks, Accelerate moves offloaded ones, and users read activations.
     """
@@ -77,7 +76,6 @@ class ILoraLayer(BaseTunerLayer):
             True checks on all devices, which then wait for the host. Code that is not eager is never checked.
         routing_observers: adapter name -> functions, called with (module, weights [..., num_heads]) in each forward.
         fixed_routing: adapter name -> weights [num_heads] in place of the router's.
-        instruction: set by `crab.ilora.instruction_tokens`.
     """
 
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_router")
@@ -95,9 +93,7 @@ class ILoraLayer(BaseTunerLayer):
             setattr(self, name, nn.ModuleDict())
         self.routing_observers: dict[str, list[Callable]] = {}
         self.fixed_routing: dict[str, torch.Tensor] = {}
-        self.instruction: Any = None
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
+        self.instruction: Any = None  # set by `crab.ilora.instruction_tokens`
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
 
@@ -179,8 +175,7 @@ class Linear(nn.Module, ILoraLayer):
     def _fusible(self, name: str, x: torch.Tensor) -> tuple | None:
         """The inputs of `_fused`, or None if the parts must run as modules.
 
-        That is so for quantised, sharded, offloaded or trained base layers, hooks, float64 under autocast, and compiled
-        code, where the compiler does the fusing.
+        So do quantised, sharded, offloaded or trained base layers, hooks, float64 under autocast, and compiled code.
         """
         if not self.fused or name in self.fixed_routing or self.router_input[name] != "token" or not _is_eager():
             return None
@@ -244,8 +239,8 @@ class Linear(nn.Module, ILoraLayer):
             y = y.view(*x.shape[:-1], y.shape[-1])
         if self.check_routing is not False:
             self._require_finite(name, weights)
-        if self.routing_observers.get(name):
-            self._show_routing(name, weights.detach().squeeze(1).t().reshape(*x.shape[:-1], len(weights)))
+        for observer in self.routing_observers.get(name, ()):
+            observer(self, weights.detach().squeeze(1).t().reshape(*x.shape[:-1], len(weights)))
         return y
 
     def _add_adapter(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -260,8 +255,8 @@ class Linear(nn.Module, ILoraLayer):
         weights = self._weights(name, x)
         if self.check_routing is not False and _is_eager():
             self._require_finite(name, weights)
-        if self.routing_observers.get(name):
-            self._show_routing(name, weights.expand(*x.shape[:-1], -1))
+        for observer in self.routing_observers.get(name, ()):
+            observer(self, weights.expand(*x.shape[:-1], -1))
         scaled = (weights * self.scaling[name]).to(z.dtype).unsqueeze(-1)
         z = z.unsqueeze(-2) if self.shared_A[name] else z.unflatten(-1, (self.num_heads[name], -1))
         routed = (scaled * z).flatten(-2)  # [..., num_heads * r]
@@ -278,9 +273,7 @@ class Linear(nn.Module, ILoraLayer):
         if self.router_input[name] == "token":
             return self.ilora_router[name](x)
         if self.instruction is None:
-            raise ValueError(
-                "I-LoRA: router_input='instruction' needs `with crab.ilora.instruction_tokens(model, mask):`."
-            )
+            raise ValueError("I-LoRA: router_input='instruction' needs `with crab.ilora.instruction_tokens(...):`.")
         return self.instruction.weights(self, name, x)
 
     def _require_finite(self, name: str, weights: torch.Tensor) -> None:
@@ -298,10 +291,6 @@ class Linear(nn.Module, ILoraLayer):
             cause = "its weight is not; lower the learning rate, or return to an earlier checkpoint"
         place = f"{self.module_name!r} (adapter {name!r})"
         raise ValueError(f"I-LoRA: the routing of {place} is not finite: {cause}. See ILoraLayer.check_routing.")
-
-    def _show_routing(self, name: str, weights: torch.Tensor) -> None:
-        for observer in self.routing_observers[name]:
-            observer(self, weights)
 
     def __repr__(self) -> str:
         return "ilora." + super().__repr__()

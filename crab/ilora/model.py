@@ -26,9 +26,8 @@ AUTOMATIC_MODULES = ("classifier", "score", "qa_outputs")
 class ILoraModel(BaseTuner):
     """Adapts a model with I-LoRA (Crab+, arXiv 2603.04128). `peft.get_peft_model` makes it.
 
-    It raises ValueError with the name of the module where PEFT's own tuners only warn: for targets that are not linear,
-    entries that match no module, saved tensors that do not fit, and `adapter_names` in `forward` and `generate`. But
-    `load_adapter` and `from_pretrained` of a transformers model itself only log saved tensors that do not fit.
+    Where PEFT's own tuners only warn, it raises ValueError: for targets that are not linear, entries that match no
+    module, and saved tensors that do not fit. (A transformers model's own `load_adapter` only logs the latter.)
     """
 
     prefix: str = PREFIX
@@ -62,9 +61,7 @@ class ILoraModel(BaseTuner):
                 keys = {key: rf"(.*\.)?({key})$" for key in getattr(peft_config, option)}
                 unmatched += [(option, k) for k, e in keys.items() if not any(re.match(e, name) for name in targets)]
         for option, entry in unmatched:
-            modules = (
-                f"adapted module (such as {targets[0]!r})" if option.endswith("pattern") else "module of the model"
-            )
+            modules = "adapted module" if option.endswith("pattern") else "module of the model"
             raise ValueError(f"ILoraConfig: `{option}` entry {entry!r} matches no {modules}; correct or remove it.")
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
@@ -81,16 +78,11 @@ class ILoraModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         self._routers.setdefault(group, layer.ilora_router)
 
-    def _post_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
-        del self._routers
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         """Refuse one adapter per sample. PEFT would ignore the names, and run the active adapter on all samples."""
         if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "I-LoRA: `adapter_names` is not supported; use one adapter at a time, by model.set_adapter."
-            )
+            raise ValueError("I-LoRA has no `adapter_names`; run one adapter at a time, after model.set_adapter.")
         yield
 
     def _check_merge_allowed(self) -> None:
@@ -149,10 +141,7 @@ class ILoraModel(BaseTuner):
         if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return tensors  # only the main process has the gathered tensors, and only it saves
         shapes = {base_name(key): tuple(value.shape) for key, value in tensors.items()}
-        fix = (
-            "Gather on all processes what FSDP or ZeRO-3 has sharded, with accelerator.get_state_dict(model), and save "
-            "on the main one alone, with the result as `state_dict`."
-        )
+        fix = "Gather by accelerator.get_state_dict on all processes, and give it as `state_dict` on the main one."
         require_fit(expected, shapes, f"Cannot save adapter '{adapter_name}'", fix)
         own = {f"{name}.base_layer.bias" for name in _layers(model, adapter_name)}
         return {key if base_name(key) in own else _unwrapped(key): value for key, value in tensors.items()}
@@ -179,22 +168,16 @@ def _router_group(config: ILoraConfig, model: nn.Module, name: str, in_features:
     """Modules of one group share a router, see `ILoraConfig.router_sharing`."""
     if config.router_sharing == "model":
         return (in_features,)
-    layer = _layer_of(name, model, config.layers_pattern) if config.router_sharing == "layer" else None
+    layer = _layer_of(name, model) if config.router_sharing == "layer" else None
     return (name,) if layer is None else (layer, in_features)
 
 
-def _layer_of(name: str, model: nn.Module, layers_pattern: list[str] | str | None) -> str | None:
+def _layer_of(name: str, model: nn.Module) -> str | None:
     """The numbered layer of a module: "model.layers.3" of "model.layers.3.mlp.up_proj". None if it has none.
 
     It is the innermost numbered member of a list whose members have one class, such as "stages.1.blocks.0"; experts of
     a mixture ("experts.5") are parts of their layer. If no list has one class, it is the outermost numbered module.
     """
-    if layers_pattern:
-        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        matches = (
-            re.match(rf"((?:.*?\.)??(?:{pattern})\.\d+)\.", name) for pattern in patterns
-        )  # as PEFT counts layers
-        return next((match[1] for match in matches if match), None)
     parts = name.split(".")
     places = [place for place, part in enumerate(parts[:-1]) if part.isdecimal()]
     if not places:
@@ -214,9 +197,7 @@ def _require_linear(module: nn.Module, name: str) -> None:
     kind = type(module)
     if isinstance(module, BaseTunerLayer):
         other = f"{kind.__module__}.{kind.__name__}"
-        raise ValueError(
-            f"I-LoRA: {name!r} already has an adapter of another method ({other}); merge or unload that one."
-        )
+        raise ValueError(f"I-LoRA: {name!r} already has an adapter of another method ({other}); unload that first.")
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         fix = "I-LoRA adapts nn.Linear only, so add it to `exclude_modules`"
         raise ValueError(f"ILoraConfig: `target_modules` matches {name!r}, which is a {kind.__name__}; {fix}.")

@@ -2,13 +2,7 @@
 
 The published run (arXiv 2603.04128) adapted the thinker of Qwen2.5-Omni by endings of names, and so both encoders too.
 Its file is a dict saved by torch. For each adapted module it has `lora_A.weight` [r, in], `lora_route.weight` [N, in]
-and `lora_B0.weight` ... `lora_B{N-1}.weight`, each [out, r]. It does not have alpha. Usage::
-
-    from crab.ilora.published import import_published, published_state_dict
-
-    import_published("finetune_weights.bin", thinker, "adapter", lora_alpha=256)
-    model = PeftModel.from_pretrained(thinker, "adapter")
-    torch.save(published_state_dict(model), "finetune_weights.bin")
+and `lora_B0.weight` ... `lora_B{N-1}.weight`, each [out, r]. It does not have alpha.
 """
 
 import os
@@ -42,7 +36,7 @@ PARTS = (  # beginning of a module's name in the base: current, published
     ("model.visual.", "visual."),
 )
 TENSORS = ("ilora_A", "ilora_B", "ilora_router")
-WRITTEN = {"r", "lora_alpha", "num_heads", "layers_pattern"}  # options that need no place in the published format
+WRITTEN = {"r", "lora_alpha", "num_heads"}  # options that the published format can say, or that go beside it
 
 
 def read_published(path: str | Path) -> dict[str, torch.Tensor]:
@@ -87,13 +81,11 @@ def import_published(
     Args:
         path: the published file, see `read_published`.
         model: the base, a `Qwen2_5OmniThinkerForConditionalGeneration` without an adapter, also on the meta device.
-        folder: for `adapter_model.safetensors` and `adapter_config.json`. It must not exist, or be empty.
+        folder: must not exist, or be empty (otherwise FileExistsError).
         lora_alpha: numerator of the scaling, which the file does not have. Published run: 256 (with r = 128).
         lora_dropout: dropout for further training. Published run: 0.1.
 
-    Raises:
-        FileExistsError: `folder` is not empty.
-        FileNotFoundError, ValueError: as in `read_published`; the tensors do not fit the base; alpha is not valid.
+    Raises the errors of `read_published`, and ValueError if the tensors do not fit the base.
     """
     path, folder = Path(path), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -102,9 +94,7 @@ def import_published(
     for current, _ in PARTS:
         if not any(name.startswith(current) for name in modules):
             fix = "give the thinker of a Qwen2.5-Omni without an adapter"
-            raise ValueError(
-                f"import_published: {type(model).__name__} has no linear modules under '{current}'; {fix}."
-            )
+            raise ValueError(f"import_published: {type(model).__name__} has no layers under '{current}'; {fix}.")
     tensors = read_published(path)
     r, heads = _most_common_rows(tensors, "lora_A", path), _most_common_rows(tensors, "lora_route", path)
     expected = {}

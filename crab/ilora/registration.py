@@ -30,11 +30,7 @@ ILORA = _member()
 
 
 def register(config_class, model_class) -> None:
-    """Register the method with PEFT. A second call is safe, also after the module was reloaded.
-
-    Raises:
-        RuntimeError: another class has the name, for example one of a later PEFT.
-    """
+    """Register the method with PEFT, also again after a reload. RuntimeError if a later PEFT has the name itself."""
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(ILORA)
     if present is not None:
         if present.__module__ != config_class.__module__:
@@ -48,8 +44,8 @@ def register(config_class, model_class) -> None:
 def _strict(load_adapter):
     """PEFT's `load_adapter`, which never leaves an I-LoRA adapter with settings or tensors that are not its own.
 
-    If the model has an adapter of the name, PEFT loads only the tensors. The adapter would run with the alpha,
-    temperature, ... of the old one. And PEFT leaves an adapter whose tensors were refused in the model.
+    If the model has an adapter of the name, PEFT loads only the tensors, and keeps the alpha, temperature, ... of the
+    old one. And an adapter whose tensors were refused would stay in the model.
     """
 
     @wraps(load_adapter)

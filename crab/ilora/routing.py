@@ -13,6 +13,7 @@ from .adapters import adapted_layers, ilora_layers, replaced
 from .layer import ILoraLayer
 
 SEGMENTS = ("text", "video", "audio", "answer")  # the default kinds of token of `record_routing_means`
+ONE_TOKEN = "generate must read one new token per pass: not use_cache=False, prompt_lookup_num_tokens or an assistant."
 
 
 @contextmanager
@@ -117,8 +118,7 @@ class RoutingMeans:
             if self.generated is None or len(shape) != 2 or shape[1] != 1:
                 raise ValueError(
                     f"record_routing_means: {name!r} saw tokens {list(shape)}, but the labels are {list(kinds.shape)}. "
-                    "Call label() before each batch. Under generate, passes after the prompt must read one token: not "
-                    "use_cache=False, prompt_lookup_num_tokens or an assistant model."
+                    f"Call label() before each batch. {ONE_TOKEN}"
                 )
             kinds = torch.full(shape, self.generated)
         kinds = kinds.to(weights.device).reshape(-1).long()
@@ -131,10 +131,9 @@ class RoutingMeans:
         sums[name].index_add_(0, torch.where(kinds < 0, rows, kinds), values.to(wide))
 
     def rows(self) -> list[dict]:
-        """One dict per group, module, segment and head with tokens.
+        """One dict per group, module, segment and head with tokens, under these names.
 
-        Keys: group, module, segment, head, weight (mean over tokens), entropy (mean over tokens of each token's own, in
-        bits, the same for all heads), tokens. Raises ValueError with the name of a router that is not finite.
+        And weight (mean over tokens), entropy (mean over tokens of each token's own, in bits), tokens (their number).
         """
         rows = []
         for group, name, sums in self._finite_sums():
@@ -220,8 +219,7 @@ class _Instruction:
                 return self._prompt[key]
         raise ValueError(
             f"instruction_tokens: a layer reads {list(x.shape)}, but `mask` is {list(self.mask.shape)}. Give the mask "
-            "of this batch (repeated for each beam), and do not adapt the encoders. generate must read one new token "
-            "per pass: not use_cache=False, prompt_lookup_num_tokens or an assistant model."
+            f"of this batch (repeated for each beam), and do not adapt the encoders. {ONE_TOKEN}"
         )
 
 

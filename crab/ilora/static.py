@@ -17,7 +17,7 @@ Weights = Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.
 
 
 def _checked(task_weights: Weights, model: nn.Module, adapter_name: str | None, caller: str) -> tuple[str, dict, dict]:
-    """Name of the adapter, its layers by module name, and their weights [heads] in float64 by module name."""
+    """Name of the adapter, module name -> layer, module name -> weights [heads] in float64."""
     adapter_name, layers = adapted_layers(model, adapter_name, caller)
     named = task_weights if isinstance(task_weights, Mapping) else dict.fromkeys(layers, task_weights)
     if named.keys() != layers.keys():
@@ -27,9 +27,7 @@ def _checked(task_weights: Weights, model: nn.Module, adapter_name: str | None, 
     for name, values in weights.items():
         heads = layers[name].num_heads[adapter_name]
         if values.shape != (heads,) or not torch.isfinite(values).all():
-            raise ValueError(
-                f"{caller}: the weights of {name!r} must be {heads} finite numbers, not {values.tolist()}."
-            )
+            raise ValueError(f"{caller}: {name!r} needs {heads} finite weights, one per head, got {values.tolist()}.")
     return adapter_name, layers, weights
 
 
@@ -61,12 +59,10 @@ def to_static(
     Args:
         model: a PEFT model with an I-LoRA adapter. Its trained biases and modules_to_save are exported too.
         task_weights: [heads] for all modules, or module name -> [heads], such as `RoutingMeans.weights(group)`.
-        path: folder for adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
+        path: folder to save the adapter in, for `PeftModel.from_pretrained`.
         fold: with a shared A, add the weighted heads to one LoRA of rank r, the same function in fewer numbers.
-        adapter_name: None takes the active adapter.
 
-    Returns:
-        The configuration, and the tensors under the names in which PEFT saves them.
+    Returns the configuration, and the tensors under the names in which PEFT saves them.
     """
     adapter_name, layers, weights = _checked(task_weights, model, adapter_name, "to_static")
     state, ranks = {}, {}
