@@ -19,11 +19,7 @@ _INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
 
 
 def batch(model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """`omni.collate` on the device of the model.
-
-    Raises:
-        ValueError: the samples were encoded with a base of another width.
-    """
+    """`omni.collate` on the device of the model. ValueError if a base of another width encoded the samples."""
     width = model.get_input_embeddings().weight.shape[1]
     stored = samples[0]["features"].shape[1]
     if stored != width:
@@ -48,11 +44,7 @@ def segments(config, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def instruction_shown(model, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, routers with ``router_input="instruction"`` read the text of each prompt. Other models are not changed.
-
-    Args:
-        model: a PEFT model or a base.
-    """
+    """Inside, routers with ``router_input="instruction"`` read the text of each prompt; for other models, nothing."""
     configs = getattr(model, "peft_config", {}).values()
     if any(getattr(config, "router_input", None) == "instruction" for config in configs):
         with instruction_tokens(model, segments(model.config, batch) == SEGMENTS.index("text")):
@@ -62,11 +54,7 @@ def instruction_shown(model, batch: Mapping[str, torch.Tensor]) -> Iterator[None
 
 
 def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Hidden states of the last layer [B, L, hidden], which the output head reads.
-
-    Args:
-        model: a PEFT model or a base.
-    """
+    """Hidden states of the last layer [B, L, hidden], of a PEFT model or a base."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     with instruction_shown(model, batch):
         return core.model(**{name: batch[name] for name in _INPUTS}, use_cache=False).last_hidden_state
@@ -75,9 +63,7 @@ def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def answer_loss(
     model, batch: Mapping[str, torch.Tensor], count: int | torch.Tensor | None = None, unwrapped=None
 ) -> tuple[torch.Tensor, object]:
-    """Cross-entropy of the answer tokens, with their end tokens, and the outputs of the model.
-
-    Only positions that predict an answer token get logits.
+    """Cross-entropy of the answers, with their end tokens, and the outputs of the model, whose logits are only these.
 
     Args:
         count: the sum is divided by this number of tokens; None for the number in the batch.

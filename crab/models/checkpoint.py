@@ -13,7 +13,7 @@ from pathlib import Path
 from crab.data.files import read_json, write_json
 
 POINTER = "checkpoint.json"
-#: Files of the base that say how it was trained. They are not part of its digest.
+#: The file of a base that says how it was trained. It is not part of the digest.
 RECORD = "training.json"
 #: Model types that `omni` loads: the whole Omni model, of which the thinker is taken, or a thinker alone.
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
@@ -22,11 +22,7 @@ _FIX = "set base.checkpoint in params.yaml to a name on the model hub or to the 
 
 
 def point_to(folder: str | Path, name: str) -> None:
-    """Make ``folder`` stand for the published checkpoint ``name``. Only its configuration is read; nothing is copied.
-
-    Raises:
-        ValueError: there is no such checkpoint, its path is relative, or it is another kind of model.
-    """
+    """Make ``folder`` stand for the published checkpoint ``name``, without a copy. ValueError if it is of no use."""
     from transformers import AutoConfig
 
     if Path(name).exists() and not Path(name).is_absolute():
@@ -47,13 +43,9 @@ def resolve(folder: str | Path) -> str | None:
 
 
 def load_base(path: str | Path):
-    """A fresh copy of the frozen base, on the GPU if there is one, and its processor: ``(model, processor)``.
+    """(model, processor): the frozen base of a folder, on the GPU if there is one. PEFT changes it, so load it anew.
 
-    It is fresh each time because PEFT puts adapters into the model that it gets. A published checkpoint is loaded in
-    bfloat16 on a GPU, for half the memory; everything else in float32.
-
-    Args:
-        path: a folder, as `read_pointer` returns it.
+    A published checkpoint is loaded in bfloat16 on a GPU, for half the memory; everything else in float32.
     """
     import torch
 
@@ -70,7 +62,7 @@ def base_digest(folder: str | Path) -> str:
     """SHA-256 of the weights and the configuration of a base. ValueError if the folder holds no base."""
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".safetensors", ".json") and p.name != RECORD)
     if not files:
-        raise ValueError(f"{folder}: this folder holds no base; run `dvc repro base`")
+        raise ValueError(f"{folder}: there is no base in this folder; run `dvc repro base`")
     return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
@@ -84,27 +76,19 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def write_pointer(path: str | Path, folder: str | Path) -> None:
-    """Write ``path``, a JSON file that names the ``folder`` of a base, relative to the file, and its digest."""
-    relative = os.path.relpath(folder, Path(path).parent)
-    write_json(path, {"folder": Path(relative).as_posix(), "digest": base_digest(folder)})
+    """Write ``path``, a JSON file with the ``folder`` of a base, relative to the file, and the digest of the base."""
+    relative = Path(os.path.relpath(folder, Path(path).parent))
+    write_json(path, {"folder": relative.as_posix(), "digest": base_digest(folder)})
 
 
 def read_pointer(path: str | Path) -> Path:
-    """The folder of the base that ``path`` names.
-
-    Raises:
-        ValueError: there is no such file or folder, or the folder holds another base than when the file was written.
-    """
+    """The folder that ``path`` names. ValueError if it is missing, or holds another base than when it was written."""
     pointer = read_json(path)
     if not isinstance(pointer, dict) or not {"folder", "digest"} <= set(pointer):
         raise ValueError(f"{path}: must hold the fields folder and digest; run `dvc repro base` to write it again")
     folder = Path(os.path.normpath(Path(path).parent / pointer["folder"]))
-    if not folder.is_dir():
-        raise ValueError(f"{path}: folder is '{pointer['folder']}', and {folder} does not exist; run `dvc repro base`")
     digest = base_digest(folder)
     if digest != pointer["digest"]:
-        raise ValueError(
-            f"{path}: digest is {pointer['digest'][:12]}, but the base in {folder} has {digest[:12]}; "
-            "run `dvc repro base`, or restore the folder from git"
-        )
+        problem = f"digest is {pointer['digest'][:12]}, but the base in {folder} has {digest[:12]}"
+        raise ValueError(f"{path}: {problem}; run `dvc repro base`, or restore the folder from git")
     return folder

@@ -35,13 +35,8 @@ PLACEHOLDER = {
 
 @dataclass
 class Media:
-    """One item of a prompt.
-
-    Attributes:
-        kind: ``video`` (uint8 [T, 224, 224, 3]), ``image`` (uint8 [224, 224, 3]) or ``audio`` (float32 [samples],
-            16 kHz mono).
-        data: the decoded array.
-        fps: frames per second of a video; not used otherwise.
+    """One item of a prompt: a ``video``, uint8 [T, 224, 224, 3] at ``fps`` frames per second, an ``image``, uint8
+    [224, 224, 3], or ``audio``, float32 [samples] at 16 kHz.
     """
 
     kind: str
@@ -58,12 +53,7 @@ def save(path: str | Path, model, processor, dtype: torch.dtype = torch.float32)
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32):
-    """(model, processor) from a folder that `save` wrote, or from a published checkpoint.
-
-    Raises:
-        FileNotFoundError: the folder has no ``config.json``.
-        ImportError: the processor of a published checkpoint needs torchvision.
-    """
+    """(model, processor) from a folder that `save` wrote, or from a published checkpoint."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder}/config.json is missing: this is not a model; run `dvc repro base`")
@@ -87,10 +77,9 @@ def prompt_text(kinds: Sequence[str], instruction: str, turns: bool = True) -> s
 
 
 def prepare(processor, media: Sequence[Media], instruction: str, turns: bool = True) -> BatchFeature:
-    """Run the processor on one sample (a batch of one). All videos of a sample must have the same fps.
+    """Run the processor on one sample, a batch of one. All its videos must have the same fps.
 
-    Args:
-        turns: False puts the sound of a `CLIP` after its frames.
+    ``turns=False`` puts the sound of a `CLIP` after its frames.
     """
     kinds = tuple(item.kind for item in media)
     data = {kind: [item.data for item in media if item.kind == kind] for kind in PLACEHOLDER}
@@ -120,9 +109,8 @@ def prepare(processor, media: Sequence[Media], instruction: str, turns: bool = T
 def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
     """Run the frozen encoders on prepared samples, each encoder once for all of them.
 
-    Returns:
-        For each prompt ``input_ids`` [L]; ``position_ids`` [3, L]; ``features`` [media, hidden], one row per
-        placeholder token in prompt order; ``is_media`` [L], True at placeholder tokens.
+    Returns for each sample ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden], one row per
+    placeholder token in prompt order.
     """
     config = model.config
     lengths = [p["input_ids"].shape[1] for p in prompts]
@@ -140,9 +128,8 @@ def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tenso
             features[ids == token] = rows.float().cpu()
     samples = []
     for prompt, own, rows in zip(prompts, ids.split(lengths), features.split(lengths), strict=True):
-        at = media_mask(config, own)
-        positions = prompt_positions(model, prompt)
-        samples.append({"input_ids": own, "position_ids": positions, "features": rows[at], "is_media": at})
+        features = rows[media_mask(config, own)]
+        samples.append({"input_ids": own, "position_ids": prompt_positions(model, prompt), "features": features})
     return samples
 
 
@@ -171,15 +158,10 @@ def prompt_positions(model, inputs: BatchFeature) -> torch.Tensor:
 
 
 def collate(model, tokenizer, samples: Sequence[dict], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """A left-padded batch of encoded samples for the language model alone.
+    """A left-padded batch of encoded samples for the language model alone. Without answers, for generation.
 
-    Args:
-        samples: outputs of `encode`.
-        answers: texts to learn; None for generation, where each row ends with its prompt.
-
-    Returns:
-        ``inputs_embeds`` [B, L, hidden], ``attention_mask`` [B, L], ``position_ids`` [3, B, L], ``input_ids`` [B, L]
-        and, with answers, ``labels`` [B, L] (answer and end token only).
+    Returns ``input_ids`` and ``attention_mask`` [B, L], ``inputs_embeds`` [B, L, hidden], ``position_ids`` [3, B, L]
+    and, with answers, ``labels`` [B, L] (answer and end token only).
     """
     tails = [[]] * len(samples)
     if answers is not None:
@@ -209,12 +191,9 @@ def collate(model, tokenizer, samples: Sequence[dict], answers: Sequence[str] | 
 
 @contextmanager
 def logits_at(model, chosen) -> Iterator[None]:
-    """Inside, the model (a thinker, or the PEFT wrapper of one) computes logits at some positions only.
+    """Inside, the model computes logits only at ``chosen``, an index into the hidden states [B, L, hidden].
 
-    Qwen2.5-Omni has 152,064 words: the logits of a prompt of 1,500 tokens take half a gigabyte in bfloat16.
-
-    Args:
-        chosen: an index into the last hidden states [B, L, hidden], e.g. a bool mask [B, L].
+    With the 152,064 words of Qwen2.5-Omni, the logits of a prompt of 1,500 tokens take half a gigabyte in bfloat16.
     """
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen],))

@@ -39,12 +39,7 @@ _BLACK_FRAMES = 10  # in place of a clip of one frame, whatever number is asked 
 
 
 def prepared(slot: str, processor, record: Mapping, frames: int, instruction: str):
-    """The prompt of a record, for `omni.encode`, with the media of `load_media`.
-
-    Raises:
-        ValueError: a sound is longer than what the model hears. Of the joined sounds of v2a the second would be lost.
-        crab.data.media.MediaError: a file is missing or cannot be read.
-    """
+    """The prompt of a record, for `omni.encode`, with the media of `load_media`. ValueError if a sound is too long."""
     items = load_media(slot, record, frames)
     heard = processor.feature_extractor.n_samples
     for wave in (item.data for item in items if item.kind == "audio"):
@@ -130,11 +125,7 @@ def _scaled(image: Image.Image) -> np.ndarray:
 
 
 def sound(slot: str, wave: np.ndarray, second: int | None) -> np.ndarray:
-    """The part of a sound (float32 [samples], 16 kHz) that the model hears; see the top of this module.
-
-    Args:
-        second: index of the share that a pixel-level slot hears.
-    """
+    """The part of a sound [samples] that the model hears; ``second`` is the share that a pixel-level slot hears."""
     entry = tasks.get_slot(slot)
     wave = _padded(wave, media.RATE)
     if entry.family == "emotion recognition":

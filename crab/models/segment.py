@@ -20,11 +20,7 @@ Segmenter = Callable[[np.ndarray, Sequence[int], Sequence[Sequence[int]]], np.nd
 
 @cache
 def segmenter(name: str = GRABCUT) -> Segmenter:
-    """The segmenter ``"grabcut"``, or a SAM 2 checkpoint by folder or hub name, loaded once.
-
-    Raises:
-        ValueError: there is no such checkpoint, or it is not a whole SAM 2.
-    """
+    """``"grabcut"``, or a SAM 2 checkpoint by folder or hub name, loaded once. ValueError if it is no whole SAM 2."""
     return grabcut if name == GRABCUT else Sam2(name)
 
 
@@ -38,13 +34,9 @@ def _clipped(image: np.ndarray, box: Sequence[int]) -> tuple[int, int, int, int]
 
 
 def grabcut(image: np.ndarray, box: Sequence[int], points: Sequence[Sequence[int]] = ()) -> np.ndarray:
-    """GrabCut (Rother, Kolmogorov and Blake, 2004), three rounds, as a `Segmenter`.
+    """GrabCut (Rother, Kolmogorov and Blake, 2004), three rounds, as a `Segmenter`. Points in the box are foreground.
 
-    Gaussian mixtures model the colours inside and outside the box, and the image is cut between them. Points inside the
-    box are foreground; others are ignored.
-
-    Returns:
-        bool [H, W]. The whole box if GrabCut finds no foreground, or if the box leaves no background to model.
+    The mask is the whole box if GrabCut finds no foreground, or if the box leaves no background to model.
     """
     image = np.ascontiguousarray(image)
     mask = np.zeros(image.shape[:2], bool)
@@ -72,9 +64,6 @@ class Sam2:
     """SAM 2 (Ravi et al., 2024) of transformers, as a `Segmenter`; on the GPU if there is one.
 
     The processor of transformers needs torchvision. The few lines that one image needs are here instead.
-
-    Args:
-        name: folder or hub name of a checkpoint that `Sam2Model` can load.
     """
 
     # mean and deviation of ImageNet, for values in 0..1, with which SAM 2 was trained

@@ -13,29 +13,15 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import (
-    BatchFeature,
-    PreTrainedTokenizerFast,
-    Qwen2_5OmniProcessor,
-    Qwen2_5OmniThinkerConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-    WhisperFeatureExtractor,
-)
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from crab.data.words import PIECE
 
 #: Tokens of Qwen2.5-Omni that stand for media, by their names in its processor.
-SPECIAL = {
-    "image_token": "<|IMAGE|>",
-    "audio_token": "<|AUDIO|>",
-    "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>",
-    "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>",
-    "audio_eos_token": "<|audio_eos|>",
+SPECIAL = {f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "audio", "video")} | {
+    f"{sense}_{edge}_token": f"<|{sense}_{edge}|>" for sense in ("vision", "audio") for edge in ("bos", "eos")
 }
 PAD, UNKNOWN, START, END = "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>"
 ROLES = ("user", "assistant")
@@ -54,19 +40,19 @@ class FrameVideoProcessor(BaseVideoProcessor):
     """
 
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
+    image_mean = transformers.Qwen2VLImageProcessorPil.image_mean
+    image_std = transformers.Qwen2VLImageProcessorPil.image_std
+    temporal_patch_size = 2
 
-    image_mean, image_std = Qwen2VLImageProcessorPil.image_mean, Qwen2VLImageProcessorPil.image_std
-
-    def __init__(self, side: int, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2):
+    def __init__(self, side: int, patch_size: int, merge_size: int):
         if side % (patch_size * merge_size):
             raise ValueError(f"side {side} must be a multiple of patch_size * merge_size = {patch_size * merge_size}")
-        self.side, self.patch_size = side, patch_size
-        self.temporal_patch_size, self.merge_size = temporal_patch_size, merge_size
+        self.side, self.patch_size, self.merge_size = side, patch_size, merge_size
 
-    def __call__(self, videos, return_tensors: str | None = "pt", **_) -> BatchFeature:
+    def __call__(self, videos, return_tensors: str | None = "pt", **_) -> transformers.BatchFeature:
         patches, grids = zip(*(self.patchify(np.asarray(video)) for video in videos), strict=True)
         data = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.asarray(grids)}
-        return BatchFeature(data, tensor_type=return_tensors)
+        return transformers.BatchFeature(data, tensor_type=return_tensors)
 
     def patchify(self, video: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Patches of one video and its (time, height, width) grid. An odd last frame is repeated."""
@@ -75,9 +61,9 @@ class FrameVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"a video must be [frames, height, width, 3] with at least one frame, got {video.shape}")
         if video.shape[1:3] != (self.side, self.side):
             video = np.stack([cv2.resize(f, (self.side, self.side), interpolation=cv2.INTER_AREA) for f in video])
-        if video.shape[0] % t:
-            video = np.concatenate([video, np.repeat(video[-1:], t - video.shape[0] % t, axis=0)])
-        T, H, W = video.shape[0] // t, video.shape[1] // p, video.shape[2] // p
+        if len(video) % t:
+            video = np.concatenate([video, video[-1:]])
+        T, H, W = len(video) // t, self.side // p, self.side // p
         blocks = video.reshape(T, t, H // m, m, p, W // m, m, p, 3).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         blocks = blocks.reshape(T * H * W, 3, -1)  # reordered as bytes, before floats make them four times as large
         std = np.asarray(self.image_std)
@@ -86,7 +72,7 @@ class FrameVideoProcessor(BaseVideoProcessor):
         return pixels.reshape(T * H * W, -1), (T, H, W)
 
 
-class FrameOmniProcessor(Qwen2_5OmniProcessor):
+class FrameOmniProcessor(transformers.Qwen2_5OmniProcessor):
     """The Omni processor with a `FrameVideoProcessor`, which the type check of its parent refuses."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
@@ -95,19 +81,14 @@ class FrameOmniProcessor(Qwen2_5OmniProcessor):
         return super().check_argument_for_proper_class(argument_name, argument)
 
 
-def build_tokenizer(words: Sequence[str], tags: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: one token per word, number, punctuation mark or tag.
-
-    Args:
-        words: the vocabulary, in any order.
-        tags: answer tags such as ``<answer>``, which stay whole.
-    """
+def build_tokenizer(words: Sequence[str], tags: Sequence[str] = ()) -> transformers.PreTrainedTokenizerFast:
+    """A word-level tokenizer: one token per word, number, punctuation mark or tag such as ``<answer>``."""
     special = [PAD, UNKNOWN, START, END, *SPECIAL.values()]
     vocabulary = [*special, *ROLES, *sorted({*words, *tags} - {*special, *ROLES})]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token=UNKNOWN))
     pieces = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pieces])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNKNOWN,
@@ -121,35 +102,26 @@ def build_tokenizer(words: Sequence[str], tags: Sequence[str] = ()) -> PreTraine
 
 def build_processor(words: Sequence[str], tags: Sequence[str], size: Mapping[str, Any]) -> FrameOmniProcessor:
     """The processor of a small model: log-mel features of Whisper, patches of Qwen2-VL, word tokens."""
-    pixels = size["image_size"] ** 2
-    images = Qwen2VLImageProcessorPil(
-        patch_size=size["patch_size"],
-        merge_size=size["merge_size"],
-        size={"shortest_edge": pixels, "longest_edge": pixels},
+    area = dict.fromkeys(("shortest_edge", "longest_edge"), size["image_size"] ** 2)
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=size["patch_size"], merge_size=size["merge_size"], size=area
     )
-    sounds = WhisperFeatureExtractor(
-        feature_size=size["mel_bins"],
-        sampling_rate=SAMPLE_RATE,
-        hop_length=size["hop_length"],
-        n_fft=size["n_fft"],
-        chunk_length=CLIP_SECONDS,
+    sounds = transformers.WhisperFeatureExtractor(
+        feature_size=size["mel_bins"], hop_length=size["hop_length"], n_fft=size["n_fft"], chunk_length=CLIP_SECONDS
     )
     return _processor(images, sounds, build_tokenizer(words, tags))
 
 
 def load_processor(folder: str | Path) -> FrameOmniProcessor:
     """The processor that `crab.models.omni.save` wrote to a folder."""
-    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    sounds = WhisperFeatureExtractor.from_pretrained(Path(folder) / "audio")
-    return _processor(images, sounds, PreTrainedTokenizerFast.from_pretrained(folder))
+    images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+    sounds = transformers.WhisperFeatureExtractor.from_pretrained(Path(folder) / "audio")
+    return _processor(images, sounds, transformers.PreTrainedTokenizerFast.from_pretrained(folder))
 
 
 def _processor(images, sounds, tokenizer) -> FrameOmniProcessor:
-    shapes = {name: getattr(images, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
-    videos = FrameVideoProcessor(math.isqrt(images.size["longest_edge"]), **shapes)
-    return FrameOmniProcessor(
-        image_processor=images, video_processor=videos, feature_extractor=sounds, tokenizer=tokenizer
-    )
+    videos = FrameVideoProcessor(math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size)
+    return FrameOmniProcessor(images, videos, sounds, tokenizer)
 
 
 def tokens_per_second(processor) -> int:
@@ -157,61 +129,62 @@ def tokens_per_second(processor) -> int:
     return SAMPLE_RATE // processor.feature_extractor.hop_length // 4
 
 
-def build_model(processor, size: Mapping[str, Any], seed: int) -> Qwen2_5OmniThinkerForConditionalGeneration:
+def build_model(
+    processor, size: Mapping[str, Any], seed: int
+) -> transformers.Qwen2_5OmniThinkerForConditionalGeneration:
     """A thinker with random weights in the shapes of ``size`` (``base.size`` of params.yaml)."""
     token = processor.tokenizer.convert_tokens_to_ids
+    special = {name: token(text) for name, text in SPECIAL.items()}
     hidden, heads, width = size["hidden_size"], size["num_attention_heads"], size["encoder_size"]
     quarter = hidden // heads // 8
     mel_frames = CLIP_SECONDS * SAMPLE_RATE // size["hop_length"]
-    sections = [2 * quarter, quarter, quarter]
-    language = dict(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=hidden,
-        intermediate_size=size["intermediate_size"],
-        num_hidden_layers=size["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=size["num_key_value_heads"],
-        max_position_embeddings=2048,
-        rope_parameters=dict(rope_type="default", rope_theta=size["rope_theta"], mrope_section=sections),
-        pad_token_id=token(PAD),
-        eos_token_id=token(END),
-        tie_word_embeddings=False,
-    )
-    vision = dict(
-        depth=size["vision_layers"],
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_heads=heads,
-        patch_size=size["patch_size"],
-        spatial_merge_size=size["merge_size"],
-        window_size=size["image_size"],
-        out_hidden_size=hidden,
-        fullatt_block_indexes=list(range(size["vision_layers"])),
-    )
-    audio = dict(
-        num_mel_bins=size["mel_bins"],
-        encoder_layers=size["audio_layers"],
-        encoder_attention_heads=heads,
-        encoder_ffn_dim=2 * width,
-        d_model=width,
-        max_source_positions=mel_frames,
-        n_window=mel_frames // 2,
-        output_dim=hidden,
-    )
-    config = Qwen2_5OmniThinkerConfig(
-        text_config=language,
-        vision_config=vision,
-        audio_config=audio,
-        **{f"{kind}_token_index": token(SPECIAL[f"{kind}_token"]) for kind in ("audio", "image", "video")},
-        audio_start_token_id=token(SPECIAL["audio_bos_token"]),
-        audio_end_token_id=token(SPECIAL["audio_eos_token"]),
-        vision_start_token_id=token(SPECIAL["vision_bos_token"]),
-        vision_end_token_id=token(SPECIAL["vision_eos_token"]),
+    config = transformers.Qwen2_5OmniThinkerConfig(
+        text_config=dict(
+            vocab_size=len(processor.tokenizer),
+            hidden_size=hidden,
+            intermediate_size=size["intermediate_size"],
+            num_hidden_layers=size["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=size["num_key_value_heads"],
+            max_position_embeddings=2048,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": size["rope_theta"],
+                "mrope_section": [2 * quarter, quarter, quarter],
+            },
+            pad_token_id=token(PAD),
+            eos_token_id=token(END),
+            tie_word_embeddings=False,
+        ),
+        vision_config=dict(
+            depth=size["vision_layers"],
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_heads=heads,
+            patch_size=size["patch_size"],
+            spatial_merge_size=size["merge_size"],
+            window_size=size["image_size"],
+            out_hidden_size=hidden,
+            fullatt_block_indexes=list(range(size["vision_layers"])),
+        ),
+        audio_config=dict(
+            num_mel_bins=size["mel_bins"],
+            encoder_layers=size["audio_layers"],
+            encoder_attention_heads=heads,
+            encoder_ffn_dim=2 * width,
+            d_model=width,
+            max_source_positions=mel_frames,
+            n_window=mel_frames // 2,
+            output_dim=hidden,
+        ),
+        **{f"{kind}_token_index": special[f"{kind}_token"] for kind in ("audio", "image", "video")},
+        **{f"{sense}_start_token_id": special[f"{sense}_bos_token"] for sense in ("audio", "vision")},
+        **{f"{sense}_end_token_id": special[f"{sense}_eos_token"] for sense in ("audio", "vision")},
         user_token_id=token("user"),
         position_id_per_seconds=tokens_per_second(processor),  # video and sound keep the same clock
         seconds_per_chunk=CHUNK_SECONDS,
     )
     torch.manual_seed(seed)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     model.generation_config.update(pad_token_id=token(PAD), eos_token_id=token(END), bos_token_id=None)
     return model

@@ -1,6 +1,6 @@
 import pytest
 
-from crab.models import omni
+from crab.models import small
 from crab.models.base import probes
 
 SIZE = dict(
@@ -8,7 +8,6 @@ SIZE = dict(
     rope_theta=1e4, encoder_size=32, vision_layers=1, audio_layers=1, image_size=112, patch_size=14, merge_size=4,
     mel_bins=16, hop_length=2000, n_fft=2048,
 )  # fmt: skip
-TAGS = ("<answer>", "</answer>", "<range>", "</range>")
 
 
 @pytest.fixture(scope="session")
@@ -18,9 +17,10 @@ def size():
 
 @pytest.fixture(scope="session")
 def processor():
-    return omni.build_processor(sorted({*probes.words(), ","}), TAGS, SIZE)  # the mark is of the tasks' answers
+    words = sorted({*probes.words(), ","})  # the comma belongs to the answers of the tasks
+    return small.build_processor(words, ("<answer>", "</answer>", "<range>", "</range>"), SIZE)
 
 
 @pytest.fixture(scope="session")
 def model(processor):
-    return omni.build_model(processor, SIZE, seed=0).eval()
+    return small.build_model(processor, SIZE, seed=0).eval()

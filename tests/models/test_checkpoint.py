@@ -1,38 +1,83 @@
-"""A published checkpoint stands for the base by its name alone."""
+"""A folder may stand for a published checkpoint, and several profiles may point to one base."""
+
+import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import BertConfig
 
-from crab.models.base import train as base
 from crab.models import checkpoint, omni
-from crab.study.dataset import load_base
+from crab.models.base import train
 
 
 def test_a_folder_that_names_a_checkpoint_loads_it(model, processor, tmp_path):
-    omni.save(tmp_path / "downloaded", model, processor)
-    made = base.make_base(["bell"], [], checkpoint=str(tmp_path / "downloaded"), scenes=0)
-    base.keep(tmp_path / "base", *made[:2], str(tmp_path / "downloaded"))
-    assert [p.name for p in (tmp_path / "base").iterdir()] == [checkpoint.POINTER]  # nothing is copied
-    loaded, reader = load_base(tmp_path / "base")
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    name = str(tmp_path / "downloaded")
+    omni.save(name, model, processor)
+    made = train.make_base(tmp_path / "base", {}, {}, name, code=str)
+    train.keep(tmp_path / "base", *made, name)
+    assert made[2]["gates"] == {} and [p.name for p in (tmp_path / "base").iterdir()] == [checkpoint.POINTER]
+    loaded, reader = checkpoint.load_base(tmp_path / "base")
+    pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b.cpu()) for a, b in pairs)
     assert reader.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    assert "published checkpoint" in base.said(made[2], "x/y") and base.missed(made[2]["gates"], {}) == []
-
-
-def test_a_folder_with_a_base_stands_for_itself(model, processor, tmp_path):
-    base.keep(tmp_path, model, processor, None)
-    assert checkpoint.resolve(tmp_path) is None and load_base(tmp_path)[0].dtype == torch.float32
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"is a bert model, and must be one of qwen2_5_omni.*`checkpoint` of the base section"):
-        checkpoint.point_to(tmp_path / "base", str(tmp_path / "bert"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty' cannot be read \(.*the absolute path of a downloaded copy"):
-        checkpoint.point_to(tmp_path / "base", str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="'bert', which depends on the folder it is read in"):
-        checkpoint.point_to(tmp_path / "base", "bert")
+    for name, problem in (
+        (tmp_path / "bert", "is a bert model, not one of qwen2_5_omni.*; set base.checkpoint in params.yaml"),
+        (tmp_path / "empty", r"empty' cannot be read \(.*the absolute path of a downloaded copy"),
+        ("bert", "'bert' is a relative path, which depends on the working folder"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            checkpoint.point_to(tmp_path / "base", str(name))
     assert not (tmp_path / "base").exists()
+
+
+@pytest.fixture
+def models(model, processor, tmp_path):
+    """Two profiles that share a base, as models/base is shared."""
+    omni.save(tmp_path / "base", model, processor, torch.float16)
+    for profile in ("tiny", "study"):
+        checkpoint.write_pointer(tmp_path / profile / "base.json", tmp_path / "base")
+    return tmp_path
+
+
+def test_profiles_share_a_base_by_pointers_that_do_not_depend_on_where_they_lie(models, tmp_path_factory):
+    assert json.loads((models / "tiny/base.json").read_text(encoding="utf-8"))["folder"] == "../base"
+    moved = tmp_path_factory.mktemp("moved") / "models"
+    shutil.move(models, moved)
+    assert checkpoint.read_pointer(moved / "tiny/base.json") == checkpoint.read_pointer(moved / "study/base.json")
+    loaded, _ = checkpoint.load_base(checkpoint.read_pointer(moved / "tiny/base.json"))
+    assert loaded.dtype == torch.float32 and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_pointer_to_no_base_or_to_another_one_is_refused(models):
+    pointer = models / "tiny/base.json"
+    (models / "base" / checkpoint.RECORD).write_text("{}", encoding="utf-8")  # how it was trained decides nothing later
+    assert checkpoint.read_pointer(pointer) == models / "base"
+    config = models / "base/config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace("silu", "gelu"), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="tiny/base.json: digest is .*, but the base in .* has .*; run `dvc repro base`"
+    ):
+        checkpoint.read_pointer(pointer)
+    shutil.rmtree(models / "base")
+    with pytest.raises(ValueError, match=r"folder is '../base', and .* does not exist; run `dvc repro base`"):
+        checkpoint.read_pointer(pointer)
+    (models / "base").mkdir()
+    with pytest.raises(ValueError, match="holds no base; run `dvc repro base`"):
+        checkpoint.write_pointer(pointer, models / "base")
+    pointer.write_text('{"folder": "../base"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="base.json: must hold the fields folder and digest"):
+        checkpoint.read_pointer(pointer)
+
+
+def test_pointers_are_read_without_torch():
+    code = "import sys, crab.models.checkpoint; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

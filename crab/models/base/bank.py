@@ -17,16 +17,12 @@ from crab.world.scene import SECONDS, Scene
 
 
 class Bank:
-    """Encoded scenes.
-
-    Args:
-        through_files: write each clip as mp4, jpg and mp3 and read it back, as the samples of the data are.
+    """Encoded scenes. ``through_files`` writes each clip as mp4, jpg and mp3 and reads it back, as samples are.
 
     Attributes:
         tokens: features by kind, float16 [N, tokens, width]: ``video`` and ``audio`` of the whole clip, ``image`` and
             ``second`` (its sound) of one second.
-        seconds: which second that is, [N].
-        sources: how many things are both seen and heard in it, [N].
+        seconds, sources: which second that is, and how many things are both seen and heard in it, [N].
     """
 
     def __init__(self, model, processor, scenes: list[Scene], seed: int, workers: int = 0, through_files: bool = False):

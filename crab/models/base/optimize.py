@@ -13,13 +13,9 @@ from torch import nn
 
 
 class MuonAdamW:
-    """Two optimizers that step together, with clipping and a schedule.
+    """Two optimizers that step together: Muon for the matrices of ``layers``, AdamW for the rest and ``others``.
 
-    Args:
-        layers: Muon takes their two-dimensional weights. Its updates are scaled to the size of AdamW's, so that one
-            learning rate serves both.
-        others: further parameters for AdamW (embeddings, heads, convolutions).
-        schedule: step number -> factor of the learning rate.
+    The updates of Muon are scaled to the size of AdamW's, so that one learning rate serves both.
     """
 
     def __init__(

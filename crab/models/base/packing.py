@@ -68,7 +68,8 @@ class Packer:
     def pack(self, rows: Sequence[Row], bank: Bank) -> dict:
         """ids [B, L], position_ids [3, B, L], block [B, L], target [B, L], and media: the features of each row.
 
-        Block 0 is the context, k the k-th probe of a row, -1 padding. The template of the first row serves all rows.
+        Block 0 is the context, k the k-th probe of a row, -1 padding. The template of the first row serves all rows,
+        also where pairs of videos and pairs of sounds mix: the base in git was trained so.
         """
         prefix, prefix_positions, order = self.template(tuple(kind for kind, _ in rows[0].media), bank)
         columns: dict[str, list[torch.Tensor]] = {"ids": [], "position_ids": [], "block": [], "target": []}

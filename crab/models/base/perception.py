@@ -43,8 +43,7 @@ NAMES = WORDS["name"]
 def visual_targets(scene: Scene, seconds: tuple[int, int]) -> dict[str, np.ndarray]:
     """What is in each quadrant of two frames; -100 where there is nothing to ask. A still is the same frame twice.
 
-    Returns:
-        name, colour, motion, emotion [4]; present [4, 2]; box [4, 2, 4] in bins of `STEP` pixels.
+    Returns name, colour, motion, emotion [4], present [4, 2], and box [4, 2, 4] in bins of `STEP` pixels.
     """
     out = {key: np.full(4, omni.IGNORE) for key in ("colour", "motion", "emotion")}
     out |= {"name": np.full(4, NAMES.index(NOTHING)), "present": np.zeros((4, 2), np.float32)}
@@ -68,9 +67,8 @@ def visual_targets(scene: Scene, seconds: tuple[int, int]) -> dict[str, np.ndarr
 def audio_targets(scene: Scene, tokens: int, only: int | None = None) -> dict[str, np.ndarray]:
     """What sounds during each token of the clip, or of the second ``only``; -100 where there is nothing to ask.
 
-    Returns:
-        present [tokens, 9] for classes and the voice; emotion of the voice [tokens]; second [tokens]. Silence has its
-        second too, so that it tells the time of what is seen beside it. A second alone does not tell which it is.
+    Returns present [tokens, 9] for classes and the voice, emotion of the voice [tokens], and second [tokens]. Silence
+    has its second too, so that it tells the time of what is seen beside it. One second alone does not tell its own.
     """
     present = np.zeros((tokens, len(CLASSES) + 1), np.float32)
     emotion = np.full(tokens, omni.IGNORE)
@@ -93,12 +91,10 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class DenseHeads(nn.Module):
-    """Reads dense targets from tokens by inner product with word embeddings.
+    """Reads dense targets from tokens by inner product with the word embeddings of the language model.
 
-    Args:
-        embedding: of the language model. It stays fixed: random directions, nearly orthogonal, to which video and sound
-            both can align. If it were trained, it would drift away from the encoder that is trained first.
-        word_id: word -> row of the embedding.
+    These stay fixed: random directions, nearly orthogonal, to which video and sound both can align. If they were
+    trained, they would drift away from the encoder that is trained first.
     """
 
     #: Factor of the logits of edges and presence. At 1 they take as much of a token as its words do. With a larger
@@ -147,13 +143,7 @@ class DenseHeads(nn.Module):
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Batches of dense training, rendered when they are needed.
-
-    Args:
-        render: `sight` or `sound`.
-        scene_of: gives the n-th of ``count`` scenes.
-        seeds: of the random numbers of all workers.
-    """
+    """Batches that `sight` or `sound` renders when they are needed. ``scene_of`` gives the n-th of ``count`` scenes."""
 
     def __init__(self, render, processor, scene_of, count: int, size: int, steps: int, seeds: Sequence[int]):
         self.render, self.processor, self.scene_of, self.count = render, processor, scene_of, count
@@ -224,12 +214,7 @@ class _LinearPatches(nn.Module):
 def train_encoders(
     model, processor, scene_of: Callable[[int], Scene], count: int, plan: Mapping[str, Any], seed: int, workers: int = 1
 ) -> dict[str, list[dict[str, float]]]:
-    """Train both encoders on dense targets; word embeddings get length 1. Returns the losses of each step.
-
-    Args:
-        scene_of: gives the n-th of ``count`` scenes.
-        plan: ``base.encoders`` of params.yaml.
-    """
+    """Train both encoders by ``plan`` (``base.encoders`` of params.yaml). Returns the losses of each step."""
     embedding = model.get_input_embeddings()
     with torch.no_grad():
         embedding.weight.div_(embedding.weight.norm(dim=1, keepdim=True).clamp_min(1e-6))

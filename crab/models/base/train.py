@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -11,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from crab.data.files import atomic_file, atomic_folder, digest_of, read_json, write_json
 from crab.models import omni, small
@@ -124,15 +121,16 @@ def _phase(model, folder: str | Path | None, name: str, train: Callable[[Path | 
     began = time.perf_counter()
     if folder is None:
         return train(None), round(time.perf_counter() - began, 1)
-    path, unfinished = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.unfinished.pt"
-    if not path.exists():
-        record = [train(unfinished), round(time.perf_counter() - began, 1)]
-        with atomic_file(path) as part:
-            save_file(model.state_dict(), part, metadata={"record": json.dumps(record)})
-        unfinished.unlink(missing_ok=True)
-    model.load_state_dict(load_file(path))
-    with safe_open(path, "pt") as file:
-        return tuple(json.loads(file.metadata()["record"]))
+    path, unfinished = Path(folder) / f"{name}.pt", Path(folder) / f"{name}.unfinished"
+    if path.exists():
+        state, result, seconds = torch.load(path, weights_only=True)
+        model.load_state_dict(state)
+        return result, seconds
+    result, seconds = train(unfinished), round(time.perf_counter() - began, 1)
+    with atomic_file(path) as part:
+        torch.save((model.state_dict(), result, seconds), part)
+    unfinished.unlink(missing_ok=True)
+    return result, seconds
 
 
 def _round(model) -> None:
@@ -143,21 +141,16 @@ def _round(model) -> None:
 
 
 def final_gates(model, processor, held_out: Bank, seed: int) -> dict[str, dict[str, float]]:
-    """All skills on held-out scenes, see `crab.models.base.curriculum.probe_accuracy`."""
+    """`probe_accuracy` of all skills on held-out scenes."""
     checker = curriculum.Sampler(held_out, processor, np.random.default_rng(seed + 2))
     checker.weights = dict.fromkeys(probes.SKILLS, 1.0)
     return curriculum.probe_accuracy(Packer(model, processor), checker, contexts=4 * len(held_out.scenes))
 
 
 def floors(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]) -> dict[str, float]:
-    """The least accuracy of each skill that has a gate.
+    """The least accuracy of each measured skill, by ``least`` (``base.gates`` of params.yaml).
 
-    Args:
-        gates: of the report.
-        least: ``base.gates`` of params.yaml: skill -> least accuracy; ``all`` is for the skills that it does not name.
-
-    Raises:
-        ValueError: ``least`` names a skill that was not measured.
+    There, ``all`` is for the skills without a number of their own. ValueError if it names a skill that has no gate.
     """
     unknown = sorted(set(least) - set(gates) - {"all"})
     if unknown:
