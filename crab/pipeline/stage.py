@@ -123,7 +123,7 @@ def run(folder: Path, stage: str) -> Path:
     meter, begin = _Meter(), time.monotonic()
     meter.start()
     # outside the stage's folder, which the notebook itself may replace as a whole
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=reports) as scratch:
+    with tempfile.TemporaryDirectory(".partial", ".", reports, ignore_cleanup_errors=True) as scratch:
         temporary = Path(scratch) / "notebook.ipynb"
         try:
             with _environment(folder, Path(scratch)):
