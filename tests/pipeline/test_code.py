@@ -153,34 +153,30 @@ def test_training_depends_on_no_task():
 
 
 LOADED = """
-import ast, json, os, sys
-from pathlib import Path
+import json, os, sys
 import torch, transformers, peft, pandas, matplotlib.pyplot  # once, before the forks
-for path in map(Path, sys.argv[1:]):
-    sys.stdout.flush()
+for name, imports in json.load(sys.stdin).items():
     if os.fork() == 0:
-        for cell in [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]:
-            for node in ast.walk(ast.parse("".join(cell["source"]))):
-                if isinstance(node, ast.Import | ast.ImportFrom):
-                    exec(compile(ast.Module([node], []), str(path), "exec"), {})
-        names = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "crab"]
-        print(json.dumps([path.name, [os.path.relpath(f) for f in names]]), flush=True)
+        exec(imports)
+        print(json.dumps([name, [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "crab"]]), flush=True)
         os._exit(0)
-    _, status = os.wait()
-    assert status == 0, path
+    assert os.wait()[1] == 0, name
 """
 
 
 @pytest.mark.slow
 def test_python_loads_no_module_that_is_not_listed():
     """The independent truth: what is in sys.modules after a notebook's own imports."""
-    notebooks = params.notebooks(REPOSITORY).values()
+    listed, imports = {}, {}
+    for stage, path in params.notebooks(REPOSITORY).items():
+        cells = "".join(stages.code_cells(params.read_notebook(path), path.name))
+        listed[stage] = {str(REPOSITORY / name) for name in modules(REPOSITORY, cells)}
+        nodes = [node for node in ast.walk(ast.parse(cells)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports[stage] = "\n".join(map(ast.unparse, nodes))
     done = subprocess.run(
-        [sys.executable, "-c", LOADED, *map(str, notebooks)],
-        cwd=REPOSITORY, env=environment(REPOSITORY), check=True, stdout=subprocess.PIPE, encoding="utf-8",
+        [sys.executable, "-c", LOADED], cwd=REPOSITORY, env=environment(REPOSITORY), check=True,
+        input=json.dumps(imports), stdout=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
-    loaded = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-    assert set(loaded) == {path.name for path in notebooks}
-    for path in notebooks:
-        cells = stages.code_cells(params.read_notebook(path), path.name)
-        assert set(loaded[path.name]) <= set(modules(REPOSITORY, "\n".join(cells))), path.name
+    loaded = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert set(loaded) == set(listed)
+    assert not {stage: set(loaded[stage]) - listed[stage] for stage in listed if set(loaded[stage]) - listed[stage]}

@@ -54,13 +54,10 @@ def code(source: str, *tags: str):
 
 def write_notebook(folder: Path, stage: str, values: dict, *cells) -> Path:
     """A notebook of ``stage`` whose parameters cell holds ``values``."""
-    head = [
-        new_markdown_cell(f"# Toy {stage}"),
-        code("\n".join(f"{k} = {v!r}" for k, v in values.items()), "parameters"),
-    ]
+    parameters = code("\n".join(f"{k} = {v!r}" for k, v in values.items()), "parameters")
     path = folder / "notebooks" / f"{STAGES.index(stage) + 1:02}_{stage}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(new_notebook(cells=head + list(cells)), path)
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# Toy {stage}"), parameters, *cells]), path)
     return path
 
 
@@ -68,15 +65,9 @@ def write_notebooks(folder: Path) -> None:
     """Toy notebooks of all stages, with the default parameters."""
     for stage in STAGES:
         values = dict.fromkeys(["profile", *SECTIONS[stage], *(["resamples"] if stage == "evaluate" else [])])
-        work = WORK.format(stage=stage, files=FILES.get(stage, ""))
-        write_notebook(
-            folder,
-            stage,
-            values,
-            code(work),
-            code(FIGURE.format(stage=stage, pixel=PIXEL), "result"),
-            code(RESULT, "result"),
-        )
+        work = code(WORK.format(stage=stage, files=FILES.get(stage, "")))
+        results = [FIGURE.format(stage=stage, pixel=PIXEL), RESULT]
+        write_notebook(folder, stage, values, work, *(code(result, "result") for result in results))
     params.write_defaults(folder)
 
 
