@@ -34,20 +34,13 @@ def test_two_workers_build_the_same_bytes(tree, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
 
 
-def test_another_seed_builds_another_tree_that_replaces_the_first(tmp_path):
-    root = tmp_path / "tree"
-    generate.build(root, 0, slots=["ks"], **TINY)
-    first = digests(root)
-    generate.build(root, 1, slots=["cremad", "ks"], **TINY)
-    second = digests(root)
-    assert first["AVUIE_2/ks/train.json"] != second["AVUIE_2/ks/train.json"] and "AVUIE_2/cremad/train.json" in second
+def test_a_build_replaces_another_and_a_larger_one_keeps_its_records(tmp_path):
+    def build(seed, slots, train):
+        generate.build(tmp_path / "tree", seed, slots=slots, **{**TINY, "train": train})
+        return {p.parent.name: json.loads(p.read_bytes()) for p in (tmp_path / "tree").rglob("train.json")}
 
-
-def test_a_larger_build_keeps_the_records_of_a_smaller_one(tmp_path):
-    for count in (2, 3):
-        generate.build(tmp_path / str(count), 0, slots=["ave"], **{**TINY, "train": count})
-    small, large = (json.loads((tmp_path / n / "AVUIE_2/ave/train.json").read_text("utf-8")) for n in ("2", "3"))
-    assert large[:2] == small
+    small, large, other = build(0, ["ks"], 2), build(0, ["cremad", "ks"], 3), build(1, ["ks"], 2)
+    assert large["ks"][:2] == small["ks"] != other["ks"] and (set(large), set(other)) == ({"cremad", "ks"}, {"ks"})
 
 
 def test_train_test_and_base_scenes_are_disjoint(tree):
@@ -115,23 +108,14 @@ def test_a_small_build_is_quick(tree):
     assert tree.cost < 20  # seconds of processor time on a loaded machine; an idle one needs 4
 
 
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        ({"train": 0}, "train is 0"),
-        ({"test": -1}, "test is -1"),
-        ({"workers": 0}, "workers is 0"),
-        ({"train": 2.5}, "train is 2.5"),
-        ({"seed": "x"}, "seed is 'x'"),
-        ({"caption": True}, "caption is True"),
-        ({"slots": ["avee"]}, "did you mean 'ave'"),
-        ({"slots": []}, "slots is empty"),
-        ({"slots": "ave"}, "list of names"),
-    ],
-)
-def test_a_wrong_parameter_is_named(tmp_path, wrong, words):
+NUMBERS = [("train", 0), ("test", -1), ("workers", 0), ("train", 2.5), ("seed", "x"), ("caption", True)]
+SLOTS = [("slots", ["avee"], "mean 'ave'"), ("slots", [], "slots is empty"), ("slots", "ave", "list of names")]
+
+
+@pytest.mark.parametrize("name, value, words", [*((*n, "{} is {!r}".format(*n)) for n in NUMBERS), *SLOTS])
+def test_a_wrong_parameter_is_named(tmp_path, name, value, words):
     with pytest.raises(ValueError, match=words):
-        generate.build(tmp_path / "x", **{"workers": 1, "progress": False, **wrong})
+        generate.build(tmp_path / "x", **{**TINY, name: value})
     assert not list(tmp_path.iterdir())
 
 
@@ -144,15 +128,15 @@ def test_other_data_is_not_replaced(tmp_path):
         generate.build(tmp_path / "file", workers=1)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_failed_build_leaves_the_old_one(tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize("workers, module, name", [(1, media, "write_audio"), (2, records, "write")])
+def test_a_failed_build_leaves_the_old_one(tmp_path, monkeypatch, workers, module, name):
+    def fail(*_):
+        raise OSError("disk full")
+
     root = tmp_path / "tree"
     generate.build(root, 0, slots=["ks"], **TINY)
     before = digests(root)
-    if workers == 1:
-        monkeypatch.setattr(media, "write_audio", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    else:  # the parent fails while workers render
-        monkeypatch.setattr(records, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(module, name, fail)
     with pytest.raises(OSError, match="disk full"):
         generate.build(root, 1, slots=["ks"], **{**TINY, "workers": workers})
     assert digests(root) == before and [p.name for p in tmp_path.iterdir()] == ["tree"]

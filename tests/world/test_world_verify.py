@@ -12,24 +12,10 @@ from hypothesis import strategies as st
 
 from crab import tasks
 from crab.data import records
-from crab.world import chains
+from crab.world import chains, verify
 from crab.world.generate import SUMMARY
 from crab.world.scene import CLASSES, COLOURS, EMOTIONS, FACE, MOTIONS, Scene, Thing
-from crab.world.verify import (
-    FALSE,
-    TRUE,
-    UNREADABLE,
-    Evidence,
-    Verdict,
-    chain,
-    evidence,
-    known,
-    moment,
-    read_evidence,
-    statements,
-    verify,
-    verify_answer,
-)
+from crab.world.verify import FALSE, TRUE, UNREADABLE, Evidence, evidence, moment
 from crab.world.views import VIEWS, view
 
 # Words that can stand in each other's place.
@@ -45,32 +31,19 @@ def samples(slot, count):
             yield index, view(slot, split, index, 3)
 
 
-def answer_of(slot, record):
-    return record[tasks.get_slot(slot).answer_field]
-
-
 def verdicts(text, shown):
-    return [v.verdict for v in verify(text, shown)]
+    return [v.verdict for v in verify.verify(text, shown)]
 
 
 def shown_by(slot, index, one):
-    """Scenes seen and heard in a record, from its slot and place only; a still is cut to its second by hand."""
+    """Scenes seen and heard in a record, from its slot and place only."""
     seen, heard = list(one.scenes), list(one.scenes)
     if slot == "a2v":
         heard = [one.scenes[index % 2]]
     if slot == "v2a":
         seen = [one.scenes[index % 2]]
     if "second" in one.record:
-        second = one.record["second"]
-        cut = [
-            replace(
-                t,
-                visible=t.visible if t.visible and t.visible[0] <= second < t.visible[1] else None,
-                sounding=t.sounding if t.sounding and t.sounding[0] <= second < t.sounding[1] else None,
-            )
-            for t in one.scenes[0].things
-        ]
-        seen = heard = [replace(one.scenes[0], things=tuple(cut))]
+        seen = heard = [moment(one.scenes[0], one.record["second"])]
     return seen, heard
 
 
@@ -113,19 +86,14 @@ def mutations(statement):
 
 
 @pytest.mark.parametrize("slot", VIEWS)
-def test_every_statement_of_every_chain_is_true(slot):
-    for index, one in samples(slot, 60):
-        result = verify_answer(slot, answer_of(slot, one.record), evidence(slot, one))
-        assert result and all(v.verdict == TRUE for v in result), (index, result, one.scenes)
-
-
-@pytest.mark.parametrize("slot", VIEWS)
-def test_one_changed_word_is_caught(slot):
+def test_every_statement_is_true_and_one_changed_word_is_caught(slot):
     caught = 0
-    for index, one in samples(slot, 12):
-        shown, true = evidence(slot, one), sayable(*shown_by(slot, index, one))
-        said = statements(chain(slot, answer_of(slot, one.record)))
-        for place, statement in enumerate(said):
+    for index, one in samples(slot, 60):
+        shown, answer = evidence(slot, one), one.record[tasks.get_slot(slot).answer_field]
+        said = verify.statements(verify.chain(slot, answer))
+        assert said and verify.verify_answer(slot, answer, shown) == [(statement, TRUE) for statement in said], one
+        true = sayable(*shown_by(slot, index, one)) if index < 12 else ()
+        for place, statement in enumerate(said if true else ()):
             both = statement.startswith("both hold")  # the one overlap of what stands before it: no other is true
             assert both or statement in true
             for changed in mutations(statement):
@@ -154,7 +122,8 @@ HAND_WORKED = {
     "i see a red bell at top left and a blue drum at top left . i see an orange face showing fear at bottom right . "
     "i see a green horn at bottom left . i see nothing . i hear nothing . i see no bell . i see no blue drum . "
     "i hear no bell . i hear no voice . the blue drum sounds . the green horn sounds . the red bell is silent . "
-    "the red drum is silent . the horn is first . the drum is first . three seen and heard . two seen and three heard .",
+    "the red drum is silent . the horn is first . the drum is first . three seen and heard . "
+    "two seen and three heard .",
     UNREADABLE: "video one shows a red bell at top left . sound two is a bell . i see a pink bell . i see . "
     "i see a red bell , a drum . the bell sounds lovely . five seen . i see no nothing . i see a red bell and . "
     "i hear a bell from 00000 to 6 . i hear a bell from ٠ to ٦ . 我听到钟声 . both hold from 2 to 6 .",
@@ -163,21 +132,24 @@ HAND_WORKED = {
 
 @pytest.mark.parametrize("verdict", HAND_WORKED)
 def test_hand_worked(verdict):
-    said = statements(HAND_WORKED[verdict])
-    assert verify(HAND_WORKED[verdict], SHOWN) == [Verdict(statement, verdict) for statement in said]
+    said = verify.statements(HAND_WORKED[verdict])
+    assert verify.verify(HAND_WORKED[verdict], SHOWN) == [(statement, verdict) for statement in said]
     assert [verdicts(statement, SHOWN) for statement in said] == [[verdict]] * len(said)
+
+
+HEARD, SEEN = "i hear a bell from 0 to 6", "i see a red bell at top left from 2 to 8"
 
 
 @pytest.mark.parametrize(
     "first, second, times, expected",
     [
-        ("i hear a bell from 0 to 6", "i see a red bell at top left from 2 to 8", "2 to 6", [TRUE] * 3),
-        ("i hear a bell from 0 to 6", "i see a red bell at top left from 2 to 8", "2 to 8", [TRUE, TRUE, FALSE]),
+        (HEARD, SEEN, "2 to 6", [TRUE] * 3),
+        (HEARD, SEEN, "2 to 8", [TRUE, TRUE, FALSE]),
         # the overlap of what is said, but what is said is false
-        ("i hear a bell from 0 to 7", "i see a red bell at top left from 2 to 8", "2 to 7", [FALSE, TRUE, FALSE]),
-        ("i hear a bell", "i see a red bell at top left from 2 to 8", "2 to 6", [TRUE, TRUE, UNREADABLE]),
-        ("i hear a bell from 0 to 6", "what", "2 to 6", [TRUE, UNREADABLE, UNREADABLE]),
-        ("what", "i hear a bell from 0 to 6", "0 to 6", [UNREADABLE, TRUE, UNREADABLE]),
+        ("i hear a bell from 0 to 7", SEEN, "2 to 7", [FALSE, TRUE, FALSE]),
+        ("i hear a bell", SEEN, "2 to 6", [TRUE, TRUE, UNREADABLE]),
+        (HEARD, "what", "2 to 6", [TRUE, UNREADABLE, UNREADABLE]),
+        ("what", HEARD, "0 to 6", [UNREADABLE, TRUE, UNREADABLE]),
     ],
 )
 def test_both_hold_refers_to_the_two_statements_before(first, second, times, expected):
@@ -201,36 +173,36 @@ def test_a_sound_from_the_place_of_a_silent_thing_is_not_its_sound():
 
 
 def test_the_chain_ends_where_the_answer_begins():
-    assert chain("ks", "i see it . <answer>a</answer> more .") == "i see it . "
-    assert chain("s4", "i see it . [1,2,3,4] [1,2]") == "i see it . "
-    assert chain("avcap", "one seen . i < you") == "one seen . i < you"
-    assert verify_answer("ks", "<answer>still</answer>", SHOWN) == verify(" . .. .", SHOWN) == []
+    assert verify.chain("ks", "i see it . <answer>a</answer> more .") == "i see it . "
+    assert verify.chain("s4", "i see it . [1,2,3,4] [1,2]") == "i see it . "
+    assert verify.chain("avcap", "one seen . i < you") == "one seen . i < you"
+    assert verify.verify_answer("ks", "<answer>still</answer>", SHOWN) == verify.verify(" . .. .", SHOWN) == []
 
 
 def test_a_built_tree_verifies(tree):
     for slot in VIEWS:
         for split in ("train", "test") if tasks.get_slot(slot).test else ("train",):
             read = records.read(tree.root, slot, split)
-            for record, shown in zip(read, read_evidence(tree.root, slot, split, read), strict=True):
-                assert all(v.verdict == TRUE for v in verify_answer(slot, answer_of(slot, record), shown))
+            for record, shown in zip(read, verify.read_evidence(tree.root, slot, split, read), strict=True):
+                text = record[tasks.get_slot(slot).answer_field]
+                assert all(v.verdict == TRUE for v in verify.verify_answer(slot, text, shown))
 
 
 def test_records_that_the_views_do_not_make(tree, tmp_path):
     read = records.read(tree.root, "ks", "test")
-    assert known(tree.root) and not known(tmp_path)
+    assert verify.known(tree.root) and not verify.known(tmp_path)
     with pytest.raises(ValueError, match="build.json: no such file.*no scene graph"):
-        read_evidence(tmp_path, "ks", "test", read)
+        verify.read_evidence(tmp_path, "ks", "test", read)
     with pytest.raises(records.RecordError, match="test.json: record 1, field 'scene'.*build the data again"):
-        read_evidence(tree.root, "ks", "test", [read[0], {**read[1], "scene": 3}])
-    with pytest.raises(records.RecordError, match="record 0, field"):
-        read_evidence(tree.root, "ks", "test", read[::-1])
-    (tmp_path / SUMMARY).write_text(json.dumps({"seed": tree.seed + 1}), encoding="utf-8")
-    with pytest.raises(records.RecordError, match="record 0, field"):
-        read_evidence(tmp_path, "ks", "test", read)
+        verify.read_evidence(tree.root, "ks", "test", [read[0], {**read[1], "scene": 3}])
     for bad in ("[]", "{}", '{"seed": "5"}'):
         (tmp_path / SUMMARY).write_text(bad, encoding="utf-8")
         with pytest.raises(ValueError, match="seed"):
-            read_evidence(tmp_path, "ks", "test", read)
+            verify.read_evidence(tmp_path, "ks", "test", read)
+    (tmp_path / SUMMARY).write_text(json.dumps({"seed": tree.seed + 1}), encoding="utf-8")
+    for root, order in ((tree.root, read[::-1]), (tmp_path, read)):
+        with pytest.raises(records.RecordError, match="record 0, field"):
+            verify.read_evidence(root, "ks", "test", order)
 
 
 MORE = (
@@ -242,10 +214,9 @@ WORDS = sorted({word for kind in KINDS for word in kind} | set(MORE.split()))
 @settings(max_examples=300)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)))
 def test_any_text_has_a_verdict(text):
-    result = verify(text, SHOWN)
-    assert all(v.verdict in (TRUE, FALSE, UNREADABLE) and v.statement for v in result)
-    assert verify(text, SHOWN) == result
-    verify_answer("s4", text, SHOWN)
+    result = verify.verify(text, SHOWN)
+    assert all(verdict in (TRUE, FALSE, UNREADABLE) and statement for statement, verdict in result)
+    verify.verify_answer("s4", text, SHOWN)
 
 
 @pytest.mark.parametrize(
@@ -258,5 +229,5 @@ def test_any_text_has_a_verdict(text):
 def test_long_texts_take_little_time(piece):
     began = time.process_time()
     for length in (99_999, 10_000_000):
-        assert verify(("i see " + piece * (length // len(piece)))[:length], SHOWN)
+        assert verify.verify(("i see " + piece * (length // len(piece)))[:length], SHOWN)
     assert time.process_time() - began < 5
