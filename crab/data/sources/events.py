@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from crab.data.sources.raw import Draft, LeftOut, Raw, Row, SourceError
-from crab.tasks.matching import CHOICES
-from crab.tasks.temporal import EventRange
-from crab.tasks.video_parsing import ModalEvent
+from crab.tasks.labels import CHOICES
+from crab.tasks.temporal import EventRange, ModalEvent
 
 AVE = (
     "Church bell & Male speech, man speaking & Bark & Fixed-wing aircraft, airplane & Race car, auto racing & "
