@@ -1,6 +1,7 @@
 """What the base is taught must be true of the scene, packing must not change what a prompt sees, training resumes."""
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,6 +35,17 @@ def answers(draw) -> dict[str, set[str]]:
     return out
 
 
+SIGHTS = "i see a red bell at top left and a blue drum at top right ."
+VIDEOS = (
+    "video one shows a red bell at top left . video one shows a blue drum at top right . "
+    "video two shows a red horn at bottom right ."
+)
+SOUNDS = "sound one is a bell . sound one is a flute . sound two is a horn ."
+CAPTION = (
+    "two seen and two heard . i see a red bell still at top left from 2 to 8 . i see a blue drum swaying at top right "
+    "from 0 to 10 . i hear a bell from 3 to 5 . i hear a flute from 6 to 9 ."
+)
+
 WORKED = [  # what is drawn, then each question with its only answer; None: it is not asked
     (lambda r: probes.clip_probes(SCENE, r), {
         "is the bell visible ?": "yes", "is the flute visible ?": "no", "is the flute heard ?": "yes",
@@ -63,6 +75,16 @@ WORKED = [  # what is drawn, then each question with its only answer; None: it i
     (lambda r: probes.pair_probes(SCENE, Scene(1, 0, (BELL, HORN)), "sound", r), {
         "which sound is the flute ?": "first", "find the horn in the two sounds .": "second",
         "which sound is the bell ?": None, "which sound is the drum ?": None}),
+    (lambda r: probes.clip_told(SCENE, r), {
+        "describe the scene .": CAPTION, "describe what is seen .": SIGHTS, "describe where things are .": None,
+        "describe what is heard .": "i hear a bell and a flute .",
+        "describe which things sound .": "the red bell sounds . the blue drum is silent ."}),
+    (lambda r: probes.still_told(SCENE, 1, r), {
+        "describe what is seen .": "i see a blue drum at top right .", "describe what is heard .": "i hear nothing .",
+        "describe which things sound .": "the blue drum is silent .", "describe the scene .": None,
+        "describe where things are .": "the blue drum is at 144 32 208 80 ."}),
+    (lambda r: [probes.pair_told(SCENE, OTHER, "video", r)], {"describe what is seen .": VIDEOS}),
+    (lambda r: [probes.pair_told(SCENE, OTHER, "sound", r)], {"describe what is heard .": SOUNDS}),
 ]  # fmt: skip
 
 
@@ -80,32 +102,6 @@ def test_times_are_asked_of_two_things_and_pickers_are_all_that_are_seen():
         assert {answer for skill, answer, _ in asked if skill == "time seen"} == {"from 2 to 8", "from 0 to 10"}
         assert {answer for skill, answer, _ in asked if skill == "time heard"} == {"from 3 to 5", "from 6 to 9"}
         assert [picked for skill, _, picked in asked if skill == "which sounds"] == [{"bell", "drum"}]
-
-
-SIGHTS = "i see a red bell at top left and a blue drum at top right ."
-VIDEOS = (
-    "video one shows a red bell at top left . video one shows a blue drum at top right . "
-    "video two shows a red horn at bottom right ."
-)
-SOUNDS = "sound one is a bell . sound one is a flute . sound two is a horn ."
-
-
-def test_a_scene_told_in_sentences_worked_by_hand():
-    assert {p.skill: p.answer for p in probes.clip_told(SCENE, rng())} == {
-        "caption": "two seen and two heard . i see a red bell still at top left from 2 to 8 . "
-        "i see a blue drum swaying at top right from 0 to 10 . i hear a bell from 3 to 5 . i hear a flute from 6 to 9 .",
-        "sights told": SIGHTS,
-        "sounds told": "i hear a bell and a flute .",
-        "sources told": "the red bell sounds . the blue drum is silent .",
-    }
-    assert {p.skill: p.answer for p in probes.still_told(SCENE, 1, rng())} == {
-        "sights told": "i see a blue drum at top right .",
-        "sounds told": "i hear nothing .",
-        "sources told": "the blue drum is silent .",
-        "boxes told": "the blue drum is at 144 32 208 80 .",
-    }
-    assert probes.pair_told(SCENE, OTHER, "video", rng()).answer == VIDEOS
-    assert probes.pair_told(SCENE, OTHER, "sound", rng()).answer == SOUNDS
 
 
 @pytest.mark.parametrize("which, what, expected", [
@@ -163,8 +159,7 @@ def bank(model, processor):
 def test_a_bank_through_files_is_close_to_the_rendered_one(model, processor, bank):
     files = Bank(model, processor, bank.scenes[:2], seed=0, through_files=True)
     for kind in ("video", "image"):
-        a, b = files.tokens[kind].float(), bank.tokens[kind][:2].float()
-        assert torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() > 0.95
+        assert torch.cosine_similarity(files.tokens[kind].float(), bank.tokens[kind][:2].float(), -1).mean() > 0.95
 
 
 @pytest.mark.parametrize("text", ["", "i hear a drum ."])
@@ -248,27 +243,19 @@ def equal(one, two):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-def test_a_killed_training_goes_on_to_the_weights_it_would_have_had(tmp_path, section, monkeypatch):
+def test_a_killed_training_goes_on_to_the_weights_it_would_have_had(tmp_path, section):
     def make(phases):
         return train.make_base(None, VOCABULARY, section, code=str, phases=tmp_path / phases, workers=0)
 
     whole, _, report = make("whole")
-    checks, check = [], curriculum.probe_accuracy
-
-    def killed_at_the_third(*args, **kwargs):
-        checks.append(0)
-        if len(checks) == 3:
-            raise KeyboardInterrupt
-        return check(*args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(curriculum, "probe_accuracy", killed_at_the_third)
+    killed = mock.Mock(wraps=curriculum.probe_accuracy, side_effect=[mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt])
+    with mock.patch.object(curriculum, "probe_accuracy", killed), pytest.raises(KeyboardInterrupt):
         make("cut")
     (unfinished,) = (tmp_path / "cut").glob("*.unfinished")
-    steps, step = [], optimize.MuonAdamW.step
-    monkeypatch.setattr(optimize.MuonAdamW, "step", lambda self, loss: steps.append(step(self, loss)))
-    resumed, _, again = make("cut")
-    assert len(steps) == 4  # 5 to 8: the checks were at 2 and 4
+    step = optimize.MuonAdamW.step
+    with mock.patch.object(optimize.MuonAdamW, "step", autospec=True, side_effect=step) as steps:
+        resumed, _, again = make("cut")
+    assert steps.call_count == 4  # 5 to 8: the checks were at 2 and 4
     assert again["history"] == report["history"] and [record["step"] for record in again["history"]] == [2, 4, 6, 8]
     assert equal(whole, resumed) and not unfinished.exists()
 
