@@ -1,1 +1,1 @@
-"""Crab+: one audio-visual model for many scene-understanding tasks, with I-LoRA adapters."""
+"""Crab+ on a laptop: one audio-visual model for many tasks. Each room below has a docstring that says what it holds."""
