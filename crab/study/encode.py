@@ -152,6 +152,7 @@ def _check_heard(processor, record: Mapping, prompt: Mapping) -> None:
         least = (_LEAST_FRAMES - 1) * processor.feature_extractor.hop_length / omni.SAMPLE_RATE
         files = " or ".join(item.path for item in record["media"] if item.kind == "audio")
         raise ValueError(
-            f"encode: {files}, a sound of {_named(record)}, gives no more than {least:.3g} s to hear, of which this "
-            "base makes no token; leave the record out of its list, or take a base whose spectrogram is finer (hop_length)"
+            f"encode: {files}, a sound of {_named(record)}, gives no more than {least:.3g} s to hear, of which "
+            "this base makes no token; leave the record out of its list, or take a base with a finer spectrogram "
+            "(hop_length)"
         )

@@ -30,11 +30,11 @@ from crab.study import prompts
 from crab.study.answer import answer, load_adapter
 from crab.study.cells import Cell
 from crab.study.code import code_digest
-from crab.study.statements import statement_counts
 from crab.study.ledger import Ledger
 from crab.study.pool import run_pool
 from crab.study.samples import SlotData, read_manifest, read_slot
 from crab.study.score import reference, score_slot, truths
+from crab.study.statements import statement_counts
 from crab.study.train import RECORD, WARMUP, adapter_config, train, warn_of_emulation
 
 ANSWERS, SCORES = "answers.json", "scores.json"
