@@ -142,33 +142,29 @@ def cells_of(
 
 
 def families_of(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The families that ``train.methods`` of params.yaml asks for, by name, in its order.
+    """The families that ``train.methods`` of params.yaml asks for, in its order.
 
     Returns:
-        By ``<setting>-<method>-<form>``: ``setting``, ``form``, ``method`` (``lora`` or ``ilora``, what the name of the
-        method starts with), ``name`` (of the method) and ``options`` of its PEFT config.
+        By ``<setting>-<name of the method>-<form>``: ``setting``, ``form``, ``method`` (``lora`` or ``ilora``, with
+        which the name starts) and ``options`` of its PEFT config.
 
     Raises:
-        ValueError: naming the method, on an unknown name or run.
+        ValueError: naming the method whose name starts with neither.
     """
     families = {}
     for name, section in methods.items():
-        method = next((known for known in reversed(METHODS) if name.startswith(known)), None)
+        method = next((known for known in METHODS if name.startswith(known)), None)
         if method is None:
             raise ValueError(f"train.methods.{name}: unknown method; its name must start with {' or '.join(METHODS)}")
-        if "learning_rate" in section:
-            raise ValueError(f"train.methods.{name}.learning_rate: rates are chosen by train.rates; take it out")
         options = {option: value for option, value in section.items() if option != "runs"}
         for run in section["runs"]:
             setting, _, form = run.partition("-")
-            if setting not in SETTINGS or form not in FORMS:
-                raise ValueError(
-                    f"train.methods.{name}.runs: {run!r} is unknown; write one of {', '.join(SETTINGS)}, -, "
-                    f"and one of {', '.join(FORMS)}"
-                )
             families[f"{setting}-{name}-{form}"] = {
-                "setting": setting, "form": form, "method": method, "name": name, "options": options,
-            }  # fmt: skip
+                "setting": setting,
+                "form": form,
+                "method": method,
+                "options": options,
+            }
     return families
 
 

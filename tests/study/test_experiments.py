@@ -185,17 +185,17 @@ def test_comparisons_use_the_seeds_that_both_have(world):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"a": {"method": "vera"}}, "a: method is 'vera'; use lora or ilora"),
-        ({"a": {"r": 2}}, "a: method is None"),
+        ({"a": {"method": "vera"}}, "cell a: method is 'vera'; use one of lora, ilora"),
+        ({"a": {"r": 2}}, "cell a: method is None"),
         ({"a": {"method": "lora", "setting": "both"}}, "setting is 'both'; use single or joint"),
         ({"a": {"method": "lora", "form": "long"}}, "form is 'long'"),
-        ({"a": {"method": "lora", "order": "none"}}, "order is 'none'; use media or instruction"),
+        ({"a": {"method": "lora", "order": "none"}}, "order is 'none'; use one of media, instruction"),
         ({"a": {"method": "lora", "seeds": 0}}, "seeds is 0; give at least 1"),
         ({"a": {"method": "lora", "r": [1, 1]}}, "two are called 'a r=1'"),
     ],
 )
 def test_bad_variants_are_refused(section, message):
-    with pytest.raises(ValueError, match=f"experiments.variants: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         expand(section, 1, 1)
 
 
