@@ -1,4 +1,4 @@
-"""Files that say the same thing in two places agree: parameters, stages, packages, rooms."""
+"""Files that say the same thing in two places agree: parameters, stages, packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from toys import REPOSITORY, code, sh
 from crab.data.files import read_json
 from crab.pipeline import params
 from crab.pipeline.params import STAGES
-from crab.study.code import _imports
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 LOADED = params.load(REPOSITORY)
@@ -123,23 +122,6 @@ def test_reports_name_no_path_of_the_machine_that_made_them():
     paths = REPOSITORY.glob("reports/*/*/notebook.ipynb")
     named = [path for path in paths if "site-packages" in path.read_text(encoding="utf-8")]
     assert not named, f"silence these warnings, or correct what they warn of: {named}"
-
-
-ROOMS = ["tasks", "data", "world", "models", "study", "analyses", "pipeline"]  # each may import those before it
-ALONE = {"ilora": set(), **{room: {"ilora"} for room in ("models", "study", "analyses", "pipeline")}}
-
-
-def test_rooms_import_downwards():
-    wrong = []
-    for path in sorted((REPOSITORY / "crab").rglob("*.py")):
-        parts = path.relative_to(REPOSITORY).with_suffix("").parts
-        room = parts[1]
-        allowed = set(ROOMS[: ROOMS.index(room) + 1] if room in ROOMS else [room]) | ALONE.get(room, set())
-        for name in _imports(path.read_text(encoding="utf-8"), ".".join(parts[:-1])) if len(parts) > 2 else ():
-            other = name.split(".")[1:2]
-            if name.startswith("crab.") and other[0] in {*ROOMS, "ilora"} - allowed:
-                wrong.append(f"{'/'.join(parts)} imports {name}")
-    assert not wrong
 
 
 def project() -> tuple[dict, list[str]]:
