@@ -270,50 +270,24 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     assert len(list(tmp_path.iterdir())) == 12  # nothing is left beside them
 
 
-def read_ten(path):
-    return media.read_video(path, 10)
-
-
 @pytest.mark.parametrize(
     "read, name, fault, problem",
     [
-        (read_ten, "missing.mp4", "does not exist", "missing"),
-        (read_ten, ".", "is a folder", "not a file"),
-        (read_ten, "cut.mp4", "cannot be decoded as video", "undecodable"),
-        (read_ten, "front.mp4", "truncated", "truncated"),
-        (read_ten, "empty.mp4", "cannot be decoded as video", "undecodable"),
-        (read_ten, "sound.mp3", "no video stream", "no video"),
-        (media.read_audio, "missing.wav", "does not exist", "missing"),
-        (media.read_audio, "empty.wav", "is empty", "empty"),
-        (media.read_audio, "zero.wav", "zero length", "no sound"),
-        (media.read_audio, "text.wav", "cannot be decoded as sound", "undecodable"),
-        (media.read_audio, "nan.wav", "not numbers", "undecodable"),
-        (media.read_audio, "good.mp4", "no sound stream", "no sound"),
-        (lambda path: media.read_audio(path, 1, 2), "sound.wav", "no sound between", "no such second"),
         (media.read_image, "missing.png", "does not exist", "missing"),
-        (media.read_image, "text.png", "cannot be decoded as an image", "undecodable"),
-        (media.read_mask, "cut.png", "cannot be decoded as an image", "undecodable"),
+        (lambda path: media.read_video(path, 10), ".", "is a folder", "not a file"),
+        (lambda path: media.read_audio(path, 1, 2), "a.wav", "no sound between", "no such second"),
+        (media.read_audio, "nan.wav", "not numbers", "undecodable"),
     ],
 )
 def test_an_error_names_file_fault_and_fix(tmp_path, read, name, fault, problem):
-    media.write_video(tmp_path / "good.mp4", blocks(20), 2)
-    remux(tmp_path / "good.mp4", tmp_path / "front.mp4", options={"movflags": "faststart"})
-    media.write_image(tmp_path / "image.png", blocks(1)[0])
-    for source, target in (("good.mp4", "cut.mp4"), ("front.mp4", "front.mp4"), ("image.png", "cut.png")):
-        content = (tmp_path / source).read_bytes()
-        (tmp_path / target).write_bytes(content[: len(content) // 2])
-    for suffix in ("mp3", "wav"):
-        media.write_audio(tmp_path / f"sound.{suffix}", tone(1))
-    soundfile.write(tmp_path / "zero.wav", np.zeros(0), 16000)
+    """`test_data_probe` has more files that readers refuse."""
+    media.write_audio(tmp_path / "a.wav", tone(1))
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
-    for empty in ("empty.mp4", "empty.wav"):
-        (tmp_path / empty).touch()
-    for text in ("text.wav", "text.png"):
-        (tmp_path / text).write_text("text", encoding="utf-8")
     with pytest.raises(MediaError, match=fault) as caught:
         read(tmp_path / name)
-    assert re.match(rf"{re.escape(str(tmp_path / name))}: .+; .+", str(caught.value), re.S)
-    assert caught.value.problem == problem
+    assert (
+        re.match(rf"{re.escape(str(tmp_path / name))}: .+; .+", str(caught.value)) and caught.value.problem == problem
+    )
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it crosses a process pool
 
 

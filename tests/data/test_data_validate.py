@@ -243,25 +243,22 @@ def rename_third_clip(root):
 
 def spoil_media(root):
     """One bad file of each kind. Returns the problems that must be found."""
-    ks = root / "AVUIE_2/ks"
+    ks, tested = root / "AVUIE_2/ks", root / "AVUIE_2/ks/video"
     for clip in (ks / "video/train_00000.mp4", paths(root, "ucf")[0]):
         clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
-    (ks / "audio/train_00001.mp3").write_bytes(b"")
     soundfile.write(ks / "audio/train_00002.mp3", np.zeros(0), 16000, format="WAV")  # its wrong name does not matter
-    shutil.copy(ks / "audio/test_00000.mp3", ks / "video/train_00003.mp4")  # sound in place of a clip
     for clip in ("test_00000.mp4", "test_00001.mp4"):
-        (ks / "video" / clip).unlink()
-    (ks / "video/test_00000.mp4").mkdir()
-    os.mkfifo(ks / "video/test_00001.mp4")  # to open it takes for ever
-    (ks / "video/test_00002.mp4").write_text("text", encoding="utf-8")
+        (tested / clip).unlink()
+    (tested / "test_00000.mp4").mkdir()
+    os.mkfifo(tested / "test_00001.mp4")  # to open it takes for ever
     masks = sorted((root / "AVUIE_2/s4/AVS/v1s").glob("test_*/labels_rgb/0.png"))
     masks[0].unlink()
     masks[1].write_bytes(masks[1].read_bytes()[:60])
     rename_third_clip(root)
     spoil(root, "s4", put(1, frame_idx=4))  # its sound lasts one second
     problems = {
-        "ks/train": {0: "truncated", 1: "empty", 2: "no sound", 3: "no video"},
-        "ks/test": {0: "not a file", 1: "not a file", 2: "undecodable"},
+        "ks/train": {0: "truncated", 2: "no sound"},
+        "ks/test": {0: "not a file", 1: "not a file"},
         "s4/test": {0: "missing", 1: "undecodable"},
         "ucf/train": {0: "truncated", 2: "name"},
         "s4/train": {1: "no such second"},
@@ -277,7 +274,7 @@ def test_bad_media_are_named_and_left_out(copy, probed_apart):
     for count in report.counts:
         out = [f for f in report.findings if (f.slot, f.split) == (count.slot, count.split) and f.left_out]
         assert count.kept == count.listed - len(out) and count.left_out.total() == len(out)
-    assert ("ks", "train") not in report.lists and len(report.lists["s4", "test"]) == 1
+    assert len(report.lists["ks", "train"]) == 2 and len(report.lists["s4", "test"]) == 1
     with open(copy / "findings.csv", encoding="utf-8") as file:
         rows = {(r["problem"], f"{r['slot']}/{r['split']}", int(r["index"])): r for r in csv.DictReader(file)}
     assert rows.keys() == problems
@@ -359,10 +356,9 @@ def test_links_must_not_leave_the_root(copy, tmp_path_factory):
     for name in ("video", "audio/train_00000.mp3"):
         (at / name).rename(outside / Path(name).name)
         (at / name).symlink_to(outside / Path(name).name)
-    sounds = paths(copy, "ucf", 1)
-    for sound, target in ((sounds[1], "nowhere.mp3"), (sounds[2], sounds[2].name)):  # the second one to itself
+    for sound in paths(copy, "ucf", 1)[1:3]:
         sound.unlink()
-        sound.symlink_to(target)
+        sound.symlink_to(sound.name if "2" in sound.name else "nowhere")  # the second one to itself
     report = walk(copy, "ks", "ucf")
     links = [f.file for f in report.findings if f.problem == "link"]
     assert len(links) == 8 and "AVUIE_2/ks/audio/train_00000.mp3" in links
@@ -415,10 +411,7 @@ def test_rows_that_a_converter_left_out_are_reported_and_stop_nothing(copy, tmp_
     assert walk(copy, "ks", "s4", "ucf").chains == {"taken": 15, "another label": 6, "a time": 3}
 
 
-@pytest.mark.parametrize(
-    "splits, chains",
-    [("{", "{}"), ("[]", "{}"), ('{"train": 3}', "{}"), ('{"train": {"left_out": {"a": 1}}}', "{}"), (None, "[]")],
-)
+@pytest.mark.parametrize("splits, chains", [("{", "{}"), ('{"train": {"left_out": {"a": 1}}}', "{}"), (None, "[]")])
 def test_a_converters_report_that_cannot_be_read_is_noted(copy, splits, chains):
     splits = splits or '{"train": {"left_out": {}}, "test": {"left_out": {}}}'
     content = f'{{"splits": {splits}, "chains": {chains}}}'
@@ -497,16 +490,3 @@ def test_any_records_are_kept_or_named(tree, place, data):
         assert records.parse(listed(place, slot, split)) == [entry.raw for entry in good]
     except RecordError as error:
         assert len(good) < len(rows) and str(listed(place, slot, split)) in str(error)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    content=st.binary(max_size=60) | TEXT.map(repr).map(str.encode) | JSON.map(lambda v: json.dumps(v).encode()[:-1])
-)
-def test_any_bytes_are_a_list_or_named(place, content):
-    listed(place, "ks").write_bytes(content)
-    run, entries, count, findings = checked(place, "ks")
-    assert all(map(run.left_out, entries)) and (findings or count.listed)
-    if content.strip() != b"[]":
-        with pytest.raises(RecordError, match="train.json"):
-            records.read(place, "ks", "train")
