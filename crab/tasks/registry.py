@@ -198,16 +198,3 @@ def get_slot(name: str | Slot) -> Slot:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"unknown slot '{name}'{hint} Known slots: {', '.join(SLOTS)}")
     return SLOTS[name]
-
-
-# Temporary, until every room has moved.
-Slot.module = property(lambda slot: slot.kind)
-Slot.published = lambda slot, split: None
-
-
-def __getattr__(name):
-    if name in ("describe", "wrong_type", "numbered"):
-        from . import fields
-
-        return getattr(fields, name)
-    raise AttributeError(name)

@@ -87,7 +87,7 @@ MALFORMED = {
     "ave unav": [
         f"|bell|{BELL}|{RANGE}|{BELL} <range>6,2</range>|{BELL} <range>2,2</range>|{BELL} <range>-2,6</range>",
         f"{TWICE} <range>7,8</range>|{BELL} {TWICE}|{TWICE} {BELL}|<event> </event> {RANGE}",
-        f"<event>{BELL}</event> {RANGE}",
+        f"<event>{BELL}</event> {RANGE}|<event>bell</range> <range>2,6</event>",
         f"<event>bell {RANGE}</event>|{BELL} <range>٢,٦</range>|{BELL} <range>2.,6</range>|{BELL} <range>2 6</range>",
         f"{BELL} <range>2,6,8</range>|{BELL} <range>1e1,20</range>|{BELL} <range>0,inf</range>",
     ],

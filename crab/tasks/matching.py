@@ -1,1 +1,0 @@
-from .labels import CHOICES as CHOICES  # temporary

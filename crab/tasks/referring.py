@@ -1,1 +1,0 @@
-from .segmentation import NULL as NULL  # temporary

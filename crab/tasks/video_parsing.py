@@ -1,1 +1,0 @@
-from .temporal import ModalEvent as ModalEvent  # temporary
