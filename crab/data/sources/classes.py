@@ -57,11 +57,11 @@ def cremad(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
         with raw.reading(row):
             parts = row.name("clip").split("_")
             if len(parts) != 4:
-                raise row.fault("clip", f"{row['clip']!r} is not <actor>_<sentence>_<emotion>_<level>")
+                row.fail("clip", f"{row['clip']!r} is not <actor>_<sentence>_<emotion>_<level>")
             parts = Row(row.place, zip(("actor", "sentence", "emotion", "level"), parts, strict=True))
             sentence, emotion = SENTENCES[parts.one_of("sentence", SENTENCES)], CREMAD[parts.one_of("emotion", CREMAD)]
             if row.get("emotion", parts["emotion"]) != parts["emotion"]:
-                raise row.fault("emotion", f"{row['emotion']!r} is not that of the clip's name, {parts['emotion']!r}")
+                row.fail("emotion", f"{row['emotion']!r} is not that of the clip's name, {parts['emotion']!r}")
             level = LEVELS.get(parts["level"], "")  # most clips have none; one clip has a level of one letter
             chain = f'i hear " {sentence} " . face and voice act {emotion}{level} .'
             yield raw.clip(Draft(row.place, {"emotion": emotion}, emotion, chain, (emotion,)), row["clip"])
@@ -77,7 +77,7 @@ def ucf(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
         with raw.reading(row):
             folder, slash, name = row["line"].split()[0].partition("/")
             if not slash:
-                raise row.fault("line", f"{row['line']!r:.80} is not <class>/<clip>.avi")
+                row.fail("line", f"{row['line']!r:.80} is not <class>/<clip>.avi")
             parts = Row(row.place, {"class": folder, "clip": name})
             words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]*|[a-z]+|\d+", parts.one_of("class", classes))
             label, stem = " ".join(words).lower(), parts.name("clip").rpartition(".")[0]
@@ -98,7 +98,7 @@ def ks(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
     folder = next((name for name in names if name in folders), "")
     classes = sorted({path.parent.name for path in folders.get("train", folders.get(folder, ()))})
     if not folder:
-        raise SourceError(f"{raw.root}: no folder '{split}' with clips in a folder for each class; lay them out so")
+        raise SourceError(raw.root, f"no folder '{split}' with clips in a folder for each class", "lay them out so")
     for row in (Row(str(path), {"class": path.parent.name, "stem": path.stem}) for path in folders[folder]):
         with raw.reading(row):
             label = row.one_of("class", classes).replace("_", " ")

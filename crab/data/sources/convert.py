@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from crab import tasks
 from crab.data import media
@@ -18,7 +17,7 @@ from crab.data import records as layout
 from crab.data.files import atomic_file, write_json
 from crab.data.findings import CONVERSION
 from crab.data.sources import classes, events, masks, questions
-from crab.data.sources.raw import AUDIO, Draft, Raw, SourceError
+from crab.data.sources.raw import AUDIO, Draft, LeftOut, Raw, SourceError
 
 LINKS = {"hardlink": os.link, "symlink": os.symlink, "copy": shutil.copy2}
 #: Slot -> converter: (raw, slot, split) -> drafts. The annotations of MER2024, MAFW, DFEW and VALOR are not public.
@@ -66,13 +65,14 @@ def finished(slot: str, draft: Draft) -> dict[str, Any]:
         json.dumps(record, ensure_ascii=False).encode()
         answer, truth = tasks.parse(slot, record[field]), tasks.truth(slot, record)
     except UnicodeEncodeError:
-        fault = "a file's name is not UTF-8, or a text holds half a character (a lone surrogate); rename or correct it"
-        raise SourceError(f"{draft.place}: {fault}".encode(errors="backslashreplace").decode()) from None
+        place = draft.place.encode(errors="backslashreplace").decode()
+        fault = "a file's name is not UTF-8, or a text holds half a character (a lone surrogate)"
+        raise SourceError(place, fault, "rename or correct it") from None
     except ValueError as error:
-        raise SourceError(f"{draft.place}: {error}; correct the label") from error
+        raise SourceError(draft.place, str(error), "correct the label") from error
     if answer != truth:
         fault = f"the answer {record[field]!r:.200} reads {answer!r:.80}, not {truth!r:.80}"
-        raise SourceError(f"{draft.place}: {fault}; correct the label")
+        raise SourceError(draft.place, fault, "correct the label")
     return record
 
 
@@ -80,50 +80,45 @@ def convert(
     slot: str,
     raw_root: str | os.PathLike,
     out_root: str | os.PathLike,
-    *,
     link: str = "hardlink",
-    faults: str = "error",
-    seed: int = 0,
     rewrite: Callable[[str, Sequence[Draft]], tuple[list[Draft], dict[str, int]]] | None = None,
     workers: int = 2,
     progress: bool = True,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Write ``AVUIE_2/<slot>/{train,test}.json`` and their media under `out_root`, once every split has records.
 
     Args:
         raw_root: folder of the raw data set, laid out as its authors ship it.
         link: "hardlink" (within one file system), "symlink" or "copy".
-        faults: "error", or "skip-and-record" to leave out rows at fault.
-        seed: for the pairs of a2v and v2a.
         rewrite: gives the training drafts other chains (:class:`crab.data.sources.rewrite.Rewriter`).
         workers: threads that place media.
+        reading: `faults` ("error", or "skip-and-record" to leave out rows at fault) and `seed` of Raw.
 
     Returns:
         The report, also in ``conversion.json`` beside the lists: ``slot``, ``dataset``, ``splits`` (split ->
         ``records``, ``files``, ``left_out``: reason -> places); with `rewrite` also ``chains`` (outcome -> number).
 
     Raises:
-        ValueError: an unknown slot or option, or a slot without a converter.
-        SourceError: a fault of the raw set, or a split for which no record can be made.
+        ValueError: an unknown slot or option. SourceError: a fault of the raw set, or a split without records.
     """
-    entry = tasks.get_slot(slot)
+    entry, root = tasks.get_slot(slot), Path(out_root)
     _check(slot)
     if link not in LINKS:
         raise ValueError(f"link is {link!r}; give one of {', '.join(LINKS)}")
-    if Path(out_root).resolve().is_relative_to(Path(raw_root).resolve()):
+    if root.resolve().is_relative_to(Path(raw_root).resolve()):
         fault = f"lies in the raw data set {raw_root}, where its files would count as the set's own"
         raise ValueError(f"{out_root}: {fault}; give another folder")
-    folder = Path(out_root) / tasks.FOLDER
     report: dict[str, Any] = {"slot": entry.name, "dataset": entry.dataset, "splits": {}}
-    raw, records = Raw(raw_root, faults, seed), {}
+    raw, records = Raw(raw_root, **reading), {}
     for split in entry.splits:
         raw.left_out = {}
-        title = f"{slot} {split}" if progress else None
-        rows = _placed(list(drafts(slot, raw, split)), folder / entry.media_slot, link, raw, workers, title)
+        folder, title = root / tasks.FOLDER / entry.media_slot, f"{slot} {split}" if progress else None
+        rows = _placed(list(drafts(slot, raw, split)), folder, link, raw, workers, title)
         if not rows:
             counts = {reason: len(places) for reason, places in raw.left_out.items()} or "nothing"
             fault = f"no record of {slot}/{split} can be made of it; left out: {counts}"
-            raise SourceError(f"{raw.root}: {fault}; check that annotations and media are there")
+            raise SourceError(raw.root, fault, "check that annotations and media are there")
         if rewrite is not None and split == "train":
             rows, report["chains"] = rewrite(slot, rows)
         records[split] = [finished(slot, draft) for draft in rows]
@@ -131,7 +126,7 @@ def convert(
         report["splits"][split] = {"records": len(rows), "files": len(files), "left_out": raw.left_out}
     for split, rows in records.items():
         layout.write(out_root, slot, split, rows)
-    write_json(folder / slot / CONVERSION, report)
+    write_json(root / tasks.FOLDER / slot / CONVERSION, report)
     return report
 
 
@@ -145,17 +140,15 @@ def convert_all(raw_roots: Mapping[str, str | os.PathLike], out_root: str | os.P
 def _placed(rows: list[Draft], folder: Path, link: str, raw: Raw, workers: int, title: str | None) -> list[Draft]:
     """The drafts whose media could all be put in place. Each file is placed once."""
     files = {name: source for draft in rows for name, source in draft.files.items()}
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = pool.map(partial(_place, link), files.values(), (folder / name for name in files))
-        bar = tqdm(results, total=len(files), unit="file", desc=title, disable=title is None)
-        errors = dict(zip(files, bar, strict=True))
+    targets, options = [folder / name for name in files], {"unit": "file", "desc": title, "disable": title is None}
+    results = thread_map(partial(_place, link), files.values(), targets, max_workers=max(workers, 1), **options)
+    errors = dict(zip(files, results, strict=True))
     placed = []
     for draft in rows:
-        error = next(filter(None, (errors[name] for name in draft.files)), None)
-        if error is None:
+        with raw.reading(draft):
+            for error in filter(None, map(errors.get, draft.files)):
+                raise LeftOut("no sound" if "no sound" in error.fault else "sound cannot be decoded", error)
             placed.append(draft)
-        else:
-            raw.leave("no sound" if "no sound" in error.fault else "sound cannot be decoded", f"{draft.place}: {error}")
     return placed
 
 
@@ -180,7 +173,7 @@ def _place(link: str, source: Path, target: Path) -> media.MediaError | None:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                 raise
-            fault = f"{source}: cannot be hard-linked to {target.parent} ({error.strerror})"
             fix = "convert to a root on its own file system, or call convert_all with link='symlink' or link='copy'"
-            raise SourceError(f"{fault}; {fix}") from error
+            fault = f"cannot be hard-linked to {target.parent} ({error.strerror})"
+            raise SourceError(source, fault, fix) from error
     return None

@@ -31,7 +31,7 @@ def span(row: Row, first: str, last: str) -> tuple[int, int]:
     if start == end:
         raise LeftOut("an event of no length", f"{start} to {end}")
     if not start < end <= SECONDS:
-        raise row.fault(first, f"seconds {start} to {end} must be 0 <= start < end <= {SECONDS}", "correct them")
+        row.fail(first, f"seconds {start} to {end} must be 0 <= start < end <= {SECONDS}", "correct them")
     return start, end
 
 
@@ -46,12 +46,12 @@ def ave_rows(raw: Raw, split: str) -> Iterator[Row]:
     for row in raw.rows("Annotations.txt", AVE_COLUMNS, "&", header=False):
         labelled.setdefault((row["VideoID"], row["Category"]), []).append(row)
     for row in raw.rows(f"{split}Set.txt", AVE_COLUMNS, "&", header=False):
-        rows = labelled.get((row["VideoID"], row["Category"]))
-        if rows:
+        with raw.reading(row):
+            rows = labelled.get((row["VideoID"], row["Category"]))
+            if not rows:
+                fault = f"{row['VideoID']!r} with {row['Category']!r} is not in Annotations.txt"
+                row.fail("VideoID", fault, "correct the line or add it there")
             yield rows.pop(0) if len(rows) > 1 else rows[0]
-        else:
-            fault = f"{row['VideoID']!r} with {row['Category']!r} is not in Annotations.txt"
-            raw.fault(row.fault("VideoID", fault, "correct the line or add it there"))
 
 
 def ave(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
@@ -80,30 +80,25 @@ def pairs(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
                 raise LeftOut("several labels", vid)
             clips.append(raw.clip(Draft(row.place, {}, event, ""), vid))
     random.Random(f"{raw.seed} {split}").shuffle(clips)
+    two, one = ("video", "audio") if slot == "a2v" else ("audio", "video")
+    sense, option, verb = ("hear", "video", "shows") if slot == "a2v" else ("see", "sound", "is")
     while clips:
         first = clips.pop()
         partner = next((i for i in reversed(range(len(clips))) if clips[i].truth != first.truth), None)
         if partner is None:
             raw.leave("no clip of another class is left to pair with", first.place)
-        else:
-            pair = (first, clips.pop(partner))
-            yield from (_match(slot, pair, right) for right in (0, 1))
-
-
-def _match(slot: str, pair: tuple[Draft, Draft], right: int) -> Draft:
-    """The record of a pair that asks for its clip number `right`, 0 or 1."""
-    two, one = ("video", "audio") if slot == "a2v" else ("audio", "video")
-    sense, option, verb = ("hear", "video", "shows") if slot == "a2v" else ("see", "sound", "is")
-    asked, events = pair[right], tuple(clip.truth for clip in pair)
-    paths = {f"{two}{n}_path": clip.record[f"{two}_path"] for n, clip in enumerate(pair, 1)}
-    paths[f"{one}_path"] = asked.record[f"{one}_path"]
-    record = paths | {f"correct_{two}": right + 1, f"{one}_event": asked.truth}
-    record |= {f"{two}{n}_event": event for n, event in enumerate(events, 1)}
-    options = [f"{option} {number} {verb} : {event} ." for number, event in zip(CHOICES, events, strict=True)]
-    # of both clips the media of the kind to choose from, of the one asked for also its other medium
-    files = [item for clip in pair for item in clip.files.items() if item[0].startswith(two) or clip is asked]
-    chain = " ".join([f"i {sense} : {asked.truth} .", *options])
-    return Draft(pair[0].place, record, CHOICES[right], chain, events, files=dict(files))
+            continue
+        pair = (first, clips.pop(partner))
+        events = tuple(clip.truth for clip in pair)
+        options = [f"{option} {number} {verb} : {event} ." for number, event in zip(CHOICES, events, strict=True)]
+        for right, asked in enumerate(pair):
+            record = {f"{two}{n}_path": clip.record[f"{two}_path"] for n, clip in enumerate(pair, 1)}
+            record |= {f"{one}_path": asked.record[f"{one}_path"], f"correct_{two}": right + 1}
+            record |= {f"{one}_event": asked.truth} | {f"{two}{n}_event": event for n, event in enumerate(events, 1)}
+            # of both clips the media to choose from, of the one asked for also its other medium
+            files = [item for clip in pair for item in clip.files.items() if clip is asked or item[0].startswith(two)]
+            chain = " ".join([f"i {sense} : {asked.truth} .", *options])
+            yield Draft(first.place, record, CHOICES[right], chain, events, files=dict(files))
 
 
 def llp(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
@@ -121,34 +116,30 @@ def llp(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
         modality = name.rpartition("_")[2].removesuffix(".csv")
         for row in raw.rows(name, LLP_COLUMNS, "\t"):
             events = dense.setdefault(row["filename"], [])
-            try:
-                events.append(ModalEvent(modality, row.one_of("event_labels", LLP), *span(row, "onset", "offset")))
-            except LeftOut as left:  # the set itself marks no segment for it
-                raw.leave(left.reason, f"{row.place}: {left.about}")
-            except SourceError as error:  # raised below for the whole clip, which is not fully labelled
-                events.append(error)
+            with raw.reading(row):  # an event of no length is left out: the set itself marks no segment for it
+                try:
+                    events.append(ModalEvent(modality, row.one_of("event_labels", LLP), *span(row, "onset", "offset")))
+                except SourceError as error:  # raised below for the whole clip, which is not fully labelled
+                    events.append(error)
     for name in ["AVVP_train.csv", "AVVP_val_pd.csv"] if split == "train" else ["AVVP_test_pd.csv"]:
         for row in raw.rows(name, ("filename", "event_labels"), "\t"):
             with raw.reading(row):
-                if not dense.get(row["filename"]):
-                    raise LeftOut("labels without modality and times", row["filename"])
-                yield _parsing(raw, row, dense[row["filename"]])
-
-
-def _parsing(raw: Raw, row: Row, events: Sequence[ModalEvent | SourceError]) -> Draft:
-    for label in row["event_labels"].split(","):
-        Row(row.place, {"event_labels": label}).one_of("event_labels", LLP)
-    for error in (event for event in events if isinstance(event, SourceError)):
-        raise error
-    events = sorted(events, key=lambda e: (e.modality, e.start, e.end, e.event))
-    labels, sentences = tuple(sorted({event.event for event in events})), []
-    for modality, verb, participle in (("audio", "hear", "heard"), ("visual", "see", "seen")):
-        part = [event[1:] for event in events if event.modality == modality]
-        sentences.append(f"i {verb} {listing(part)} ." if part else f"none of the events is {participle} .")
-    name = row["filename"]
-    vid = name.rsplit("_", 2)[0]
-    record = {"filename": name, "vid": vid, "event": ",".join(labels)}
-    return raw.clip(Draft(row.place, record, tuple(events), " ".join(sentences), labels), vid, name, name[:11])
+                name, events = row["filename"], dense.get(row["filename"])
+                if not events:
+                    raise LeftOut("labels without modality and times", name)
+                for label in row["event_labels"].split(","):
+                    Row(row.place, {"event_labels": label}).one_of("event_labels", LLP)
+                for error in (event for event in events if isinstance(event, SourceError)):
+                    raise error
+                events = sorted(events, key=lambda e: (e.modality, e.start, e.end, e.event))
+                labels, vid = tuple(sorted({event.event for event in events})), name.rsplit("_", 2)[0]
+                sentences = []
+                for modality, verb, participle in (("audio", "hear", "heard"), ("visual", "see", "seen")):
+                    part = listing([event[1:] for event in events if event.modality == modality])
+                    sentences.append(f"i {verb} {part} ." if part else f"none of the events is {participle} .")
+                record = {"filename": name, "vid": vid, "event": ",".join(labels)}
+                draft = Draft(row.place, record, tuple(events), " ".join(sentences), labels)
+                yield raw.clip(draft, vid, name, name[:11])
 
 
 def unav(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
@@ -170,7 +161,7 @@ def unav(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
 def _event(place: str, part: object) -> EventRange:
     """One of UnAV-100's `annotations`: a `label` and a `segment` [start, end] in seconds."""
     if not isinstance(part, dict):
-        raise SourceError(f"{place}: is a {type(part).__name__}; it must be an object with fields")
+        raise SourceError(place, f"is a {type(part).__name__}", "it must be an object with fields")
     row = Row(place, part)
     label, segment = row.need("label").strip(), row.need("segment", list)
     try:
@@ -178,5 +169,5 @@ def _event(place: str, part: object) -> EventRange:
     except (TypeError, ValueError, OverflowError):
         start = end = math.nan
     if not 0 <= start < end < 10_000:
-        raise row.fault("segment", f"{segment!r:.80} must be [start, end] in seconds, 0 <= start < end")
+        row.fail("segment", f"{segment!r:.80} must be [start, end] in seconds, 0 <= start < end")
     return EventRange(label, *(int(time) if time == int(time) else time for time in (start, end)))

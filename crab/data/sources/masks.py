@@ -127,7 +127,7 @@ def _prompt(row: Row, image: Path, audio: Path, labels: Path | None) -> Prompt |
     try:
         mask = media.read_mask(labels)
     except media.MediaError as error:
-        raise SourceError(f"{row.place}: {error}") from error
+        raise SourceError(row.place, f"{error.path}: {error.fault}", error.fix) from error
     if 0 < np.count_nonzero(mask) < 3:
         raise LeftOut("a mask too small for three points", str(labels))
     box = bounding_box(mask)

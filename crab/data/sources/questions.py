@@ -21,7 +21,7 @@ def _words(row: Row, field: str) -> list[str]:
         value = None
     words = [str(v).strip() for v in value if type(v) in (str, int, float)] if isinstance(value, list) else None
     if words is None or len(words) != len(value) or not all(words):
-        raise row.fault(field, f"{row[field]!r:.80} is not a list of words")
+        row.fail(field, f"{row[field]!r:.80} is not a list of words")
     return words
 
 
@@ -33,13 +33,13 @@ def music(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
                 raise LeftOut("deleted by the set's authors", "question_deleted")
             kind, values = _words(row, "type"), _words(row, "templ_values")
             if len(kind) != 2:
-                raise row.fault("type", f"{row['type']!r:.80} must be the modality and the kind of the question")
+                row.fail("type", f"{row['type']!r:.80} must be the modality and the kind of the question")
             attends = MODALITIES[Row(row.place, {"type": kind[0]}).one_of("type", MODALITIES)]
             question = row.need("question_content").strip()
             blanks = len(BLANK.findall(question))
             if blanks > len(values):
                 fault = f"{len(values)} values for {blanks} blanks of {question!r:.120}"
-                raise row.fault("templ_values", fault, "give one for each blank")
+                row.fail("templ_values", fault, "give one for each blank")
             for value in values:
                 question = BLANK.sub(lambda _, value=value: value, question, count=1)
             answer = row.need("anser" if "anser" in row else "answer").strip()
@@ -58,7 +58,7 @@ def avqa(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
             relation = row.one_of("question_relation", RELATIONS)
             if len(choices) < 2 or not 0 <= index < len(choices):
                 fault = f"{index} is no place among {len(choices)} choices"
-                raise row.fault("answer", fault, f"give 0 to {len(choices) - 1}")
+                row.fail("answer", fault, f"give 0 to {len(choices) - 1}")
             fields = ("id", "video_name", "video_id", "question_type", "question_text")
             record = {field: row.need(field, (str, int)) for field in fields}
             record |= {"question_relation": relation, "multi_choice": choices, "answer": index}

@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 FAULTS = ("error", "skip-and-record")
 VIDEO = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv")
@@ -21,15 +21,14 @@ AUDIO = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg")
 
 
 class SourceError(ValueError):
-    """A fault of a raw data set. The message names file, line or record, field, and fix."""
+    """A fault of a raw data set."""
+
+    def __init__(self, place: object, fault: str, fix: str) -> None:
+        super().__init__(f"{place}: {fault}; {fix}")
 
 
 class LeftOut(Exception):
-    """Raised for a row that cannot become a record, with a reason and what the reason is about."""
-
-    def __init__(self, reason: str, about: str) -> None:
-        super().__init__(reason, about)
-        self.reason, self.about = reason, about
+    """Raised with a reason, and what it is about, for a row that cannot become a record."""
 
 
 class Row(dict[str, Any]):
@@ -39,26 +38,26 @@ class Row(dict[str, Any]):
         super().__init__(fields)
         self.place = place
 
-    def fault(self, field: str, fault: str, fix: str = "correct it") -> SourceError:
-        """An error about a field."""
-        return SourceError(f"{self.place}, field '{field}': {fault}; {fix}")
+    def fail(self, field: str, fault: str, fix: str = "correct it") -> NoReturn:
+        """Raise an error about a field."""
+        raise SourceError(f"{self.place}, field '{field}'", fault, fix)
 
     def need(self, field: str, kind: type | tuple[type, ...] = str) -> Any:
         """A field of this type that is not empty."""
         value = self.get(field)
         if not isinstance(value, kind) or isinstance(value, bool) or value == "":
             wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise self.fault(field, f"is {value!r:.80}" if field in self else "is missing", f"give a {wanted}")
+            self.fail(field, f"is {value!r:.80}" if field in self else "is missing", f"give a {wanted}")
         return value
 
     def one_of(self, field: str, allowed: Collection[str]) -> str:
         """A field whose value is one of these."""
         value = str(self.get(field, ""))
-        if value in allowed:
-            return value
-        near = difflib.get_close_matches(value, allowed, n=1)
-        fix = f"did it mean {near[0]!r}?" if near else f"give one of {', '.join(allowed):.200}"
-        raise self.fault(field, f"{value!r:.80} is not among the set's {len(allowed)}", fix)
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1)
+            fix = f"did it mean {near[0]!r}?" if near else f"give one of {', '.join(allowed):.200}"
+            self.fail(field, f"{value!r:.80} is not among the set's {len(allowed)}", fix)
+        return value
 
     def whole(self, field: str) -> int:
         """A field that is a whole number of at least 0."""
@@ -68,13 +67,13 @@ class Row(dict[str, Any]):
                 return int(number)
         except (TypeError, ValueError, OverflowError):
             pass
-        raise self.fault(field, f"{self[field]!r:.80} is not a whole number of at least 0")
+        self.fail(field, f"{self[field]!r:.80} is not a whole number of at least 0")
 
     def name(self, field: str) -> str:
         """A field that becomes part of a path: text without slashes, or a number."""
         value = str(self.need(field, (str, int)))
         if value in (".", "..") or set(value) & set("/\\\0"):
-            raise self.fault(field, f"{value!r:.80} is not a file name")
+            self.fail(field, f"{value!r:.80} is not a file name")
         return value
 
 
@@ -103,7 +102,7 @@ class Raw:
         if faults not in FAULTS:
             raise ValueError(f"faults is {faults!r}; give one of {', '.join(FAULTS)}")
         if not self.root.is_dir():
-            raise SourceError(f"{self.root}: no such folder; give the one that holds the raw data set")
+            raise SourceError(self.root, "no such folder", "give the one that holds the raw data set")
         self.paths: list[Path] = []  #: all files that are not hidden
         self._stems: dict[str, list[Path]] = {}
         walked = {os.path.realpath(self.root)}
@@ -131,7 +130,7 @@ class Raw:
         try:
             yield
         except LeftOut as left:
-            self.leave(left.reason, f"{row.place}: {left.about}")
+            self.leave(left.args[0], f"{row.place}: {left.args[1]}")
         except SourceError as error:
             self.fault(error)
 
@@ -144,9 +143,9 @@ class Raw:
         paths = [path for path in self._stems.get(Path(name).stem, ()) if path.name == name]
         paths.sort(key=lambda path: (len(path.parts), path))
         if not paths:
-            raise SourceError(f"{self.root}: no {name} in it or below; put the data set's own file there")
+            raise SourceError(self.root, f"no {name} in it or below", "put the data set's own file there")
         if len(paths) > 1 and len(paths[0].parts) == len(paths[1].parts):
-            raise SourceError(f"{paths[0]} and {paths[1]}: which is meant? keep one of them under {self.root}")
+            raise SourceError(f"{paths[0]} and {paths[1]}", "which is meant?", f"keep one of them under {self.root}")
         return paths[0]
 
     def text(self, name: str) -> tuple[Path, str]:
@@ -156,7 +155,7 @@ class Raw:
             return path, path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
-            raise SourceError(f"{path}, line {line}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+            raise SourceError(f"{path}, line {line}", f"not UTF-8 at byte {error.start}", "save it as UTF-8") from error
 
     def rows(self, name: str, columns: Sequence[str], delimiter: str = ",", header: bool = True) -> Iterator[Row]:
         """The rows of a file of delimited fields. Quotes have a meaning only in comma-separated files.
@@ -171,17 +170,17 @@ class Raw:
             names = [name.strip() for name in next(lines, [])] if header else list(columns)
             for absent in (column for column in columns if column not in names):
                 fix = f"it needs {', '.join(columns)}, separated by {delimiter!r}"
-                raise SourceError(f"{path}, line 1: no column '{absent}' in its header; {fix}")
+                raise SourceError(f"{path}, line 1", f"no column '{absent}' in its header", fix)
             for values in ([value.strip() for value in line] for line in lines):
                 place = f"{path}, line {lines.line_num}"
                 if len(values) == len(names) and any(values) and values != names:
                     yield Row(place, zip(names, values, strict=True))
                 elif any(values) and values != names:
                     fault = f"{len(values)} fields, must be {len(names)} ({', '.join(names)})"
-                    self.fault(SourceError(f"{place}: {fault}; fix or remove the line"))
+                    self.fault(SourceError(place, fault, "fix or remove the line"))
         except csv.Error as error:
             fix = "fix the line or download the file again"
-            raise SourceError(f"{path}, line {lines.line_num}: {error}; {fix}") from error
+            raise SourceError(f"{path}, line {lines.line_num}", str(error), fix) from error
 
     def entries(self, name: str, inside: str = "") -> Iterator[Row]:
         """The objects of a JSON list, or of the object `inside`. The field "key" is the index or name of each."""
@@ -189,17 +188,17 @@ class Raw:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:  # a JSON error names line and column
-            raise SourceError(f"{path}: malformed JSON ({error}); fix it there or download the file again") from error
+            raise SourceError(path, f"malformed JSON ({error})", "fix it there or download the file again") from error
         value = value.get(inside) if inside and isinstance(value, dict) else value
         if not isinstance(value, dict if inside else list):
             wanted = f"an object with an object '{inside}'" if inside else "a list of records"
-            raise SourceError(f"{path}: holds a {type(value).__name__}; it must be {wanted}")
+            raise SourceError(path, f"holds a {type(value).__name__}", f"it must be {wanted}")
         for key, entry in value.items() if inside else enumerate(value):
-            place = f"{path}, record {key}"
             if isinstance(entry, dict):
-                yield Row(place, {**entry, "key": key})
+                yield Row(f"{path}, record {key}", {**entry, "key": key})
             else:
-                self.fault(SourceError(f"{place}: is a {type(entry).__name__}; it must be an object with fields"))
+                fault, fix = f"is a {type(entry).__name__}", "it must be an object with fields"
+                self.fault(SourceError(f"{path}, record {key}", fault, fix))
 
     def media(self, suffixes: Sequence[str], stem: str, within: str = "") -> Path | None:
         """The file of this stem with the first suffix that occurs, in a folder named `within` if that is given."""
@@ -207,7 +206,7 @@ class Raw:
         paths = [path for suffix in suffixes for path in paths if path.suffix.lower() == suffix]
         if len(paths) > 1 and paths[0].suffix.lower() == paths[1].suffix.lower():
             fix = f"keep the right one under {self.root}"
-            raise SourceError(f"{paths[0]} and {paths[1]}: two files of one name; {fix}")
+            raise SourceError(f"{paths[0]} and {paths[1]}", "two files of one name", fix)
         return paths[0] if paths else None
 
     def clip(self, draft: Draft, *stems: str, within: str = "", folder: str = "") -> Draft:
