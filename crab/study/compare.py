@@ -127,7 +127,8 @@ def compare_slot(
         raise ValueError(
             f"transfer: {slot}: the runs compared hold different samples or seeds "
             f"({baseline.shape[1]} and {joint.shape[1]} samples, "
-            f"seeds {list(baseline.index)} and {list(joint.index)}); evaluate both on the same test set, and train both with the same seeds"
+            f"seeds {list(baseline.index)} and {list(joint.index)}); evaluate both on the same test set, "
+            "and train both with the same seeds"
         )
     # Equal streams draw equal samples, so the draws of the two are paired.
     of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))

@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from crab.data.files import atomic_file
 
@@ -55,3 +57,16 @@ def nothing(text: str, path: str | Path) -> Image:
     axes.axis("off")
     axes.set_title(text)
     return save(figure, path)
+
+
+def signed_map(axes, values: pd.DataFrame, clear: pd.DataFrame, reach: float) -> None:
+    """Draw a heat map of differences: brown below zero, green above, a frame where ``clear`` is true.
+
+    Args:
+        values: differences; NaN stays grey. clear: bool, same shape. reach: the difference at which colours are full.
+    """
+    axes.set_facecolor(VERDICTS["at chance"])
+    sns.heatmap(values, cmap="BrBG", vmin=-reach, vmax=reach, annot=True, fmt="+.3f", cbar=False, ax=axes)
+    for row, column in zip(*clear.to_numpy().nonzero(), strict=True):
+        axes.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, fill=False, edgecolor="black", linewidth=1.5))
+    axes.tick_params(axis="y", rotation=0)

@@ -150,7 +150,7 @@ def choose_rates(
     return Rates(chosen, pd.DataFrame(rows, columns=COLUMNS), extended)
 
 
-def given_rates(
+def rates_from_params(
     given: Mapping[str, Mapping[str, float]], families: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
     """Rates that params.yaml gives (``train.given_rates``), by family.

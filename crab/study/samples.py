@@ -116,7 +116,7 @@ def encoded_slots(root: str | Path) -> list[str]:
     return list(dict.fromkeys(key.partition("/")[0] for key in read_manifest(root)))
 
 
-def tested(root: str | Path, slots: Sequence[str] | None = None) -> list[str]:
+def benchmarks(root: str | Path, slots: Sequence[str] | None = None) -> list[str]:
     """The encoded slots (or those of ``slots``) that have a test split. The others are only trained on.
 
     Raises:

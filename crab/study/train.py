@@ -27,6 +27,7 @@ from crab.models.checkpoint import load_base
 
 WHOLE = "whole"  # empty file in a checkpoint, written last
 RECORD = "run.json"  # what was trained and what it cost, beside the adapter; written last
+PRECISIONS = ("fp32", "bf16")
 WARMUP = 0.03  # share of the steps over which the learning rate rises, as published
 #: What a CPU calls its own bf16 arithmetic: AVX-512 and AMX of x86, NEON and SVE of ARM.
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -131,8 +132,8 @@ def train(
     final = folder / "adapter"
     if (final / RECORD).exists():
         return final
-    if precision not in omni.PRECISIONS:
-        raise ValueError(f"shared.precision: {precision!r} is unknown; use one of {', '.join(omni.PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"shared.precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
 
     disable_progress_bar()  # a bar for each model loaded would hide the one of the cells
     set_seed(seed)  # before the adapter draws its initial weights
