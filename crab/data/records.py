@@ -23,7 +23,6 @@ import numpy as np
 from crab import tasks
 from crab.data import media
 from crab.data.files import atomic_file, file_digest, read_json, write_json
-from crab.data.media import clip_seconds  # noqa: F401
 from crab.tasks.fields import describe, wrong_type
 from crab.tasks.registry import MEDIA
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from crab import tasks
 from crab.data import records
 from crab.data.files import digest_of, file_digest, write_json
+from crab.data.media import clip_seconds
 from crab.models import omni, published
 from crab.models.checkpoint import base_digest, load_base
 from crab.study.code import code_digest
@@ -39,7 +40,7 @@ def load_media(record: Mapping, frames: int) -> list[omni.Media]:
             pictures, seconds = data
             step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
             if len(set(seconds)) < len(seconds):  # a short clip gives some frames twice; each stands for an equal part
-                step = records.clip_seconds(item.path) / frames
+                step = clip_seconds(item.path) / frames
             items.append(omni.Media("video", pictures, fps=round(float(1 / step), 6) if step > 0 else 1.0))
         else:
             items.append(omni.Media(item.kind, data))

@@ -152,5 +152,5 @@ def test_workers_end_with_a_killed_parent(name, tmp_path):
 
 
 def test_only_a_worker_has_a_parent_to_end_with():
-    with pytest.raises(RuntimeError, match="this is no worker"):
+    with pytest.raises(RuntimeError, match="is not a worker"):
         end_with_parent()
