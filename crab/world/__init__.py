@@ -4,14 +4,13 @@ One random scene graph is the source of everything. The modules, in reading orde
 
 - `scene`: things with a place, a look, a sound and times; random scenes. `render`: their pixels, masks and sound.
 - `chains`: the statements of a reasoning chain. `verify`: reads such statements and checks them against a scene.
-- `staging`: scenes made for a wanted answer. `questions`, `references`: what is asked about a scene.
-- `views/`: one module per task family. A view makes the records of one slot.
+- `staging`: scenes made for a wanted answer. `views/`: one module per task family; a view makes the records of a slot.
 - `generate`: writes the whole tree to disk. `vocabulary`: every word that its texts use.
 
 To add a view: write a function ``(Stage) -> View`` in the module of its family and enter it in that module's table
-``VIEWS`` under the slot's name. The slot itself is an entry of :mod:`crab.tasks.registry`. The verifier, the vocabulary
-and the build take the new view from the table.
+``VIEWS`` under the slot's name. A new family is a new module, named in `views/__init__.py`. The slot itself is an entry
+of :mod:`crab.tasks.registry`. Build, vocabulary and verifier take the view from the table.
 
-To add a class of things: its name in :mod:`crab.world.scene`, its shape and sound in :mod:`crab.world.render`.
-A change of scenes, words or the order of random draws changes the data, so the base must be trained again.
+To add a class of things: its name in `scene`, its shape and its sound in `render`. A change of scenes, of words or of
+the order of random draws changes the data, so the base must be trained again.
 """

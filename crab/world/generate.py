@@ -47,17 +47,15 @@ def build(
     """Build the whole tree in a temporary folder and rename it to `root` when it is complete.
 
     Args:
-        root: the data root; it will hold ``AVUIE_2`` and ``vocabulary.json``. An earlier build there is replaced. Any
-            other folder with content is refused, because it may be real data.
-        seed: every scene follows from it.
-        train, test: records of each slot in these splits.
-        caption: records of the captioning slot, in place of `train`.
+        root: the data root. An earlier build there is replaced. Another folder with content is refused, because it may
+            be real data.
+        train, test: records of each slot; of the captioning slot `caption` in place of `train`.
         workers: processes; 1 builds in this process.
         slots: names of the slots to build; by default all that have a view.
 
     Returns:
-        The summary: ``seed``, ``slots`` (slot -> split -> records, scenes, files, bytes), and in total ``records``,
-        ``files`` and ``bytes``, as in ``<root>/build.json``. ``seconds`` is in the returned summary only.
+        The summary in ``<root>/build.json``: ``seed``, ``slots`` (slot -> split -> records, scenes, files, bytes), and
+        in total ``records``, ``files`` and ``bytes``; also ``seconds``, which are not in the file.
     """
     slots = _slots(slots)
     for name, value in {"train": train, "test": test, "caption": caption, "workers": workers, "seed": seed}.items():
@@ -94,8 +92,8 @@ def refuse_foreign(root: Path) -> None:
         raise ValueError(f"{root}: is a file; give a folder for the data root")
     if root.is_dir() and any(root.iterdir()) and not any((root / name).is_file() for name in (SUMMARY, records.ROOT)):
         raise ValueError(
-            f"{root}: is not empty and was not built here (no {SUMMARY}); give another folder, or delete this one "
-            "yourself if you do not need it"
+            f"{root}: has files that were not built here (no {SUMMARY}); give another folder, or delete this one "
+            "if you do not need it"
         )
 
 

@@ -18,9 +18,7 @@ BASE_IDS = 2**20
 def scene_id(slot: str, split: str, number: int) -> int:
     """The id of a slot's `number`-th scene in a split. It is below 2**53, so any JSON reader keeps it exact."""
     if not 0 <= number < BASE_IDS:
-        raise ValueError(
-            f"scene {number} of {slot}/{split}: a split has room for {BASE_IDS} scenes; build fewer records"
-        )
+        raise ValueError(f"{slot}/{split}: no room for scene {number}; build at most {BASE_IDS} records per split")
     return (zlib.crc32(f"{slot}/{split}".encode()) + 1) * BASE_IDS + number
 
 
@@ -83,12 +81,9 @@ class Stage:
         return {tasks.get_slot(self.slot).answer_field: f"{chain} {text}" if chain else text}
 
     def clip(self, scene: Scene, chain: str, truth: Any, path: str = "", form: str = "mp4", **fields) -> View:
-        """A record about one video and its sound.
+        """A record about one video and its sound: files at `path`, by default the stem, plus `form` or mp3.
 
-        Args:
-            path: the two files without their endings; by default the stem.
-            form: the ending of the video.
-            fields: other fields of the record, in order; the answer comes after them.
+        `fields` are other fields of the record, before the answer.
         """
         path = path or self.stems[0]
         record = {"video_path": f"{path}.{form}", "audio_path": f"{path}.mp3", **fields, **self.answer(chain, truth)}
@@ -125,13 +120,16 @@ def others(rng: np.random.Generator, *taken: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes a thing of one class in one quadrant. It takes the fields to fix (`motion`, ...) and draws the others."""
+    """Makes a thing of one class in one quadrant: by default on screen throughout, and silent.
+
+    It takes the fields to fix (`motion`, ...) and draws the others.
+    """
 
     rng: np.random.Generator
     name: str
     quadrant: int
 
-    def __call__(self, **fixed) -> Thing:  # on screen throughout and silent, if nothing else is fixed
+    def __call__(self, **fixed) -> Thing:
         return sample_thing(self.rng, self.name, self.quadrant, **fixed)
 
     def sounds(self, shortest: int = 3, **fixed) -> Thing:
@@ -155,7 +153,7 @@ def cast(rng: np.random.Generator, *names: str) -> list[Maker]:
 
 
 def off_screen(rng: np.random.Generator, name: str, times: Interval) -> Thing:
-    """A thing of this class that is heard then and never seen."""
+    """A thing of this class that is heard at these times and never seen."""
     return sample_thing(rng, name, visible=None, sounding=times)
 
 

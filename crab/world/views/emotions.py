@@ -21,12 +21,6 @@ _COMPOUNDS = {
 Staged = tuple[list[Thing], str]  # the things of a scene, and its chain
 
 
-def _felt(label: str) -> dict[str, str | None]:
-    """The fields of a face for a label: the emotion shown, and the voice's if it differs."""
-    face, voice = _COMPOUNDS.get(label, (_NAMES.get(label, label), None))
-    return {"emotion": face, "voice": voice}
-
-
 def _studio(stage: Stage, rng, felt: dict) -> Staged:
     """CREMA-D: one face alone."""
     (make,) = makers(rng, [FACE])
@@ -94,7 +88,8 @@ def emotion(stage: Stage) -> View:
     """The emotion of the one face, or of the face that speaks."""
     labels, field, staged = _SETS[stage.slot]
     rng, label = stage.rng(), stage.wanted(labels, "emotion")
-    things, chain = staged(stage, rng, _felt(label))
+    face, voice = _COMPOUNDS.get(label, (_NAMES.get(label, label), None))
+    things, chain = staged(stage, rng, {"emotion": face, "voice": voice})
     return stage.clip(stage.scene(rng, things), chain, label, **{field: label})
 
 
