@@ -19,7 +19,7 @@ repro: $(READY) ## run what is out of date in the profile that params.yaml choos
 
 repro-all: $(READY) ## the same, and train the base again
 	$(BIN)/dvc repro resolve
-	$(BIN)/dvc repro --single-item --force base
+	rm -rf $$($(BIN)/python -m crab.pipeline base)
 	$(BIN)/dvc repro
 
 smoke tiny full: $(READY) ## choose this profile in params.yaml and run it

@@ -41,8 +41,8 @@ def fixed_routing(model: nn.Module, task_weights: Weights, adapter_name: str | N
     fixed = {}
     for name, layer in layers.items():
         A = layer.ilora_A[adapter_name].weight
-        own = weights[name].to(A.device, torch.promote_types(A.dtype, torch.float32))
-        fixed[layer] = layer.fixed_routing | {adapter_name: own}
+        own = {adapter_name: weights[name].to(A.device, torch.promote_types(A.dtype, torch.float32))}
+        fixed[layer] = layer.fixed_routing | own
     with replaced("fixed_routing", fixed):
         yield
 

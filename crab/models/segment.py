@@ -88,35 +88,28 @@ class Sam2:
         self.model = model.eval().to(self.device)
         self.side: int = model.config.prompt_encoder_config.image_size
 
-    def pixels(self, image: np.ndarray):
-        """The input of the model: float32 [1, 3, side, side], stretched to a square and normalised."""
+    def inputs(self, image: np.ndarray, box: Sequence[int], points: Sequence[Sequence[int]]) -> dict:
+        """What the model takes: the image, stretched to a square and normalised, and the prompt in its pixels."""
         import torch
 
         raw = torch.tensor(image, dtype=torch.float32).permute(2, 0, 1)[None]
         size = (self.side, self.side)
         raw = torch.nn.functional.interpolate(raw, size, mode="bilinear", antialias=True).round().clip(0, 255)
         mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (self.MEAN, self.DEVIATION))
-        return (raw / 255 - mean) / deviation
-
-    def prompt(self, shape: Sequence[int], box: Sequence[int], points: Sequence[Sequence[int]]) -> dict:
-        """Box [1, 1, 4] and points [1, 1, n, 2] in pixels of the stretched image; all points lie on the object."""
-        import torch
-
-        scale = torch.tensor([self.side / shape[1], self.side / shape[0]])
-        inputs = {"input_boxes": (torch.tensor(box).view(2, 2) * scale).view(1, 1, 4)}
+        scale = torch.tensor([self.side / image.shape[1], self.side / image.shape[0]])
+        inputs = {"pixel_values": (raw / 255 - mean) / deviation}
+        inputs["input_boxes"] = (torch.tensor(box).view(2, 2) * scale).view(1, 1, 4)
         if len(points):
             inputs["input_points"] = (torch.tensor(points) * scale)[None, None]
-            inputs["input_labels"] = torch.ones(1, 1, len(points), dtype=torch.int64)
-        return inputs
+            inputs["input_labels"] = torch.ones(1, 1, len(points), dtype=torch.int64)  # all lie on the object
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
     def __call__(self, image: np.ndarray, box: Sequence[int], points: Sequence[Sequence[int]] = ()) -> np.ndarray:
         import torch
 
         if (inside := _clipped(image, box)) is None:
             return np.zeros(image.shape[:2], bool)
-        inputs = {"pixel_values": self.pixels(image), **self.prompt(image.shape, inside, points)}
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
         with torch.inference_mode():
-            logits = self.model(**inputs, multimask_output=False).pred_masks[0].float()
+            logits = self.model(**self.inputs(image, inside, points), multimask_output=False).pred_masks[0].float()
             logits = torch.nn.functional.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
         return (logits[0, 0] > 0).cpu().numpy()

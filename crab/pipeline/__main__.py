@@ -1,4 +1,4 @@
-"""Commands of the pipeline. DVC runs `resolve`, `run` and `report`; the Makefile runs `show` and `choose`."""
+"""Commands of the pipeline. DVC runs `resolve`, `run` and `report`; the Makefile runs the others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import sys
 
 from crab.pipeline import params, stages
-from crab.pipeline.paths import root
+from crab.pipeline.paths import Paths, root
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m crab.pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("show", help="name the profile that params.yaml chooses")
+    commands.add_parser("base", help="print the paths of its base, and of the pointer to it")
     commands.add_parser("choose", help="choose another profile").add_argument("profile")
     commands.add_parser("defaults", help="write the default values into the notebooks' parameters cells")
     commands.add_parser("resolve", help="check everything and write what each stage depends on")
@@ -24,6 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
         match options.command:
             case "show":
                 print(f"profile: {params.load(folder)['profile']} (params.yaml)")
+            case "base":
+                values = params.resolve(folder)
+                print(folder / "models" / values["base"]["folder"], Paths(values["profile"]).base_pointer)
             case "choose":
                 params.choose(folder, options.profile)
             case "defaults":

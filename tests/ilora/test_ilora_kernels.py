@@ -29,8 +29,12 @@ class Single(nn.Module):
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run here")
 def test_interpreted():
     """Run this file where Triton interprets its kernels."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], capture_output=True,
-                         text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout
 
 
@@ -42,7 +46,9 @@ def used(monkeypatch):
     from crab.ilora import kernels
 
     if DEVICE == "cuda":
-        fused.kernels_for(torch.device("cuda", torch.cuda.current_device()))  # tries the kernels once, which is not counted
+        fused.kernels_for(
+            torch.device("cuda", torch.cuda.current_device())
+        )  # tries the kernels once, which is not counted
     counts = {"route": 0, "route_backward": 0}
 
     def counting(name):
@@ -66,7 +72,9 @@ def used(monkeypatch):
 def adapted(dtype=torch.float32, upcast=False, base=None, **choices):
     torch.manual_seed(0)
     settings = dict(r=4, lora_alpha=6, num_heads=3, target_modules=["lin"], init_weights=False, router_init_std=0.5)
-    model = get_peft_model((base or Single()).to(dtype), ILoraConfig(**settings | choices), autocast_adapter_dtype=upcast)
+    model = get_peft_model(
+        (base or Single()).to(dtype), ILoraConfig(**settings | choices), autocast_adapter_dtype=upcast
+    )
     model = model.to(DEVICE)
     lin = model.base_model.model.lin
     return model, lin, [getattr(lin, name)["default"].weight for name in ("ilora_A", "ilora_B", "ilora_router")]
@@ -96,10 +104,20 @@ def assert_close(found, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens, choices", [
-    (1, {}), (70, {}), (70, dict(shared_A=False, bias=False)), (33, dict(num_heads=1, r=1)),
-    (8, dict(num_heads=5, r=3, router_temperature=0.3)), (65, dict(num_heads=5, r=3, shared_A=False, router_temperature=2)),
-    (40, dict(r=70, num_heads=2)), (40, dict(lora_dropout=0.4)), (7, dict(lora_dropout=0.4, shared_A=False))])
+@pytest.mark.parametrize(
+    "tokens, choices",
+    [
+        (1, {}),
+        (70, {}),
+        (70, dict(shared_A=False, bias=False)),
+        (33, dict(num_heads=1, r=1)),
+        (8, dict(num_heads=5, r=3, router_temperature=0.3)),
+        (65, dict(num_heads=5, r=3, shared_A=False, router_temperature=2)),
+        (40, dict(r=70, num_heads=2)),
+        (40, dict(lora_dropout=0.4)),
+        (7, dict(lora_dropout=0.4, shared_A=False)),
+    ],
+)
 def test_equals_the_layer_without_kernels(used, dtype, tokens, choices):
     choices = dict(choices)
     model, lin, weights = adapted(dtype, base=Single(choices.pop("bias", True)), **choices)
@@ -120,8 +138,8 @@ def test_equals_the_formula_in_float64(used, choices):
     w = torch.softmax(wide @ R.T, -1)
     wanted = wide @ lin.base_layer.weight.double().T + lin.base_layer.bias.double()
     for i in range(3):
-        own = A if len(A) == 4 else A[4 * i:4 * i + 4]
-        wanted = wanted + 1.5 * w[..., i:i + 1] * (wide @ own.T @ B[:, 4 * i:4 * i + 4].T)
+        own = A if len(A) == 4 else A[4 * i : 4 * i + 4]
+        wanted = wanted + 1.5 * w[..., i : i + 1] * (wide @ own.T @ B[:, 4 * i : 4 * i + 4].T)
     exact = torch.autograd.grad(wanted, (wide, A, B, R), target.double())
     assert used == {"route": 1, "route_backward": 1}
     for ours, theirs in zip((y, *grads), (wanted, *exact), strict=True):
@@ -158,7 +176,9 @@ def test_only_what_is_asked_for_and_second_derivatives(used):
     x = torch.randn(4, 24, device=DEVICE, requires_grad=True)
     found = []
     for lin.kernels in (True, False):
-        found.append([*torch.autograd.grad(model(x).square().sum(), [B]), *torch.autograd.grad(model(x).square().sum(), [R])])
+        found.append(
+            [*torch.autograd.grad(model(x).square().sum(), [B]), *torch.autograd.grad(model(x).square().sum(), [R])]
+        )
         slope = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
         found[-1] += torch.autograd.grad(slope.square().sum(), (A, B, R))
     assert used == {"route": 3, "route_backward": 3}
@@ -169,7 +189,9 @@ def test_only_what_is_asked_for_and_second_derivatives(used):
     assert B.grad.is_contiguous() and A.grad.is_contiguous() and R.grad.is_contiguous()
 
 
-@pytest.mark.parametrize("change", [dict(kernels=False), dict(fused=False), dict(top_k=2), dict(dtype=torch.float64), dict(tokens=0)])
+@pytest.mark.parametrize(
+    "change", [dict(kernels=False), dict(fused=False), dict(top_k=2), dict(dtype=torch.float64), dict(tokens=0)]
+)
 def test_what_is_left_to_torch(used, change, monkeypatch):
     change = dict(change)
     dtype, tokens = change.pop("dtype", torch.float32), change.pop("tokens", 3)
@@ -199,7 +221,17 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in ("t", "view", "_unsafe_view", "slice", "split_with_sizes", "detach", "transpose", "empty", "new_empty"):
+        if name not in (
+            "t",
+            "view",
+            "_unsafe_view",
+            "slice",
+            "split_with_sizes",
+            "detach",
+            "transpose",
+            "empty",
+            "new_empty",
+        ):
             self.made.append(name)
         return func(*args, **kwargs or {})
 
@@ -229,7 +261,8 @@ def test_no_more_is_kept_for_backward(used, choices):
     for lin.kernels in (True, False):
         storages = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):  # noqa: B023
+            lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        ):  # noqa: B023
             y = model(x)
         assert y.requires_grad
         kept.append(sum(storages.values()))

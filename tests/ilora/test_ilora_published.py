@@ -28,17 +28,33 @@ R, N, ALPHA = 2, 3, 5.0
 
 # Beginnings of module names as published, as they are here, and (in, out) of the projections.
 PLACES = [
-    ("base_model.model.model.layers.{}.self_attn", "model.language_model.layers.{}.self_attn",
-     {"q": (HIDDEN, HIDDEN), "k": (HIDDEN, KEYS), "v": (HIDDEN, KEYS), "o": (HIDDEN, HIDDEN)}),
-    ("base_model.model.model.layers.{}.mlp", "model.language_model.layers.{}.mlp",
-     {"gate": (HIDDEN, MLP), "up": (HIDDEN, MLP), "down": (MLP, HIDDEN)}),
-    ("base_model.model.audio_tower.layers.{}.self_attn", "model.audio_tower.layers.{}.self_attn",
-     {"q": (ENCODER, ENCODER), "k": (ENCODER, ENCODER), "v": (ENCODER, ENCODER)}),
-    ("base_model.model.visual.blocks.{}.mlp", "model.visual.blocks.{}.mlp",
-     {"gate": (ENCODER, 2 * ENCODER), "up": (ENCODER, 2 * ENCODER), "down": (2 * ENCODER, ENCODER)}),
+    (
+        "base_model.model.model.layers.{}.self_attn",
+        "model.language_model.layers.{}.self_attn",
+        {"q": (HIDDEN, HIDDEN), "k": (HIDDEN, KEYS), "v": (HIDDEN, KEYS), "o": (HIDDEN, HIDDEN)},
+    ),
+    (
+        "base_model.model.model.layers.{}.mlp",
+        "model.language_model.layers.{}.mlp",
+        {"gate": (HIDDEN, MLP), "up": (HIDDEN, MLP), "down": (MLP, HIDDEN)},
+    ),
+    (
+        "base_model.model.audio_tower.layers.{}.self_attn",
+        "model.audio_tower.layers.{}.self_attn",
+        {"q": (ENCODER, ENCODER), "k": (ENCODER, ENCODER), "v": (ENCODER, ENCODER)},
+    ),
+    (
+        "base_model.model.visual.blocks.{}.mlp",
+        "model.visual.blocks.{}.mlp",
+        {"gate": (ENCODER, 2 * ENCODER), "up": (ENCODER, 2 * ENCODER), "down": (2 * ENCODER, ENCODER)},
+    ),
 ]
-MODULES = {f"{theirs.format(i)}.{short}_proj": (f"{here.format(i)}.{short}_proj", sizes)
-           for theirs, here, projections in PLACES for i in range(LAYERS) for short, sizes in projections.items()}
+MODULES = {
+    f"{theirs.format(i)}.{short}_proj": (f"{here.format(i)}.{short}_proj", sizes)
+    for theirs, here, projections in PLACES
+    for i in range(LAYERS)
+    for short, sizes in projections.items()
+}
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 EAR = "base_model.model.audio_tower.layers.1.self_attn.k_proj"
 EYE = "base_model.model.visual.blocks.0.mlp.down_proj"
@@ -65,8 +81,10 @@ def processor():
 def inputs(processor):
     """A clip of four frames with two seconds of sound, and a question."""
     g = np.random.default_rng(0)
-    media = [omni.Media("video", g.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)),
-             omni.Media("audio", g.normal(size=32_000).astype(np.float32))]
+    media = [
+        omni.Media("video", g.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)),
+        omni.Media("audio", g.normal(size=32_000).astype(np.float32)),
+    ]
     return {k: torch.as_tensor(v) for k, v in omni.prepare(processor, media, "what is heard ?").items()}
 
 
@@ -78,6 +96,7 @@ def base(processor):
 @pytest.fixture
 def file(tmp_path):
     """Writes tensors as the published training does and returns the path."""
+
     def write(tensors=None, **options):
         path = tmp_path / "finetune_weights.bin"
         torch.save(fabricate() if tensors is None else tensors, path, **options)
@@ -93,6 +112,7 @@ def logits(model, inputs):
 
 def published_loop(model, tensors, alpha, within=""):
     """The published formula, one head after the other, added to each module's output by a hook."""
+
     def hook_for(name):
         A, R = (tensors[f"{name}.{part}.weight"] for part in ("lora_A", "lora_route"))
         heads = [tensors[f"{name}.lora_B{i}.weight"] for i in range(len(R))]
@@ -105,11 +125,15 @@ def published_loop(model, tensors, alpha, within=""):
 
         return hook
 
-    return [model.get_submodule(here).register_forward_hook(hook_for(name))
-            for name, (here, _) in MODULES.items() if within in name]
+    return [
+        model.get_submodule(here).register_forward_hook(hook_for(name))
+        for name, (here, _) in MODULES.items()
+        if within in name
+    ]
 
 
 # ---- there
+
 
 @pytest.mark.parametrize("r, heads", [(2, 3), (3, 2), (1, 1)])
 def test_imported_adapter_is_the_published_loop(base, processor, inputs, file, tmp_path, r, heads):
@@ -190,6 +214,7 @@ def test_training_goes_on_from_the_imported_adapter(base, inputs, file, tmp_path
 
 # ---- and back
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_back_to_the_published_names_and_values(base, file, tmp_path, dtype):
     tensors = fabricate(dtype=dtype)
@@ -205,8 +230,12 @@ def test_back_to_the_published_names_and_values(base, file, tmp_path, dtype):
 
 def test_an_adapter_trained_here_goes_out_and_comes_in_again(base, inputs, file, tmp_path):
     torch.manual_seed(0)
-    model = get_peft_model(base, ILoraConfig(r=2, lora_alpha=ALPHA, num_heads=4, target_modules=PUBLISHED_TARGETS,
-                                             init_weights=False, lora_dropout=0.1)).eval()
+    model = get_peft_model(
+        base,
+        ILoraConfig(
+            r=2, lora_alpha=ALPHA, num_heads=4, target_modules=PUBLISHED_TARGETS, init_weights=False, lora_dropout=0.1
+        ),
+    ).eval()
     wanted = logits(model, inputs)
     path = file(published_state_dict(model))
     base = model.unload()
@@ -234,11 +263,19 @@ def test_named_and_partial_adapters_go_out(base, file, tmp_path):
 def test_at_full_size_these_are_the_published_runs_parameters():
     """Against the count in the published run's list of trainable parameters: 870.48 million at r = 128, N = 3."""
     config = Qwen2_5OmniThinkerConfig(
-        text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                         num_key_value_heads=4, vocab_size=152064),
+        text_config=dict(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+        ),
         vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584),
-        audio_config=dict(encoder_layers=32, d_model=1280, encoder_ffn_dim=5120, encoder_attention_heads=20,
-                          output_dim=3584))
+        audio_config=dict(
+            encoder_layers=32, d_model=1280, encoder_ffn_dim=5120, encoder_attention_heads=20, output_dim=3584
+        ),
+    )
     with torch.device("meta"):
         model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     found = [m for name, m in model.named_modules() if re.fullmatch(PUBLISHED_TARGETS, name)]
@@ -249,17 +286,23 @@ def test_at_full_size_these_are_the_published_runs_parameters():
 OPTIONS = dict(top_k=1, router_input="instruction", router_sharing="layer", shared_A=False)
 
 
-@pytest.mark.parametrize("choices, message", [
-    *((dict([option]), f"`{option[0]}` is .*cannot say") for option in OPTIONS.items()
-      if option[0] in ILoraConfig.__dataclass_fields__),
-    (dict(use_rslora=True), "`use_rslora` is True.*cannot say"),
-    (dict(router="uniform"), "`router` is 'uniform'"),
-    (dict(router_temperature=0.5), "`router_temperature` is 0.5"),
-    (dict(modules_to_save=["lm_head"]), "`modules_to_save` is"),
-    (dict(rank_pattern={"k_proj": 1}), r"k_proj.*\(1, 3, 5.0\).*`rank_pattern`"),
-    (dict(alpha_pattern={"k_proj": 1}), r"k_proj.*\(2, 3, 1\).*`alpha_pattern`"),
-    (dict(target_modules=["q_proj", "out_proj"]), "out_proj is adapted, but the published format has no name"),
-])
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        *(
+            (dict([option]), f"`{option[0]}` is .*cannot say")
+            for option in OPTIONS.items()
+            if option[0] in ILoraConfig.__dataclass_fields__
+        ),
+        (dict(use_rslora=True), "`use_rslora` is True.*cannot say"),
+        (dict(router="uniform"), "`router` is 'uniform'"),
+        (dict(router_temperature=0.5), "`router_temperature` is 0.5"),
+        (dict(modules_to_save=["lm_head"]), "`modules_to_save` is"),
+        (dict(rank_pattern={"k_proj": 1}), r"k_proj.*\(1, 3, 5.0\).*`rank_pattern`"),
+        (dict(alpha_pattern={"k_proj": 1}), r"k_proj.*\(2, 3, 1\).*`alpha_pattern`"),
+        (dict(target_modules=["q_proj", "out_proj"]), "out_proj is adapted, but the published format has no name"),
+    ],
+)
 def test_what_the_published_format_cannot_say(base, choices, message):
     settings = dict(r=R, lora_alpha=ALPHA, num_heads=N, target_modules=PUBLISHED_TARGETS) | choices
     with pytest.raises(ValueError, match=message):
@@ -282,6 +325,7 @@ def test_going_out_needs_i_lora(base):
 
 # ---- refusals: tensors that do not fit
 
+
 def drop(*beginnings, ending=""):
     def change(tensors):
         for name in [n for n in tensors if n.startswith(beginnings) and n.endswith(ending)]:
@@ -294,31 +338,50 @@ def put(name, value):
     return lambda tensors: tensors.update({name: value})
 
 
-@pytest.mark.parametrize("change, message", [
-    (drop(f"{Q0}.lora_A"), f"missing: {Q0}.lora_A.weight .fetch the whole file"),
-    (drop(f"{Q0}.lora_route"), f"missing: {Q0}.lora_route.weight"),
-    (drop(f"{EAR}.lora_B1"), f"missing: {EAR}.lora_B1.weight"),
-    (drop(f"{EYE}.lora_B2"), f"missing: {EYE}.lora_B2.weight"),
-    (drop("base_model", ending="lora_B2.weight"), "3 heads.*missing: .*lora_B2.weight; .* and 23 more"),
-    (drop("base_model.model.visual"), "missing: base_model.model.visual.blocks.0.mlp.gate_proj"),
-    (drop("base_model.model.model.layers.1"), "missing: base_model.model.model.layers.1"),
-    (put(f"{Q0}.lora_B3.weight", torch.ones(HIDDEN, R)), f"spare: {Q0}.lora_B3.weight .give the base"),
-    (put(f"{Q0}.lora_route.bias", torch.ones(N)), f"spare: {Q0}.lora_route.bias"),
-    (put(EAR.replace("k_proj", "out_proj") + ".lora_A.weight", torch.ones(R, ENCODER)), "spare: .*out_proj.lora_A"),
-    (put("base_model.model.lm_head.lora_A.weight", torch.ones(R, HIDDEN)), "spare: base_model.model.lm_head.lora_A"),
-    (put(f"{Q0}.lora_A.weight", torch.ones(R + 1, HIDDEN)),
-     rf"misshapen: {Q0}.lora_A.weight has shape \[3, 32\], needs \[2, 32\] .give the base"),
-    (put(f"{EYE}.lora_A.weight", torch.ones(R, ENCODER)), rf"{EYE}.lora_A.weight has shape \[2, 32\], needs \[2, 64\]"),
-    (put(f"{EAR}.lora_route.weight", torch.ones(N - 1, ENCODER)),
-     rf"{EAR}.lora_route.weight has shape \[2, 32\], needs \[3, 32\]"),
-    (put(f"{Q0}.lora_B0.weight", torch.ones(R * HIDDEN)), rf"{Q0}.lora_B0.weight has shape \[64\], needs \[32, 2\]"),
-    (put(f"{Q0}.lora_A.weight", torch.full((R, HIDDEN), float("nan"))), f"{Q0}.lora_A.weight holds NaN"),
-    (put(f"{Q0}.lora_A.weight", torch.ones(R, HIDDEN, dtype=torch.int8)), f"{Q0}.lora_A.weight is torch.int8"),
-    (put(f"{Q0}.lora_A.weight", [1.0]), f"'{Q0}.lora_A.weight' is a list"),
-    (put("module.base_model.model.model.x", torch.ones(1)), "'module.base_model.model.model.x' is not of the published"),
-    (put("lm_head.weight", torch.ones(1)), "'lm_head.weight' is not of the published form"),
-    (put(7, torch.ones(1)), "entry 7 is a Tensor"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop(f"{Q0}.lora_A"), f"missing: {Q0}.lora_A.weight .fetch the whole file"),
+        (drop(f"{Q0}.lora_route"), f"missing: {Q0}.lora_route.weight"),
+        (drop(f"{EAR}.lora_B1"), f"missing: {EAR}.lora_B1.weight"),
+        (drop(f"{EYE}.lora_B2"), f"missing: {EYE}.lora_B2.weight"),
+        (drop("base_model", ending="lora_B2.weight"), "3 heads.*missing: .*lora_B2.weight; .* and 23 more"),
+        (drop("base_model.model.visual"), "missing: base_model.model.visual.blocks.0.mlp.gate_proj"),
+        (drop("base_model.model.model.layers.1"), "missing: base_model.model.model.layers.1"),
+        (put(f"{Q0}.lora_B3.weight", torch.ones(HIDDEN, R)), f"spare: {Q0}.lora_B3.weight .give the base"),
+        (put(f"{Q0}.lora_route.bias", torch.ones(N)), f"spare: {Q0}.lora_route.bias"),
+        (put(EAR.replace("k_proj", "out_proj") + ".lora_A.weight", torch.ones(R, ENCODER)), "spare: .*out_proj.lora_A"),
+        (
+            put("base_model.model.lm_head.lora_A.weight", torch.ones(R, HIDDEN)),
+            "spare: base_model.model.lm_head.lora_A",
+        ),
+        (
+            put(f"{Q0}.lora_A.weight", torch.ones(R + 1, HIDDEN)),
+            rf"misshapen: {Q0}.lora_A.weight has shape \[3, 32\], needs \[2, 32\] .give the base",
+        ),
+        (
+            put(f"{EYE}.lora_A.weight", torch.ones(R, ENCODER)),
+            rf"{EYE}.lora_A.weight has shape \[2, 32\], needs \[2, 64\]",
+        ),
+        (
+            put(f"{EAR}.lora_route.weight", torch.ones(N - 1, ENCODER)),
+            rf"{EAR}.lora_route.weight has shape \[2, 32\], needs \[3, 32\]",
+        ),
+        (
+            put(f"{Q0}.lora_B0.weight", torch.ones(R * HIDDEN)),
+            rf"{Q0}.lora_B0.weight has shape \[64\], needs \[32, 2\]",
+        ),
+        (put(f"{Q0}.lora_A.weight", torch.full((R, HIDDEN), float("nan"))), f"{Q0}.lora_A.weight holds NaN"),
+        (put(f"{Q0}.lora_A.weight", torch.ones(R, HIDDEN, dtype=torch.int8)), f"{Q0}.lora_A.weight is torch.int8"),
+        (put(f"{Q0}.lora_A.weight", [1.0]), f"'{Q0}.lora_A.weight' is a list"),
+        (
+            put("module.base_model.model.model.x", torch.ones(1)),
+            "'module.base_model.model.model.x' is not of the published",
+        ),
+        (put("lm_head.weight", torch.ones(1)), "'lm_head.weight' is not of the published form"),
+        (put(7, torch.ones(1)), "entry 7 is a Tensor"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(base, file, tmp_path, change, message):
     tensors = fabricate()
     change(tensors)
@@ -328,12 +391,17 @@ def test_tensors_that_do_not_fit_are_named(base, file, tmp_path, change, message
     assert os.listdir(tmp_path) == [path.name], "something was written"
 
 
-@pytest.mark.parametrize("holds, message", [
-    ({}, "an empty dict"), ([torch.ones(1)], "holds a list"), (torch.ones(1), "holds a Tensor"),
-    ({"state_dict": {"a": torch.ones(1)}}, "entry 'state_dict' is a dict.*save that inner dict"),
-    ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1)}, "is not of the published form"),
-    ({f"{Q0}.lora_A.weight": torch.ones(1, 1), f"{Q0}.lora_B.weight": torch.ones(1, 1)}, "PEFT itself"),
-])
+@pytest.mark.parametrize(
+    "holds, message",
+    [
+        ({}, "an empty dict"),
+        ([torch.ones(1)], "holds a list"),
+        (torch.ones(1), "holds a Tensor"),
+        ({"state_dict": {"a": torch.ones(1)}}, "entry 'state_dict' is a dict.*save that inner dict"),
+        ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1)}, "is not of the published form"),
+        ({f"{Q0}.lora_A.weight": torch.ones(1, 1), f"{Q0}.lora_B.weight": torch.ones(1, 1)}, "PEFT itself"),
+    ],
+)
 def test_files_that_hold_something_else(base, file, tmp_path, holds, message):
     with pytest.raises(ValueError, match=message):
         import_published(file(holds), base, tmp_path / "adapter", lora_alpha=ALPHA)
@@ -347,7 +415,9 @@ def test_another_base(processor, file, tmp_path):
 
 def test_models_that_are_not_a_bare_thinker(base, file, tmp_path):
     for model in (base.model, torch.nn.Linear(2, 2), get_peft_model(base, LoraConfig(target_modules=["q_proj"]))):
-        with pytest.raises(ValueError, match=f"{type(model).__name__} has no linear modules under 'model.language_model."):
+        with pytest.raises(
+            ValueError, match=f"{type(model).__name__} has no linear modules under 'model.language_model."
+        ):
             import_published(file(), model, tmp_path / "adapter", lora_alpha=ALPHA)
 
 
@@ -362,6 +432,7 @@ def test_alpha_is_demanded(base, file, tmp_path):
 
 # ---- refusals: files that are not whole, or not safe
 
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0.001, 0.1, 0.5, 0.9, 0.9999])
 def test_a_file_cut_short(file, zipped, kept):
@@ -372,7 +443,9 @@ def test_a_file_cut_short(file, zipped, kept):
         read_published(path)
 
 
-@pytest.mark.parametrize("start", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!doctype html>", b"\x08" * 64])
+@pytest.mark.parametrize(
+    "start", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!doctype html>", b"\x08" * 64]
+)
 def test_a_file_that_is_no_torch_file(tmp_path, start):
     path = tmp_path / "finetune_weights.bin"
     path.write_bytes(start)
@@ -390,10 +463,14 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("save", [
-    torch.save, lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False),
-    lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
-])
+@pytest.mark.parametrize(
+    "save",
+    [
+        torch.save,
+        lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False),
+        lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
+    ],
+)
 def test_code_in_the_file_is_refused_and_not_run(tmp_path, save):
     path, mark = tmp_path / "finetune_weights.bin", tmp_path / "ran"
     save(fabricate() | {"trap": Trap(mark)}, path)
@@ -403,6 +480,7 @@ def test_code_in_the_file_is_refused_and_not_run(tmp_path, save):
 
 
 # ---- writing
+
 
 def test_a_folder_in_use_is_left_alone(base, file, tmp_path):
     path, folder = file(), tmp_path / "adapter"

@@ -95,17 +95,16 @@ def test_boxes_without_area_and_images_of_a_wrong_type(checkpoint):
             segment(np.zeros((8, 8)), (0, 0, 4, 4))
 
 
-def test_sam2_prompts_and_pixels_are_those_of_its_processor(checkpoint):
+def test_sam2_gets_the_inputs_that_its_processor_makes(checkpoint):
     """Against the coordinates of transformers' own processor, and a resize by Pillow."""
-    sam, shape, box, points = Sam2(str(checkpoint)), (96, 160), (20, 10, 100, 80), [(50, 40), (60, 41)]
-    inputs = sam.prompt(shape, box, points)
-    scale = Sam2Processor._normalize_coordinates
-    assert torch.allclose(inputs["input_boxes"][0], scale(None, SIDE, torch.tensor([box]), shape, is_bounding_box=True))
-    assert torch.allclose(inputs["input_points"][0, 0], scale(None, SIDE, torch.tensor(points), shape))
-    image = noise(32, 48)
+    image, box, points = noise(32, 48), (20, 10, 40, 30), [(25, 20), (30, 21)]
+    inputs, scale = Sam2(str(checkpoint)).inputs(image, box, points), Sam2Processor._normalize_coordinates
+    boxes = scale(None, SIDE, torch.tensor([box]), image.shape[:2], is_bounding_box=True)
+    assert torch.allclose(inputs["input_boxes"][0], boxes)
+    assert torch.allclose(inputs["input_points"][0, 0], scale(None, SIDE, torch.tensor(points), image.shape[:2]))
     resized = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)) / 255
     expected = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    assert np.abs(sam.pixels(image)[0].permute(1, 2, 0).numpy() - expected).max() < 1.01 / 255 / 0.224
+    assert np.abs(inputs["pixel_values"][0].permute(1, 2, 0).numpy() - expected).max() < 1.01 / 255 / 0.224
 
 
 def test_what_is_no_whole_sam2_is_refused(checkpoint, tmp_path):

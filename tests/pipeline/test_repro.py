@@ -102,10 +102,14 @@ def test_another_profile_and_back_runs_nothing_twice(settled):
     assert ran(sh(settled, "dvc", "repro", "base", "build")) == []
 
 
-def test_a_fresh_clone_does_not_train_the_base(toy, tmp_path):
+def test_a_fresh_clone_does_not_train_the_base_unless_it_is_taken_away(toy, tmp_path):
     folder = tmp_path / "clone"
     sh(tmp_path, "git", "clone", "-q", str(toy), str(folder))
     assert ran(sh(folder, "dvc", "repro", "encode")) == ["resolve", "build@tiny", "encode@tiny"]
+    weights, pointer = map(Path, sh(folder, "python", "-m", "crab.pipeline", "base").split())
+    assert (weights, pointer) == (folder / "models/base", folder / "models/tiny/base.json")
+    pointer.unlink()  # as `make repro-all`
+    assert ran(sh(folder, "dvc", "repro", "encode")) == ["base@tiny"]
 
 
 @pytest.mark.parametrize("line_end", ["lf", "crlf"])
