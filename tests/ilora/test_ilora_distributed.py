@@ -29,8 +29,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from crab.ilora import record_routing
 
-# "layers" shards each decoder layer as one. "parts" also shards A, B and the router alone, as HF Trainer does, and there
-# one router serves several modules of a layer.
+# "layers" shards each decoder layer as one. "parts" also shards A, B and the router alone, as HF Trainer does, and
+# there one router serves several modules of a layer.
 KINDS = ("ddp", "fsdp2 layers", "fsdp2 parts", "fsdp1 layers", "fsdp1 parts")
 PROCESSES = 2
 TOKENS = torch.randint(32, (2 * PROCESSES, 6), generator=torch.Generator().manual_seed(0))

@@ -260,9 +260,12 @@ def test_no_more_is_kept_for_backward(used, choices):
     kept = []
     for lin.kernels in (True, False):
         storages = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
-        ):  # noqa: B023
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = model(x)
         assert y.requires_grad
         kept.append(sum(storages.values()))

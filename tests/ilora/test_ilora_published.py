@@ -161,7 +161,7 @@ def test_loads_bit_equal_at_exactly_the_published_targets(base, file, tmp_path):
     layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, ILoraLayer)}
     assert sorted(layers) == sorted(here for here, _ in MODULES.values())
     assert len(layers) == LAYERS * (7 + 3 + 3)
-    for name, (here, (inside, outside)) in MODULES.items():
+    for name, (here, (_, outside)) in MODULES.items():
         a, b, route = (getattr(layers[here], p)["default"].weight for p in ("ilora_A", "ilora_B", "ilora_router"))
         assert b.shape == (outside, N * R)
         assert torch.equal(a, tensors[f"{name}.lora_A.weight"])

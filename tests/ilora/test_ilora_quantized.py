@@ -101,8 +101,8 @@ def test_equals_the_adapter_over_the_weights_it_stands_for(kind, choices):
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randn(2, 5, 4, dtype=torch.float64)
     results = []
-    for base in (base, plain):
-        model = guard(adapted(base=base, **choices).double())
+    for frozen in (base, plain):
+        model = guard(adapted(base=frozen, **choices).double())
         trained = [p for p in model.parameters() if p.requires_grad]
         assert len(trained) == (2 if "router" in choices else 3)
         y = model(x)
