@@ -219,7 +219,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.ilora_router.weight"
 )
 def test_tensors_that_do_not_fit(saved, change, message):
     rewrite(saved[0], change)
-    with pytest.raises(ValueError, match=f"Cannot load adapter 'default': {message}"):
+    with pytest.raises(ValueError, match=f"Cannot load adapter 'default': .*{message}"):
         PeftModel.from_pretrained(base_model(), saved[0])
 
 
