@@ -73,17 +73,13 @@ def test_the_plain_rival_has_the_rank_nearest_to_the_parameters_of_ilora(profile
     assert methods["lora_matched"]["r"] == round((r * (ins + heads * outs) + heads * ins) / (ins + outs))
 
 
-def test_tiny_differs_from_study_in_length_and_takes_the_rates_that_study_found():
-    tiny, study, changes = PROFILES["tiny"], PROFILES["study"], LOADED["profiles"]["study"]
+def test_study_differs_from_tiny_in_length_and_takes_the_rates_that_its_search_gave():
+    tiny, changes = PROFILES["tiny"], LOADED["profiles"]["study"]
     assert LOADED["profiles"]["tiny"] == {} and not {"base", "encode"} & set(changes)
-    assert set(changes["build"]) == {"test_samples"} and set(changes["train"]) == {"seeds", "rates", "given_rates"}
-    cells = read_json(REPOSITORY / "reports/study/train/cells.json")
-    rates = {cell["family"]: cell["learning_rate"] for cell in cells}
-    for name, method in tiny["train"]["methods"].items():
-        for run in method["runs"]:
-            setting, form = run.split("-")
-            assert tiny["train"]["given_rates"][name][run] == rates[f"{setting}-{name}-{form}"]
-    assert study["train"]["given_rates"] is None
+    assert set(changes["build"]) == {"test_samples"} and set(changes["train"]) == {"seeds", "rates"}
+    for name in tiny["train"]["methods"]:
+        search = read_json(REPOSITORY / f"reports/earlier/sweep-{name}/metrics.json")["rates"]
+        assert tiny["train"]["given_rates"][name] == search
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
