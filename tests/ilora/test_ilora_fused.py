@@ -9,25 +9,17 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crab.ilora import record_routing
-from crab.ilora.fused import MANY_ROWS
 
 
 def is_fused(y):
     return "Fused" in type(y.grad_fn.next_functions[0][0]).__name__
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {},
-        dict(num_heads=1),
-        dict(router_temperature=0.3),
-        dict(top_k=2),
-        dict(top_k=1),
-        dict(shared_A=False),
-        dict(shared_A=False, top_k=2, use_rslora=True),
-    ],
-)
+CHOICES = [{}, dict(num_heads=1), dict(router_temperature=0.3), dict(top_k=2), dict(top_k=1), dict(shared_A=False)]
+
+
+# with r = 40 the gradient of B has another layout
+@pytest.mark.parametrize("choices", [*CHOICES, dict(shared_A=False, top_k=2, use_rslora=True), dict(r=40, num_heads=4)])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (4, 3, 5), (0, 5), (2, 0, 5)])
 @pytest.mark.parametrize("bias, dropout", [(True, 0.0), (False, 0.0), (True, 0.4)])
 def test_fused_equals_the_modules_called_one_by_one(choices, shape, bias, dropout):
@@ -109,21 +101,6 @@ def test_no_second_tensor_of_the_outputs_or_inputs_size(grad):
         assert backward.sizes.count(tokens * wide_in) == 1 and backward.sizes.count(tokens * wide_out) == 1
 
 
-@pytest.mark.parametrize("columns", [64, 128, 160])
-def test_gradient_of_wide_heads_is_made_once_and_right(columns):
-    model = adapted(base=Single(24, 384), r=columns // 4, num_heads=4)
-    layer, _, B, _ = parts(model)
-    x, target = torch.randn(12, 24, dtype=torch.float64), torch.randn(12, 384, dtype=torch.float64)
-    layer.fused = False
-    (expected,) = torch.autograd.grad(model(x), B, target)
-    layer.fused = True
-    y = model(x)
-    with Sizes() as backward:
-        y.backward(target)
-    torch.testing.assert_close(B.grad, expected, rtol=1e-11, atol=1e-12)
-    assert B.grad.is_contiguous() and backward.sizes.count(B.numel()) == (1 if columns >= MANY_ROWS else 2)
-
-
 def kept_bytes(model, x):
     """Bytes that are kept for backward, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -141,18 +118,8 @@ def kept_bytes(model, x):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(
-    "wide_in, wide_out, tokens, r, heads, half, dropout",
-    [
-        (128, 320, 256, 4, 3, False, 0.0),
-        (576, 1536, 64, 8, 3, False, 0.0),
-        (128, 320, 64, 4, 16, False, 0.0),
-        (512, 512, 64, 128, 3, False, 0.0),
-        (128, 320, 256, 4, 3, True, 0.0),
-        (128, 320, 256, 4, 3, False, 0.1),
-        (128, 320, 256, 4, 3, True, 0.1),
-    ],
-)
+@pytest.mark.parametrize("half, dropout", [(False, 0.0), (True, 0.0), (False, 0.1), (True, 0.1)])
+@pytest.mark.parametrize("wide_in, wide_out, tokens, r, heads", [(128, 320, 256, 4, 3), (512, 512, 64, 128, 3)])
 def test_memory_kept_for_backward_is_near_plain_loras(wide_in, wide_out, tokens, r, heads, half, dropout):
     x = torch.randn(2, tokens // 2, wide_in, requires_grad=True)
     lora = LoraConfig(r=r, lora_alpha=8, lora_dropout=dropout, target_modules=["lin"])
@@ -216,15 +183,6 @@ def test_compiles_whole_and_under_function_transforms():
     model = adapted()
     x = torch.randn(3, 5, dtype=torch.float64)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
-    half = adapted(torch.float32, lora_dropout=0.3).train()
-    compiled = torch.compile(half, backend="eager", fullgraph=True)
-    parts(half)[0].fused = False  # it rounds to bfloat16 in other places
-    outputs = []
-    for call in (half, compiled):
-        torch.manual_seed(1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs.append(call(x.float()))
-    torch.testing.assert_close(*outputs)
     result = torch.func.vmap(torch.func.grad(lambda row: model(row).square().sum()))(x)
     x.requires_grad_()
     torch.testing.assert_close(result, torch.autograd.grad(model(x).square().sum(), x)[0])

@@ -6,49 +6,36 @@ import sys
 
 import pytest
 import torch
+from ilora_models import Single, formula
+from ilora_models import adapted as small_adapted
+from ilora_models import parts as weights_of
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from crab.ilora import ILoraConfig, fused, layer
+from crab.ilora import fused, layer
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
-
-
-class Single(nn.Module):
-    def __init__(self, bias=True):
-        super().__init__()
-        self.lin = nn.Linear(24, 40, bias=bias)
-
-    def forward(self, x):
-        return self.lin(x)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run here")
 def test_interpreted():
-    """Run this file where Triton interprets its kernels."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
+    """Run this file with interpreted kernels."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout
 
 
 @pytest.fixture
 def used(monkeypatch):
-    """How often each kernel ran in the layers, which here take interpreted ones on a CPU."""
+    """How often each kernel ran in the layers. On a CPU these use interpreted kernels."""
     if DEVICE == "cpu" and not INTERPRETED:
         pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
     from crab.ilora import kernels
 
-    if DEVICE == "cuda":
-        fused.kernels_for(
-            torch.device("cuda", torch.cuda.current_device())
-        )  # tries the kernels once, which is not counted
+    if DEVICE == "cuda":  # this tries the kernels once, which does not count
+        fused.kernels_for(torch.device("cuda", torch.cuda.current_device()))
     counts = {"route": 0, "route_backward": 0}
 
     def counting(name):
@@ -56,7 +43,7 @@ def used(monkeypatch):
 
         def count(*args):
             counts[name] += 1
-            with _disable_current_modes():  # what the interpreter itself does is none of `Calls`' business
+            with _disable_current_modes():  # `Calls` must not see what the interpreter does
                 return call(*args)
 
         return count
@@ -69,35 +56,35 @@ def used(monkeypatch):
     return counts
 
 
-def adapted(dtype=torch.float32, upcast=False, base=None, **choices):
-    torch.manual_seed(0)
-    settings = dict(r=4, lora_alpha=6, num_heads=3, target_modules=["lin"], init_weights=False, router_init_std=0.5)
-    model = get_peft_model(
-        (base or Single()).to(dtype), ILoraConfig(**settings | choices), autocast_adapter_dtype=upcast
-    )
-    model = model.to(DEVICE)
-    lin = model.base_model.model.lin
-    return model, lin, [getattr(lin, name)["default"].weight for name in ("ilora_A", "ilora_B", "ilora_router")]
+def adapted(dtype=torch.float32, upcast=False, bias=True, **choices):
+    """The model, its layer, and the weights A, B and R."""
+    settings = dict(r=4, lora_alpha=6, router_init_std=0.5)
+    model = small_adapted(dtype, Single(24, 40, bias), upcast, **settings | choices).to(DEVICE)
+    return model, *weights_of(model)
 
 
-def both(model, lin, weights, x, grad, autocast=None):
-    """Output, gradients of x and the weights, output without gradient and routing: with the kernels and without."""
-    found = []
+def tensor(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+
+def both(model, lin, weights, x, autocast=None):
+    """Output, gradients of x and the weights, output without gradient, and routing: with the kernels and without."""
+    results, grad = [], tensor(len(x), 40)
     for lin.kernels in (True, False):
         seen = []
-        lin.routing_observers["default"] = [lambda module, routing: seen.append(routing)]  # noqa: B023
+        lin.routing_observers["default"] = [lambda module, routing, seen=seen: seen.append(routing)]
         torch.manual_seed(1)
         with torch.autocast(DEVICE, dtype=autocast, enabled=autocast is not None):
             y = model(x)
             with torch.no_grad():
                 without = model(x)
         grads = torch.autograd.grad(y, (x, *weights), grad.to(y.dtype))
-        found.append([y.detach(), *grads, without, *seen])
-    return found
+        results.append([y.detach(), *grads, without, *seen])
+    return results
 
 
-def assert_close(found, tolerance):
-    for ours, theirs in zip(*found, strict=True):
+def assert_close(results, tolerance):
+    for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         error = (ours.double() - theirs.double()).norm()
         assert float(error) <= tolerance * float(theirs.double().norm()) + 1e-12
@@ -119,30 +106,23 @@ def assert_close(found, tolerance):
     ],
 )
 def test_equals_the_layer_without_kernels(used, dtype, tokens, choices):
-    choices = dict(choices)
-    model, lin, weights = adapted(dtype, base=Single(choices.pop("bias", True)), **choices)
-    x = torch.randn(tokens, 24, dtype=dtype, device=DEVICE, requires_grad=True)
-    found = both(model.train(), lin, weights, x, torch.randn(tokens, 40, device=DEVICE))
+    model, lin, *weights = adapted(dtype, **choices)
+    results = both(model.train(), lin, weights, tensor(tokens, 24, dtype=dtype).requires_grad_())
     assert used == {"route": 2, "route_backward": 1}
-    assert_close(found, {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-10}[dtype])
+    assert_close(results, {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-10}[dtype])
 
 
-@pytest.mark.parametrize("choices", [{}, dict(shared_A=False)])
-def test_equals_the_formula_in_float64(used, choices):
-    model, lin, weights = adapted(**choices)
-    x = torch.randn(2, 9, 24, device=DEVICE, requires_grad=True)
-    target = torch.randn(2, 9, 40, device=DEVICE)
+@pytest.mark.parametrize("shared_A", [True, False])
+def test_equals_the_formula_in_float64(used, shared_A):
+    model, lin, *weights = adapted(shared_A=shared_A)
+    x, target = tensor(2, 9, 24).requires_grad_(), tensor(2, 9, 40)
     y = model(x)
     grads = torch.autograd.grad(y, (x, *weights), target)
-    wide, A, B, R = (t.detach().double().requires_grad_() for t in (x, *weights))
-    w = torch.softmax(wide @ R.T, -1)
-    wanted = wide @ lin.base_layer.weight.double().T + lin.base_layer.bias.double()
-    for i in range(3):
-        own = A if len(A) == 4 else A[4 * i : 4 * i + 4]
-        wanted = wanted + 1.5 * w[..., i : i + 1] * (wide @ own.T @ B[:, 4 * i : 4 * i + 4].T)
-    exact = torch.autograd.grad(wanted, (wide, A, B, R), target.double())
+    wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    expected = formula(wide[0], lin.base_layer.weight.double(), lin.base_layer.bias.double(), *wide[1:])
+    exact = torch.autograd.grad(expected, wide, target.double())
     assert used == {"route": 1, "route_backward": 1}
-    for ours, theirs in zip((y, *grads), (wanted, *exact), strict=True):
+    for ours, theirs in zip((y, *grads), (expected, *exact), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -150,19 +130,18 @@ def test_equals_the_formula_in_float64(used, choices):
 @pytest.mark.parametrize("autocast", [torch.bfloat16, None])
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_mixed_precision(used, base_dtype, upcast, autocast, tokens):
-    model, lin, weights = adapted(base_dtype, upcast)
-    x = torch.randn(tokens, 24, dtype=base_dtype, device=DEVICE, requires_grad=True)
-    found = both(model, lin, weights, x, torch.randn(tokens, 40, device=DEVICE), autocast)
+    model, lin, *weights = adapted(base_dtype, upcast)
+    results = both(model, lin, weights, tensor(tokens, 24, dtype=base_dtype).requires_grad_(), autocast)
     assert used == {"route": 2, "route_backward": 1}
-    assert_close(found, 2**-7)
+    assert_close(results, 2**-7)
 
 
 def test_a_bad_token_spoils_what_it_spoils_without_kernels(used):
-    model, lin, weights = adapted()
+    model, lin, *weights = adapted()
     lin.check_routing = False
-    x = torch.randn(6, 24, device=DEVICE)
+    x = tensor(6, 24)
     x[1, 3], x[4, 0] = float("nan"), float("inf")
-    with_kernels, without = both(model, lin, weights, x.requires_grad_(), torch.randn(6, 40, device=DEVICE))
+    with_kernels, without = both(model, lin, weights, x.requires_grad_())
     for ours, theirs in zip(with_kernels, without, strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
     assert with_kernels[0].isnan().any(1).tolist() == [False, True, False, False, True, False]
@@ -171,102 +150,76 @@ def test_a_bad_token_spoils_what_it_spoils_without_kernels(used):
         model(x)
 
 
-def test_only_what_is_asked_for_and_second_derivatives(used):
-    model, lin, (A, B, R) = adapted()
-    x = torch.randn(4, 24, device=DEVICE, requires_grad=True)
-    found = []
+def test_only_what_is_asked_for(used):
+    model, lin, A, B, R = adapted()
+    x = tensor(4, 24).requires_grad_()
+    results = []
     for lin.kernels in (True, False):
-        found.append(
-            [*torch.autograd.grad(model(x).square().sum(), [B]), *torch.autograd.grad(model(x).square().sum(), [R])]
-        )
-        slope = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
-        found[-1] += torch.autograd.grad(slope.square().sum(), (A, B, R))
-    assert used == {"route": 3, "route_backward": 3}
-    assert_close(found, 1e-4)
-    B.grad = None
+        results.append([torch.autograd.grad(model(x).square().sum(), [weight])[0] for weight in (B, R)])
+    assert used == {"route": 2, "route_backward": 2}
+    assert_close(results, 1e-4)
     lin.kernels = True
     model(x).sum().backward()
     assert B.grad.is_contiguous() and A.grad.is_contiguous() and R.grad.is_contiguous()
 
 
 @pytest.mark.parametrize(
-    "change", [dict(kernels=False), dict(fused=False), dict(top_k=2), dict(dtype=torch.float64), dict(tokens=0)]
+    "off, choices, dtype, tokens",
+    [
+        ("kernels", {}, torch.float32, 3),
+        ("fused", {}, torch.float32, 3),
+        (None, dict(top_k=2), torch.float32, 3),
+        (None, {}, torch.float64, 3),
+        (None, {}, torch.float32, 0),
+    ],
 )
-def test_what_is_left_to_torch(used, change, monkeypatch):
-    change = dict(change)
-    dtype, tokens = change.pop("dtype", torch.float32), change.pop("tokens", 3)
-    for name in ("kernels", "fused"):
-        if name in change:
-            monkeypatch.setattr(layer.ILoraLayer, name, change.pop(name))
-    model, _, _ = adapted(dtype, **change)
-    model(torch.randn(tokens, 24, dtype=dtype, device=DEVICE, requires_grad=True)).sum().backward()
+def test_what_is_left_to_torch(used, off, choices, dtype, tokens, monkeypatch):
+    if off:
+        monkeypatch.setattr(layer.ILoraLayer, off, False)
+    model = adapted(dtype, **choices)[0]
+    model(tensor(tokens, 24, dtype=dtype).requires_grad_()).sum().backward()
     assert used == {"route": 0, "route_backward": 0}
 
 
 def test_whole_models_still_compile(used):
-    model, _, _ = adapted()
-    x = torch.randn(3, 24, device=DEVICE)
+    model, x = adapted()[0], tensor(3, 24)
     compiled = torch.compile(model, backend="eager", fullgraph=True)(x)
     assert used["route"] == 0
     torch.testing.assert_close(compiled, model(x), rtol=1e-4, atol=1e-5)
     assert used["route"] == 1
 
 
-class Calls(TorchDispatchMode):
-    """Names of the operations that compute: no views, no empty tensors."""
+VIEWS = {"t", "view", "_unsafe_view", "slice", "split_with_sizes", "detach", "transpose", "empty", "new_empty"}
 
-    def __init__(self):
-        super().__init__()
-        self.made = []
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that compute."""
+
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in (
-            "t",
-            "view",
-            "_unsafe_view",
-            "slice",
-            "split_with_sizes",
-            "detach",
-            "transpose",
-            "empty",
-            "new_empty",
-        ):
-            self.made.append(name)
+        self.count += func.overloadpacket.__name__ not in VIEWS
         return func(*args, **kwargs or {})
 
 
-def test_as_many_launches_as_plain_lora(used):
-    plain = get_peft_model(Single(bias=False), LoraConfig(r=4, lora_alpha=6, target_modules=["lin"])).to(DEVICE)
-    x = torch.randn(40, 24, device=DEVICE, requires_grad=True)
-    made = []
-    for model in (plain, adapted(base=Single(bias=False))[0]):
-        x.grad = None
-        with Calls() as forward:
-            y = model(x)
-        with Calls() as backward:
-            y.backward(torch.ones(40, 40, device=DEVICE))
-        made.append((forward.made, backward.made))
-    (forward, backward), (our_forward, our_backward) = made
-    assert used == {"route": 1, "route_backward": 1}
-    assert len(our_forward) + 1 <= len(forward), (forward, our_forward)
-    assert len(our_backward) + 1 <= len(backward), (backward, our_backward)
-
-
-@pytest.mark.parametrize("choices", [{}, dict(shared_A=False)])
-def test_no_more_is_kept_for_backward(used, choices):
-    model, lin, _ = adapted(**choices)
-    x = torch.randn(50, 24, device=DEVICE, requires_grad=True)
-    kept = []
-    for lin.kernels in (True, False):
-        storages = {}
+def test_no_more_launches_than_plain_lora_and_nothing_more_kept(used):
+    plain = get_peft_model(Single(24, 40, False), LoraConfig(r=4, lora_alpha=6, target_modules=["lin"])).to(DEVICE)
+    ours, lin, *_ = adapted(bias=False)
+    x = tensor(40, 24).requires_grad_()
+    counts, kept = [], []
+    for model, lin.kernels in ((plain, True), (ours, True), (ours, False)):
+        x.grad, storages = None, {}
 
         def pack(tensor, storages=storages):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with Calls() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = model(x)
-        assert y.requires_grad
+        with Calls() as backward:
+            y.backward(torch.ones(40, 40, device=DEVICE))
+        counts.append((forward.count, backward.count))
         kept.append(sum(storages.values()))
-    assert kept[0] == kept[1]
+    assert used == {"route": 1, "route_backward": 1}
+    # the kernels' own launches, one each way, are not counted
+    assert counts[1][0] + 1 <= counts[0][0] and counts[1][1] + 1 <= counts[0][1] and kept[1] == kept[2]

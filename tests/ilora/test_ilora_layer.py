@@ -16,10 +16,8 @@ from crab.ilora import ILoraConfig, instruction_tokens, record_routing
         ({}, {}),
         (dict(r=1, num_heads=1), dict(scaling=3)),
         (dict(r=3, num_heads=4, router_temperature=0.5), dict(scaling=1, temperature=0.5)),
-        (dict(top_k=2, num_heads=4), dict(top_k=2)),
         (dict(top_k=1), dict(top_k=1)),
         (dict(top_k=3), {}),
-        (dict(shared_A=False), {}),
         (dict(shared_A=False, top_k=2, use_rslora=True), dict(top_k=2, scaling=3 / 2**0.5)),
     ],
 )

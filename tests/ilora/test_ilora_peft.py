@@ -94,20 +94,12 @@ def test_reload_into_a_base_of_another_dtype_bit_equal(dtype, autocast, tmp_path
     assert of_float32[0] == of_float32[1]
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        dict(top_k=2),
-        dict(shared_A=False),
-        dict(router_input="instruction"),
-        dict(router_sharing="layer"),
-        dict(router_temperature=0.5),
-        dict(router="uniform", shared_A=False),
-        dict(use_rslora=True, rank_pattern={"q_proj": 3}),
-        dict(modules_to_save=["lm_head"]),
-    ],
-    ids=lambda choices: "-".join(choices),
-)
+OPTIONS = [dict(top_k=2), dict(shared_A=False), dict(router_input="instruction"), dict(router_sharing="layer")]
+OPTIONS += [dict(router_temperature=0.5), dict(router="uniform", shared_A=False), dict(modules_to_save=["lm_head"])]
+OPTIONS += [dict(use_rslora=True, rank_pattern={"q_proj": 3})]
+
+
+@pytest.mark.parametrize("choices", OPTIONS, ids=lambda choices: "-".join(choices))
 def test_options_survive_saving(choices, tmp_path):
     model = language_model(**choices)
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
@@ -206,21 +198,6 @@ def test_merging_is_refused_with_the_reason(saved):
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.ilora_router.weight"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t.pop(NAME), r"missing model.layers.0.self_attn.q_proj.ilora_router"),
-        (lambda t: t.update({NAME.replace("q_proj", "x_proj"): t[NAME].clone()}), "unexpected .*x_proj.ilora_router"),
-        (lambda t: t.update({NAME.replace("ilora_router", "lora_A"): t[NAME].clone()}), "unexpected .*q_proj.lora_A"),
-        (lambda t: t.update({NAME: t[NAME][:2].clone()}), r"q_proj.ilora_router.*shape \[2, 16\] and needs \[3, 16\]"),
-    ],
-)
-def test_tensors_that_do_not_fit(saved, change, message):
-    rewrite(saved[0], change)
-    with pytest.raises(ValueError, match=f"Cannot load adapter 'default': .*{message}"):
-        PeftModel.from_pretrained(base_model(), saved[0])
 
 
 def test_a_refused_adapter_is_not_left_behind(saved, tmp_path):

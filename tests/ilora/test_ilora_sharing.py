@@ -183,18 +183,14 @@ def test_recording_and_compiling_shared_routers():
 # ---- routing that is not finite
 
 
+CASES = [({}, True, False), ({}, False, False), ({}, True, True)]  # options, fused, autocast
+CASES += [
+    (dict([o]), True, False) for o in dict(lora_dropout=0.1, router_sharing="layer", router_input="instruction").items()
+]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(
-    "choices, fused, half",
-    [
-        ({}, True, False),
-        ({}, False, False),
-        (dict(lora_dropout=0.1), True, False),
-        (dict(router_sharing="layer"), True, False),
-        (dict(router_input="instruction"), True, False),
-        ({}, True, True),
-    ],
-)
+@pytest.mark.parametrize("choices, fused, half", CASES)
 def test_logits_that_are_not_finite_name_the_module(value, choices, fused, half, monkeypatch):
     monkeypatch.setattr(ILoraLayer, "fused", fused)
     model = language_model(target_modules=["v_proj", "down_proj"], **choices).train()
