@@ -206,7 +206,7 @@ def test_no_more_launches_than_plain_lora_and_nothing_more_kept(used):
     plain = get_peft_model(Single(24, 40, False), LoraConfig(r=4, lora_alpha=6, target_modules=["lin"])).to(DEVICE)
     ours, lin, *_ = adapted(bias=False)
     x = tensor(40, 24).requires_grad_()
-    counts, kept = [], []
+    counts, stored = [], []
     for model, lin.kernels in ((plain, True), (ours, True), (ours, False)):
         x.grad, storages = None, {}
 
@@ -219,7 +219,7 @@ def test_no_more_launches_than_plain_lora_and_nothing_more_kept(used):
         with Calls() as backward:
             y.backward(torch.ones(40, 40, device=DEVICE))
         counts.append((forward.count, backward.count))
-        kept.append(sum(storages.values()))
+        stored.append(sum(storages.values()))
     assert used == {"route": 1, "route_backward": 1}
     # the kernels' own launches, one each way, are not counted
-    assert counts[1][0] + 1 <= counts[0][0] and counts[1][1] + 1 <= counts[0][1] and kept[1] == kept[2]
+    assert counts[1][0] + 1 <= counts[0][0] and counts[1][1] + 1 <= counts[0][1] and stored[1] == stored[2]

@@ -312,11 +312,11 @@ def test_other_bases_and_no_alpha(base, processor, file, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("kept", [0.001, 0.1, 0.5, 0.9, 0.9999])
-def test_a_file_cut_short(file, zipped, kept):
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.9999])
+def test_a_file_cut_short(file, zipped, share):
     path = file(_use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole))])
+    path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=f"{path.name} is cut short or damaged; fetch it again"):
         read_published(path)
 
