@@ -162,14 +162,14 @@ def _backward(ctx, grad, x, weight, A, R, B, z, logits, mask):
             _accumulate(grad_x, small_grad.t(), torch.cat((A, R)))
     elif need_x or need_A or need_R:
         z_grad, logits_grad = small_grad.split(rows)
-        keep, z_grad = mask.to(dtype), z_grad / (1 - dropout)
+        kept, z_grad = mask.to(dtype), z_grad / (1 - dropout)
         if need_A:
-            grad_A = z_grad @ (x.to(dtype) * keep)
+            grad_A = z_grad @ (x.to(dtype) * kept)
         if need_R:
             grad_R = logits_grad @ x.to(dtype)
         if need_x:
             _accumulate(grad_x, logits_grad.t(), R)
-            grad_x += (z_grad.t() @ A).mul_(keep)
+            grad_x += (z_grad.t() @ A).mul_(kept)
     grads = (grad_x, x.dtype), (grad_A, stored[0]), (grad_R, stored[0]), (grad_B, stored[1])
     return [None if gradient is None else _cast(gradient, dtype) for gradient, dtype in grads]
 

@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .adapters import base_name, ilora_layers, require_fit
 from .config import ILoraConfig
 from .layer import MERGE_REFUSAL, ILoraLayer, Linear
+from .registration import PREFIX
 from .routers import SharedRouter, UniformRouter
 
 # PEFT itself adds these to modules_to_save for these tasks, whether the model has them or not.
@@ -29,7 +30,7 @@ class ILoraModel(BaseTuner):
     module, and saved tensors that do not fit. (A transformers model's own `load_adapter` only logs the latter.)
     """
 
-    prefix: str = "ilora_"
+    prefix: str = PREFIX
     tuner_layer_cls = ILoraLayer
     target_module_mapping: dict[str, list[str]] = {}  # no default: the study must say which modules it adapts
 

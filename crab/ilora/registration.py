@@ -7,6 +7,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType, register_peft_method
 
 NAME = "ilora"
+PREFIX = "ilora_"
 
 
 def _member() -> PeftType:
@@ -36,7 +37,7 @@ def register(config_class, model_class) -> None:
             other = f"{present.__module__}.{present.__name__}"
             raise RuntimeError(f"PEFT already has a method called '{NAME}' ({other}); use it or crab.ilora, not both.")
         del PEFT_TYPE_TO_CONFIG_MAPPING[ILORA], PEFT_TYPE_TO_TUNER_MAPPING[ILORA], PEFT_TYPE_TO_PREFIX_MAPPING[ILORA]
-    register_peft_method(name=NAME, config_cls=config_class, model_cls=model_class, prefix=model_class.prefix)
+    register_peft_method(name=NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)
     PeftModel.load_adapter = _strict(getattr(PeftModel.load_adapter, "lenient", PeftModel.load_adapter))
 
 
