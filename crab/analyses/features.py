@@ -15,7 +15,7 @@ from crab import tasks
 from crab.models.batches import batch, last_hidden
 from crab.models.checkpoint import load_base
 from crab.study.answer import load_adapter
-from crab.study.samples import read_slot, spread
+from crab.samples.reading import read_slot, spread
 
 
 @torch.no_grad()

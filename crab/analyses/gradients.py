@@ -20,7 +20,7 @@ from crab.models.batches import answer_loss, batch
 from crab.models.checkpoint import load_base
 from crab.study.cells import Cell
 from crab.study.compare import interval
-from crab.study.samples import read_slot, spread
+from crab.samples.reading import read_slot, spread
 
 #: Where gradients are taken, on the straight line from an adapter's first weights (0) to its trained ones (1).
 POINTS = {"start": 0.0, "half-way": 0.5, "end": 1.0}

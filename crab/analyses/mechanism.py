@@ -28,7 +28,7 @@ from crab.models.batches import SEGMENTS, batch, last_hidden, segments
 from crab.models.checkpoint import load_base
 from crab.study.answer import load_adapter
 from crab.study.compare import bootstrap_means, interval
-from crab.study.samples import read_slot, spread
+from crab.samples.reading import read_slot, spread
 from crab.study.score import true_answer, truths
 
 # Changes of the routing. Each is compared with the unchanged adapter, but OTHER with OWN.

@@ -23,7 +23,7 @@ from crab.data import media, records
 from crab.models import omni
 from crab.models.batches import answer_loss, batch
 from crab.models.checkpoint import load_base
-from crab.study.encode import load_media, prepared
+from crab.samples.encode import load_media, prepared
 from crab.study.train import adapted
 
 PYAV, DECODE, PREPARE, BOTH = "PyAV, every frame", "decode", "prepare", "decode and prepare"

@@ -14,7 +14,7 @@ from crab.ilora import record_routing_means, routing_information
 from crab.models.batches import SEGMENTS, batch, last_hidden, segments
 from crab.models.checkpoint import load_base
 from crab.study.answer import answer, load_adapter
-from crab.study.samples import read_slot, spread
+from crab.samples.reading import read_slot, spread
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ and, for slots that are scored on masks, ``mask`` (path of the true one; if noth
 exists). The same code reads a generated tree and the real one.
 
 The media lie beside the records, or under the folder that ``<root>/root.json`` names: a data root may hold only checked
-lists (:mod:`crab.study.build`) while hundreds of gigabytes stay where they are.
+lists (:mod:`crab.samples.build`) while hundreds of gigabytes stay where they are.
 """
 
 from __future__ import annotations

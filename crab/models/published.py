@@ -1,6 +1,6 @@
 """Media as the published loader of Crab+ shows them (github.com/GeWu-Lab/Crab_Plus, ``dataset/``), with its quirks.
 
-The differences from `crab.study.encode`, which shows a clip as it is:
+The differences from `crab.samples.encode`, which shows a clip as it is:
 
 - Frames are spread evenly from the first to the last of the clip. A clip with fewer frames than asked for shows only
   its first and last. A clip of one frame shows ten black frames.

@@ -32,15 +32,15 @@ from crab.study.cells import Cell
 from crab.study.code import code_digest
 from crab.study.ledger import Ledger
 from crab.study.pool import run_pool
-from crab.study.samples import SlotData, read_manifest, read_slot
+from crab.samples.reading import SlotData, read_manifest, read_slot
 from crab.study.score import reference, score_slot, truths
 from crab.study.statements import statement_counts
 from crab.study.train import RECORD, WARMUP, adapter_config, train, warn_of_emulation
 
 ANSWERS, SCORES = "answers.json", "scores.json"
 #: Modules that decide the weights of an adapter, its answers, and what these are worth.
-TRAINING = ("crab.study.train", "crab.study.samples")
-ANSWERING = ("crab.study.answer", "crab.study.samples")
+TRAINING = ("crab.study.train", "crab.samples.reading")
+ANSWERING = ("crab.study.answer", "crab.samples.reading")
 SCORING = ("crab.study.score", "crab.models.segment")
 REASONING = ("crab.study.statements",)
 PROMPTS = ("crab.study.prompts",)

@@ -9,7 +9,7 @@ from crab import tasks
 from crab.data.files import write_json
 from crab.models import omni, small
 from crab.study.cells import Cell
-from crab.study.samples import MANIFEST, SlotData, write_slot
+from crab.samples.reading import MANIFEST, SlotData, write_slot
 from crab.study.store import Store
 
 SIZE = {

@@ -9,7 +9,7 @@ from crab.analyses import gradients
 from crab.models.batches import batch
 from crab.models.checkpoint import load_base
 from crab.study.answer import load_adapter
-from crab.study.samples import read_slot
+from crab.samples.reading import read_slot
 from crab.study.train import train
 
 SLOTS = ("ks", "cremad")

@@ -17,7 +17,7 @@ from crab.ilora import ILoraLayer, record_routing, record_routing_means
 from crab.models.batches import SEGMENTS, batch, segments
 from crab.models.checkpoint import load_base
 from crab.study.answer import load_adapter
-from crab.study.samples import SlotData, read_slot, write_slot
+from crab.samples.reading import SlotData, read_slot, write_slot
 from crab.study.train import train
 
 SLOTS = ("ks", "cremad")

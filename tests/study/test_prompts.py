@@ -21,7 +21,7 @@ from crab.study.prompts import (
     prefixed,
     word_token,
 )
-from crab.study.samples import MANIFEST, SlotData, read_slot, write_slot
+from crab.samples.reading import MANIFEST, SlotData, read_slot, write_slot
 from crab.study.store import Store, training_pairs
 
 SIZE = {

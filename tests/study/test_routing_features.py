@@ -10,7 +10,7 @@ from crab.ilora import record_routing, routing_entropy
 from crab.models.batches import batch
 from crab.models.checkpoint import load_base
 from crab.study.answer import answer, load_adapter
-from crab.study.samples import read_slot
+from crab.samples.reading import read_slot
 from crab.study.train import train
 
 SLOTS = ("ks", "cremad")

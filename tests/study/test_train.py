@@ -11,7 +11,7 @@ from crab.models import batches, omni
 from crab.models.checkpoint import load_base
 from crab.study import train as module
 from crab.study.answer import WEIGHTS, answer, load_adapter
-from crab.study.samples import read_slot
+from crab.samples.reading import read_slot
 from crab.study.train import RECORD, WHOLE, adapter_config, train, warn_of_emulation
 
 ILORA = {"r": 2, "lora_alpha": 4, "num_heads": 2, "lora_dropout": 0.1}
