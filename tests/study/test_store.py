@@ -145,7 +145,7 @@ def test_an_entry_with_another_key_replaces_the_old_one(store, cell, monkeypatch
 
 def test_training_key_sees_the_code_that_trains_and_no_other():
     names = set(modules_of(module.TRAINING))
-    assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/study/samples.py"} <= names
+    assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/samples/reading.py"} <= names
     assert not [name for name in names if name.startswith(("crab/tasks", "crab/world", "crab/pipeline"))]
     assert not {"crab/ilora/published.py", "crab/study/pool.py", "crab/study/score.py"} & names
 
