@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from encoded_samples import store_samples
 
 from crab import tasks
 from crab.data.files import write_json
 from crab.models import omni, small
+from crab.samples.reading import MANIFEST
 from crab.study.cells import Cell
-from crab.samples.reading import MANIFEST, SlotData, write_slot
+from crab.study.hardware import Hardware
 from crab.study.store import Store
 
 SIZE = {
@@ -64,9 +66,12 @@ def encoded(tmp_path_factory, base):
         for split, count in COUNTS.items():
             samples, answers = make_samples(processor, count, number)
             bare = [f"<answer>{a}</answer>" for a in answers]
-            targets = {"bare": bare, "explicit": [f"i see {a} . {b}" for a, b in zip(answers, bare, strict=True)]}
-            ids = [f"{slot}/{split}/{i:05d}" for i in range(count)]
-            write_slot(root, SlotData(slot, split, samples, ids, ["which ?"] * count, targets))
+            explicit = [f"i see {a} . {b}" for a, b in zip(answers, bare, strict=True)]
+            texts = [
+                {"id": f"{slot}/{split}/{i:05d}", "instruction": "which ?", "bare": bare[i], "explicit": explicit[i]}
+                for i in range(count)
+            ]
+            store_samples(root, slot, split, samples, texts)
     parts = {f"{s}/{split}": {"samples": n, "digest": f"{s} {split}"} for s in SLOTS for split, n in COUNTS.items()}
     write_json(root / MANIFEST, parts)
     return root
@@ -91,7 +96,9 @@ def store(encoded, dataset, base, tmp_path):
     """A store that works in this process."""
     answer = {"batch_size": 8, "max_new_tokens": 6, "segmenter": "grabcut"}
     folders = (tmp_path / "cells", tmp_path / "cells.json.xz", tmp_path / "adapters")
-    return Store(encoded, dataset, base, *folders, batch_size=8, precision="fp32", answer=answer, workers=1)
+    return Store(
+        encoded, dataset, base, *folders, batch_size=8, precision="fp32", answer=answer, hardware=Hardware(workers=1)
+    )
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from sklearn.metrics import silhouette_score
 from crab import tasks
 from crab.models.batches import batch, last_hidden
 from crab.models.checkpoint import load_base
-from crab.study.answer import load_adapter
 from crab.samples.reading import read_slot, spread
+from crab.study.answer import load_adapter
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def features(
     """
     rows, items = [], []
     for slot in slots:
-        data = read_slot(encoded, slot, "test")
+        data = read_slot(encoded, slot, "test", base)
         for i in spread(len(data), max(1, samples // len(slots))):
             rows.append({"slot": slot, "family": tasks.get_slot(slot).family, "id": data.ids[i]})
-            items.append(data.samples[i])
+            items.append(data[i])
     table, maps, silhouettes = pd.DataFrame(rows), [], {}
     for name, folder in adapters.items():
         model, processor = load_base(base)

@@ -18,9 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from crab.models.batches import answer_loss, batch
 from crab.models.checkpoint import load_base
+from crab.samples.reading import read_slot, spread
 from crab.study.cells import Cell
 from crab.study.compare import interval
-from crab.samples.reading import read_slot, spread
 
 #: Where gradients are taken, on the straight line from an adapter's first weights (0) to its trained ones (1).
 POINTS = {"start": 0.0, "half-way": 0.5, "end": 1.0}
@@ -157,7 +157,7 @@ def conflicts(
             f"gradients: {', '.join(different)} and {cells[0].name} were trained on different slots or forms of answer "
             "and cannot be compared; give each method a joint run of one form (train.methods.*.runs in params.yaml)"
         )
-    data = {slot: read_slot(encoded, slot, "train").answered(form) for slot in slots}
+    data = {slot: read_slot(encoded, slot, "train", base).answered(form) for slot in slots}
     count = min(samples, *map(len, data.values()))  # the same for each slot, in whole chunks
     if count < 2 * chunk:
         raise ValueError(

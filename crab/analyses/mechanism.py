@@ -26,9 +26,9 @@ from crab.ilora.adapters import adapted_layers
 from crab.models import omni
 from crab.models.batches import SEGMENTS, batch, last_hidden, segments
 from crab.models.checkpoint import load_base
+from crab.samples.reading import read_slot, spread
 from crab.study.answer import load_adapter
 from crab.study.compare import bootstrap_means, interval
-from crab.samples.reading import read_slot, spread
 from crab.study.score import true_answer, truths
 
 # Changes of the routing. Each is compared with the unchanged adapter, but OTHER with OWN.
@@ -54,7 +54,7 @@ def true_answers(dataset: Path, encoded: Path, slot: str, form: str, samples: in
         else:
             text = true_answer(slot, record) if entry.masks else tasks.answer(slot, tasks.truth(slot, record))
         if text:
-            pairs.append((data.samples[i], text))
+            pairs.append((data[i], text))
     if not pairs:
         raise ValueError(
             f"{encoded}: {slot}: none of {samples} test samples has a true answer; raise mechanism.samples"

@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import av
 import cv2
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ from crab.data import media, records
 from crab.models import omni
 from crab.models.batches import answer_loss, batch
 from crab.models.checkpoint import load_base
-from crab.samples.encode import load_media, prepared
+from crab.samples.inputs import load_media, prepared
 from crab.study.train import adapted
 
 PYAV, DECODE, PREPARE, BOTH = "PyAV, every frame", "decode", "prepare", "decode and prepare"
@@ -108,9 +107,8 @@ def decode_alone(record: Mapping) -> int:
     """Decode every frame and all sound of a record's media by PyAV, in one thread; returns the number of frames."""
     count = 0
     for item in record["media"]:
-        with av.open(item.path) as container:
-            stream = (container.streams.audio if item.kind == "audio" else container.streams.video)[0]
-            stream.codec_context.thread_count = 1
+        with media.open_container(item.path) as container:
+            stream = getattr(media.chosen(item.path, container, item.kind), item.kind)  # which decodes in one thread
             count += sum(1 for _ in container.decode(stream))
     return count
 

@@ -13,8 +13,8 @@ import torch
 from crab.ilora import record_routing_means, routing_information
 from crab.models.batches import SEGMENTS, batch, last_hidden, segments
 from crab.models.checkpoint import load_base
-from crab.study.answer import answer, load_adapter
 from crab.samples.reading import read_slot, spread
+from crab.study.answer import answer, load_adapter
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def routing(
     model = load_adapter(model, adapter)
     tables = {}
     for slot in slots:
-        data = read_slot(encoded, slot, "test")
-        chosen = [data.samples[i] for i in spread(len(data), max(1, samples // len(slots)))]
+        data = read_slot(encoded, slot, "test", base)
+        chosen = [data[i] for i in spread(len(data), max(1, samples // len(slots)))]
         tables[slot] = record_slot(model, processor.tokenizer, chosen, batch_size, max_new_tokens)
     return pd.concat(tables, names=["slot"]).reset_index("slot").reset_index(drop=True)
 

@@ -12,19 +12,32 @@ from crab.models import omni
 
 SEGMENTS = ("text", "video", "audio", "answer")
 PADDING = -1
-#: One encoded sample: ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden].
+#: One sample: ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden], or a ``prompt`` to encode.
 Sample = Mapping[str, torch.Tensor]
 
 _INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
 
 
 def batch(model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """`omni.collate` on the device of the model. ValueError if a base of another width encoded the samples."""
+    """`omni.collate` on the device of the model. Samples that are still a ``prompt`` go through its encoders first.
+
+    ValueError if a base of another width encoded the samples.
+    """
+    samples = encoded(model, samples)
     width = model.get_input_embeddings().weight.shape[1]
     stored = samples[0]["features"].shape[1]
     if stored != width:
         raise ValueError(f"stored features are {stored} wide, the model {width}; run the encode stage with this base")
     return {name: value.to(model.device) for name, value in omni.collate(model, tokenizer, samples, answers).items()}
+
+
+def encoded(model, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, those with a ``prompt`` encoded; their features are rounded to 16 bit, as stored ones are."""
+    results = iter(omni.encode(model, prompts) if (prompts := [s["prompt"] for s in samples if "prompt" in s]) else [])
+    return [
+        {**sample, **(own := next(results)), "features": own["features"].half()} if "prompt" in sample else sample
+        for sample in samples
+    ]
 
 
 def segments(config, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoProcessor, BatchFeature, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.utils import is_torchvision_available
 
-from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, load_processor, tokens_per_second
+from crab.models import small
+from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, tokens_per_second
 
 #: The linear layers of the language model. A plain list of names would also match both encoders.
 LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -54,17 +55,21 @@ def save(path: str | Path, model, processor, dtype: torch.dtype = torch.float32)
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32):
     """(model, processor) from a folder that `save` wrote, or from a published checkpoint."""
+    processor = load_processor(path)
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    return model.eval(), processor
+
+
+def load_processor(path: str | Path):
+    """The processor alone, for processes that decode media and run no model."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder}/config.json is missing: this is not a model; run `dvc repro base`")
     if (folder / "audio").is_dir():
-        processor = load_processor(folder)
-    elif is_torchvision_available():
-        processor = AutoProcessor.from_pretrained(path)
-    else:
+        return small.load_processor(folder)
+    if not is_torchvision_available():
         raise ImportError(f"the processor of {path} needs torchvision; install it beside a CUDA build of torch")
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=dtype)
-    return model.eval(), processor
+    return AutoProcessor.from_pretrained(path)
 
 
 def prompt_text(kinds: Sequence[str], instruction: str, turns: bool = True) -> str:

@@ -1,107 +1,39 @@
-"""The encode stage: decode the media of every sample and run the frozen encoders on them, once."""
+"""The encode stage: list the samples of every slot in shards, with the features of the frozen encoders or without.
+
+With cached features, media are decoded and encoded once. Without, the shards hold the texts and where the media lie;
+whoever reads a sample decodes it, and the model that trains or answers encodes it in the step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
 
 from crab import tasks
 from crab.data import records
-from crab.data.files import digest_of, file_digest, write_json
-from crab.data.media import clip_seconds
+from crab.data.files import digest_of, write_json
+from crab.data.media import MediaError
+from crab.data.probe import Files
 from crab.models import omni, published
-from crab.models.checkpoint import base_digest, load_base
+from crab.models.checkpoint import base_digest, load_base, resolve
+from crab.samples.inputs import check_compatibility, prompt_of
+from crab.samples.reading import MANIFEST
+from crab.samples.shards import about, write_shard
 from crab.study.code import code_digest
 from crab.study.pool import run_pool
-from crab.samples.reading import MANIFEST, SlotData, write_slot
 
 #: Samples that go through the encoders together. Their decoded media are in memory at once.
 BATCH = 16
-_LEAST_FRAMES = 3  # of a spectrogram, for one token: the encoder halves their number twice
-#: How media are shown: as they are, or as the published loader shows them (`crab.models.published`).
-COMPATIBILITY = ("none", "published")
-#: Modules that decide how media become features.
-ENCODING = ("crab.data.media", "crab.data.records", "crab.models.omni", "crab.models.published", "crab.samples.encode")
-
-
-def load_media(record: Mapping, frames: int) -> list[omni.Media]:
-    """Decoded media of a record that `crab.data.records.read` gave, in the order of the prompt.
-
-    The rate of a video is that at which its frames were taken, from their time stamps: a clip of 3 s and one of 60 s
-    that are shown by equally many frames differ in it.
-
-    Raises:
-        crab.data.media.MediaError: naming the file that is missing or cannot be read.
-    """
-    items = []
-    for item, data in zip(record["media"], records.load(record, frames), strict=True):
-        if item.kind == "video":
-            pictures, seconds = data
-            step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
-            if len(set(seconds)) < len(seconds):  # a short clip gives some frames twice; each stands for an equal part
-                step = clip_seconds(item.path) / frames
-            items.append(omni.Media("video", pictures, fps=round(float(1 / step), 6) if step > 0 else 1.0))
-        else:
-            items.append(omni.Media(item.kind, data))
-    return items
-
-
-def prepared(processor, record: Mapping, frames: int, instruction: str):
-    """The prompt of a record, as `omni.prepare` makes it, in which each video keeps its own seconds per frame.
-
-    Raises:
-        ValueError: a sound is longer than the model hears. It would be cut off, while the frames span the whole clip.
-        crab.data.media.MediaError: naming the file that is missing or cannot be read.
-    """
-    media = load_media(record, frames)
-    for item, source in zip(media, record["media"], strict=True):
-        if item.kind == "audio" and (problem := published.cut_off(processor, item.data)):
-            raise ValueError(f"encode: {source.path}, a sound of {_named(record)}, {problem}")
-    prompt = omni.prepare(processor, media, instruction)
-    rates = [item.fps for item in media if item.kind == "video"]
-    if len(set(rates)) > 1:  # the processor takes one rate for all videos of a prompt
-        prompt["video_second_per_grid"] = [processor.video_processor.temporal_patch_size / rate for rate in rates]
-    return prompt
-
-
-def encode_slot(
-    root: str | Path, slot: str, split: str, base: str | Path, out: str | Path, compatibility: str = "none"
-) -> int:
-    """Encode one slot and split into ``out``; returns the number of samples.
-
-    Args:
-        root: holds ``AVUIE_2``. compatibility: one of :data:`COMPATIBILITY`.
-
-    Raises:
-        ValueError: no records, or a sound too short or too long for the base; naming the record.
-        crab.data.media.MediaError: naming the file that is missing or cannot be read.
-        RuntimeError: the encoders fail; naming the records.
-    """
-    if compatibility not in COMPATIBILITY:
-        raise ValueError(f"encode.compatibility is {compatibility!r}; choose one of {', '.join(COMPATIBILITY)}")
-    prepare = partial(published.prepared, slot) if compatibility == "published" else prepared
-    rows = records.read(root, slot, split)
-    if not rows:
-        raise ValueError(f"{Path(root) / tasks.json_path(slot, split)}: no records to encode")
-    model, processor = load_base(base)
-    samples, frames = [], tasks.get_slot(slot).frames
-    for first in range(0, len(rows), BATCH):
-        part = rows[first : first + BATCH]
-        prompts = [prepare(processor, row, frames, tasks.instruction(slot, row)) for row in part]
-        for row, prompt in zip(part, prompts, strict=True):
-            _check_heard(processor, row, prompt)
-        try:
-            samples += omni.encode(model, prompts)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}: {error}"
-            ) from error
-    # Test records may hold their truth outside the answer, which then is not there to be learned.
-    targets = {form: [tasks.target(slot, r, form) for r in rows] if split == "train" else [] for form in tasks.FORMS}
-    ids, instructions = [row["id"] for row in rows], [tasks.instruction(slot, row) for row in rows]
-    write_slot(out, SlotData(slot, split, samples, ids, instructions, targets))
-    return len(rows)
+#: Records of a shard without features.
+LISTED = 4096
+ON_PROBLEM = ("error", "skip")
+#: The module that, with all it imports, decides how media become features.
+ENCODING = ("crab.samples.encode",)
 
 
 def encode_all(
@@ -111,49 +43,187 @@ def encode_all(
     out: str | Path,
     workers: int = 2,
     compatibility: str = "none",
-) -> dict[str, int]:
-    """Encode all splits of every slot in worker processes, and write the manifest.
+    cache: bool = True,
+    on_problem: str = "error",
+    shard_mib: float = 256,
+    probes: str | Path | None = None,
+) -> dict[str, dict]:
+    """Write the shards of all splits of every slot, and the manifest. Whole shards of an earlier run are kept.
 
-    A digest in the manifest covers what the features follow from: records and media, base, code and settings, and the
+    A digest in the manifest covers what the samples follow from: records and media, base, code and settings, and the
     texts that are asked and learned. It does not cover the features, which are rounded differently on other processors.
 
     Args:
-        slots: None for all that were built.
+        root: holds ``AVUIE_2`` and its manifest. slots: None for all that were built.
+        workers: processes. Each has a GPU of its own, if there are any.
+        compatibility: one of `crab.samples.inputs.COMPATIBILITY`. cache: store features.
+        on_problem: ``skip`` leaves out and counts a record whose media break off inside or are too long for the base.
+        shard_mib: size of a shard with features.
+        probes: the file in which the build stage keeps what it knows of media files. Without features, the lengths of
+            sounds are taken from there, since nothing is decoded.
 
     Returns:
-        Samples by ``slot/split``.
+        By ``slot/split``: ``samples``, ``skipped`` and ``digest``.
+
+    Raises:
+        ValueError: no records, a wrong setting, or records that cannot be used.
+        RuntimeError: naming the shard that failed.
     """
+    check_compatibility(compatibility)
+    if on_problem not in ON_PROBLEM:
+        raise ValueError(f"shared.on_problem is {on_problem!r}; choose one of {', '.join(ON_PROBLEM)}")
     built = records.read_manifest(root)
     slots = list(dict.fromkeys(key.partition("/")[0] for key in built)) if slots is None else list(slots)
-    parts = [(slot, split) for split in tasks.SPLITS for slot in slots if split in tasks.get_slot(slot).splits]
+    parts = [(slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
     if absent := [f"{slot}/{split}" for slot, split in parts if f"{slot}/{split}" not in built]:
         raise ValueError(
             f"{root}: {absent[0]} was not built; take its slot out of encode.slots, or run the build stage"
         )
-    jobs = [(f"{s}/{split}", partial(encode_slot, root, s, split, base, out, compatibility)) for s, split in parts]
-    counts = run_pool(jobs, workers, "encode")
-    settings = [base_digest(base), code_digest(*ENCODING), compatibility]
+    refused = {} if cache or not probes else _too_long(root, parts, base, probes, workers)
+    if refused and on_problem == "error":
+        name, problem = next(iter(refused.items()))
+        raise ValueError(f"encode: {len(refused)} records cannot be used; the first is {name}: {problem}")
+    encoder = Encoder(root, base, compatibility, cache, on_problem == "skip", refused)
+    settings = [base_digest(base), code_digest(*ENCODING), compatibility, cache]
+    jobs, paths = {}, {}
+    for slot, split in sorted(parts, key=lambda part: tasks.SPLITS.index(part[1])):
+        name, size = f"{slot}/{split}", encoder.shard_size(slot, split, shard_mib)
+        total, key = built[name]["records"], digest_of([built[name]["digest"], *settings])
+        paths[name] = [Path(out) / name / f"{number:05d}.safetensors" for number in range(-(-total // size))]
+        for path in (Path(out) / name).glob("*.safetensors"):
+            if path not in paths[name] or about(path).get("key") != key:  # it follows from something else
+                path.unlink()
+        for number, path in enumerate(paths[name]):
+            if not path.is_file():
+                part = range(number * size, min((number + 1) * size, total))
+                jobs[f"{name}, shard {number}"] = partial(encoder.write, slot, split, path, part, key)
+    run_pool(list(jobs.items()), workers, "encode")
     manifest = {}
-    for slot in slots:
-        for split in tasks.get_slot(slot).splits:
-            texts = file_digest(Path(out) / slot / f"{split}.json")
-            digest = digest_of([built[f"{slot}/{split}"]["digest"], texts, *settings])
-            manifest[f"{slot}/{split}"] = {"samples": counts[f"{slot}/{split}"], "digest": digest}
+    for name in (f"{slot}/{split}" for slot, split in parts):
+        entries = [about(path) for path in paths[name]]
+        counts = {count: sum(int(entry[count]) for entry in entries) for count in ("samples", "skipped")}
+        if not counts["samples"]:
+            raise ValueError(f"{Path(out) / name}: all {counts['skipped']} records were skipped; mend their media")
+        texts = [entry["texts"] for entry in entries]
+        manifest[name] = {**counts, "digest": digest_of([built[name]["digest"], texts, *settings])}
     write_json(Path(out) / MANIFEST, manifest)
-    return counts
+    return manifest
 
 
-def _named(record: Mapping) -> str:
-    return f"record {record['id']}" if "id" in record else "a record"
+@dataclass(frozen=True)
+class Encoder:
+    """Writes shards. The arguments are those of `encode_all`; ``refused`` has the problem of records by their id."""
+
+    root: str | Path
+    base: str | Path
+    compatibility: str = "none"
+    cache: bool = True
+    skip: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, slot: str, split: str, path: Path, chosen: range, key: str = "") -> None:
+        """Write the shard of the records with these indices.
+
+        Raises:
+            ValueError: a sound too short or too long for the base; naming the record.
+            crab.data.media.MediaError: naming the file that is missing or cannot be read.
+            RuntimeError: the encoders fail; naming the records.
+        """
+        rows = _records(self.root, slot, split)
+        skipped = [
+            {"id": rows[i]["id"], "problem": self.refused[rows[i]["id"]]} for i in chosen if self._refuses(rows[i])
+        ]
+        rows = [rows[i] for i in chosen if not self._refuses(rows[i])]
+        samples = self._encoded(slot, split, rows, skipped) if self.cache else self._listed(slot, split, rows)
+        write_shard(path, samples, skipped, {"key": key, "compatibility": self.compatibility})
+
+    def shard_size(self, slot: str, split: str, mib: float) -> int:
+        """Records of a shard, if all prompts are as long as that of the first one that can be read."""
+        if not self.cache:
+            return LISTED
+        rows = _records(self.root, slot, split)
+        if not rows:
+            raise ValueError(f"{Path(self.root) / tasks.json_path(slot, split)}: no records to encode")
+        config = AutoConfig.from_pretrained(resolve(self.base) or self.base)
+        wide = 2 * config.get_text_config().hidden_size
+        return max(1, int(mib * 2**20 / (self._tokens(slot, rows) * wide) / BATCH)) * BATCH
+
+    def _refuses(self, row: Mapping) -> bool:
+        return row["id"] in self.refused
+
+    def _prompt(self, slot: str, row: Mapping):
+        return prompt_of(_processor(self.base), slot, row, tasks.instruction(slot, row), self.compatibility)
+
+    def _tokens(self, slot: str, rows: Sequence[Mapping]) -> int:
+        """Length of the first prompt whose media can be read; 1 if there is none."""
+        for row in rows:
+            try:
+                return self._prompt(slot, row)["input_ids"].shape[1]
+            except (MediaError, ValueError):
+                continue  # said when its turn comes
+        return 1
+
+    def _encoded(self, slot: str, split: str, rows: Sequence[Mapping], skipped: list) -> Iterator[dict[str, Any]]:
+        model, _ = _loaded(self.base)
+        for first in range(0, len(rows), BATCH):
+            part, prompts = [], []
+            for row in rows[first : first + BATCH]:
+                try:
+                    prompts.append(self._prompt(slot, row))
+                    part.append(row)
+                except (MediaError, ValueError) as error:
+                    if not self.skip:
+                        raise
+                    skipped.append({"id": row["id"], "problem": str(error)})
+            if not part:
+                continue
+            try:
+                encoded = omni.encode(model, prompts)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}: {error}"
+                ) from error
+            for row, sample in zip(part, encoded, strict=True):
+                yield {**sample, "text": _text(slot, split, row), "tokens": len(sample["input_ids"])}
+
+    def _listed(self, slot: str, split: str, rows: Sequence[Mapping]) -> Iterator[dict[str, Any]]:
+        tokens = self._tokens(slot, rows)
+        for row in rows:
+            yield {"text": {**_text(slot, split, row), "record": row}, "tokens": tokens}
 
 
-def _check_heard(processor, record: Mapping, prompt: Mapping) -> None:
-    """ValueError, naming the record, if a sound of a prompt is so short that no token is made of it."""
-    if "feature_attention_mask" in prompt and int(prompt["feature_attention_mask"].sum(-1).min()) < _LEAST_FRAMES:
-        least = (_LEAST_FRAMES - 1) * processor.feature_extractor.hop_length / omni.SAMPLE_RATE
-        files = " or ".join(item.path for item in record["media"] if item.kind == "audio")
-        raise ValueError(
-            f"encode: {files}, a sound of {_named(record)}, gives no more than {least:.3g} s to hear, of which "
-            "this base makes no token; leave the record out of its list, or take a base with a finer spectrogram "
-            "(hop_length)"
-        )
+def _text(slot: str, split: str, row: Mapping) -> dict[str, str]:
+    # Test records may hold their truth outside the answer, which then is not there to be learned.
+    answers = {form: tasks.target(slot, row, form) for form in tasks.FORMS} if split == "train" else {}
+    return {"id": row["id"], "instruction": tasks.instruction(slot, row), **answers}
+
+
+@lru_cache(maxsize=2)  # the shards of a list follow each other
+def _records(root: str | Path, slot: str, split: str) -> list[dict]:
+    return records.read(root, slot, split)
+
+
+@lru_cache(maxsize=1)
+def _loaded(base: str | Path):
+    return load_base(base)
+
+
+@lru_cache(maxsize=1)
+def _processor(base: str | Path):
+    return omni.load_processor(resolve(base) or base)
+
+
+def _too_long(root: str | Path, parts: Sequence, base: str | Path, probes: str | Path, workers: int) -> dict[str, str]:
+    """By id of a record: the file with a sound that is longer than the base hears, and how to fix it."""
+    folder, problems = records.media_root(root), {}
+    files = Files(folder, probes)
+    for slot, split in parts:
+        sounds = [(row["id"], item) for row in records.read(root, slot, split) for item in row["media"]]
+        sounds = [(name, item) for name, item in sounds if item.kind == "audio" and item.second is None]
+        paths = {item.path: Path(item.path).relative_to(folder).as_posix() for _, item in sounds}
+        files.probe([(path, "audio") for path in paths.values()], False, 60, workers, progress=False)
+        for name, item in sounds:
+            seconds = files.probes[paths[item.path], "audio"].seconds or 0
+            if problem := published.cut_off(_processor(base), range(round(seconds * omni.SAMPLE_RATE))):
+                problems[name] = f"{item.path} {problem}"
+    return problems

@@ -1,113 +1,156 @@
-"""Encoded samples on disk.
+"""Encoded samples, given out one by one, so that no process holds a whole split in memory.
 
-``<root>/<slot>/<split>.safetensors`` holds N samples laid end to end:
-    ids        int32 [tokens]           the prompt's tokens, media placeholders expanded
-    positions  int32 [3, tokens]        time, height and width positions
-    features   float16 [media, hidden]  outputs of the frozen encoders, one row per placeholder, in order
-    lengths    int32 [N, 2]             tokens and media rows of each sample
-``<split>.json`` beside it holds ids, instructions and both targets. It is written last and marks the pair as whole.
-``manifest.json`` in ``<root>`` says for each ``slot/split`` how many samples there are, and what they follow from.
+``<root>/<slot>/<split>/`` holds shards (`crab.samples.shards`). ``manifest.json`` in ``<root>`` says for each
+``slot/split`` how many samples there are, how many were skipped, and what they follow from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from crab.data.files import atomic_file, read_json, write_json
+from crab import tasks
+from crab.data.files import read_json
+from crab.data.media import MediaError
+from crab.models import omni
 from crab.models.batches import Sample
+from crab.models.checkpoint import resolve
+from crab.samples.inputs import prompt_of
+from crab.samples.shards import Shards, about
 
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class SlotData:
-    """One slot and split, encoded.
+class SlotData(Sequence):
+    """One slot and split: samples that are read when they are asked for.
 
     Attributes:
         slot, split: e.g. ``ave`` and ``train``.
-        samples: dicts of input_ids [L], position_ids [3, L] and features [media, hidden], as `omni.collate` takes.
-        ids, instructions: one per sample.
-        targets: by form (``bare``, ``explicit``), the answers to learn. Empty lists for a test split.
+        ids: one per sample.
+        read: gives the sample at an index. A sample is a dict of what `omni.collate` takes (``input_ids`` [L],
+            ``position_ids`` [3, L], ``features`` [media, hidden]), or ``prompt``, which `omni.encode` takes first; and
+            ``text``: its id, its instruction and, in training, its answers by form (``bare``, ``explicit``).
+        tokens: int [N], length of each prompt. Without cached features this is that of a prompt of its slot.
     """
 
     slot: str
     split: str
-    samples: list[Sample]
-    ids: list[str]
-    instructions: list[str]
-    targets: dict[str, list[str]]
+    ids: Sequence[str]
+    read: Callable[[int], Sample]
+    tokens: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def answered(self, form: str) -> list[tuple[Sample, str]]:
-        """Pairs of sample and answer, for training. Raises ValueError on an unknown form."""
-        if form not in self.targets:
-            raise ValueError(f"{self.slot}: no {form!r} targets; known: {', '.join(self.targets)}")
-        return list(zip(self.samples, self.targets[form], strict=True))
+    def __getitem__(self, index):
+        """One sample, or for a slice a `SlotData` of these."""
+        if not isinstance(index, slice):
+            return self.read(range(len(self))[index])
+        chosen = range(len(self))[index]
+        return replace(self, ids=self.ids[index], tokens=self.tokens[index], read=partial(_at, self.read, chosen))
 
-    def part(self, begin: int | None, end: int | None) -> SlotData:
-        """The samples of ``[begin:end]``."""
-        keep = slice(begin, end)
-        targets = {form: texts[keep] for form, texts in self.targets.items()}
-        return replace(
-            self, samples=self.samples[keep], ids=self.ids[keep], instructions=self.instructions[keep], targets=targets
-        )
+    def mapped(self, change: Callable[[Sample], Sample]) -> SlotData:
+        """The same samples, each changed as it is read."""
+        return replace(self, read=partial(_changed, self.read, change))
 
-
-def write_slot(root: str | Path, data: SlotData) -> None:
-    """Store one slot and split."""
-    folder, samples = Path(root) / data.slot, data.samples
-    (folder / f"{data.split}.json").unlink(missing_ok=True)
-    tensors = {
-        "ids": torch.cat([s["input_ids"] for s in samples]).to(torch.int32),
-        "positions": torch.cat([s["position_ids"] for s in samples], 1).to(torch.int32),
-        "features": torch.cat([s["features"] for s in samples]).to(torch.float16),
-        "lengths": torch.tensor([[len(s["input_ids"]), len(s["features"])] for s in samples], dtype=torch.int32),
-    }
-    with atomic_file(folder / f"{data.split}.safetensors") as path:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    texts = {"ids": data.ids, "instructions": data.instructions, "targets": data.targets}
-    write_json(folder / f"{data.split}.json", texts)
+    def answered(self, form: str) -> Answered:
+        """Pairs of sample and answer, for training. Raises ValueError on a form that the samples lack."""
+        known = [name for name in tasks.FORMS if name in self[0]["text"]]
+        if form not in known:
+            raise ValueError(f"{self.slot}: no {form!r} targets; known: {', '.join(known)}")
+        return Answered(self, form)
 
 
-def read_slot(root: str | Path, slot: str, split: str) -> SlotData:
-    """Read what `write_slot` stored.
+@dataclass(frozen=True)
+class Answered(Sequence):
+    """Pairs of sample and answer of a slot."""
+
+    samples: SlotData
+    form: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Answered(self.samples[index], self.form)
+        sample = self.samples[index]
+        return sample, sample["text"][self.form]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return list(self.samples.tokens)
+
+
+def _at(read: Callable[[int], Sample], chosen: Sequence[int], index: int) -> Sample:
+    return read(chosen[index])
+
+
+def _changed(read: Callable[[int], Sample], change: Callable[[Sample], Sample], index: int) -> Sample:
+    return change(read(index))
+
+
+class _Live:
+    """Samples whose media are decoded when they are asked for."""
+
+    def __init__(self, slot: str, shards: Shards, base: str | Path, compatibility: str, on_problem: str) -> None:
+        self.slot, self.shards, self.compatibility, self.on_problem = slot, shards, compatibility, on_problem
+        self.base = str(resolve(base) or base)
+
+    @cached_property
+    def _processor(self):
+        return omni.load_processor(self.base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_processor"}
+
+    def __call__(self, index: int) -> Sample:
+        for other in range(len(self.shards)):
+            text = dict(self.shards[(index + other) % len(self.shards)]["text"])
+            record = text.pop("record")
+            record["media"] = [tasks.MediaItem(*item) for item in record["media"]]
+            try:
+                prompt = prompt_of(self._processor, self.slot, record, text["instruction"], self.compatibility)
+                return {"prompt": prompt, "text": text}
+            except (MediaError, ValueError) as error:
+                if self.on_problem == "error":
+                    raise
+                warnings.warn(f"{text['id']} is replaced by the next sample: {error}", stacklevel=2)
+        raise ValueError(f"{self.slot}: no sample can be read; run the encode stage with encode.cache: true to see why")
+
+
+def read_slot(
+    root: str | Path, slot: str, split: str, base: str | Path | None = None, on_problem: str = "error"
+) -> SlotData:
+    """The samples of one slot and split.
+
+    Args:
+        base: needed where features are not cached: its processor makes the prompts.
+        on_problem: where they are not cached, ``skip`` replaces a sample whose media break off inside by the next one,
+            with a warning.
 
     Raises:
-        ValueError: a file is missing or damaged, or the two files do not belong together.
+        ValueError: a file is missing or damaged.
     """
-    folder = Path(root) / slot
-    path = folder / f"{split}.safetensors"
-    texts = read_json(folder / f"{split}.json")
-    try:
-        tensors = load_file(path)
-        tokens, rows = tensors["lengths"].T.tolist()
-        if len(tokens) != len(texts["ids"]):
-            raise KeyError(f"{len(tokens)} samples for {len(texts['ids'])} ids")
-        samples = [
-            {"input_ids": ids, "position_ids": positions, "features": features}
-            for ids, positions, features in zip(
-                tensors["ids"].long().split(tokens),
-                tensors["positions"].long().split(tokens, 1),
-                tensors["features"].split(rows),
-                strict=True,
-            )
-        ]
-        return SlotData(slot, split, samples, texts["ids"], texts["instructions"], texts["targets"])
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: missing or damaged ({error}); run the encode stage again") from None
+    shards = Shards(Path(root) / slot / split)
+    read: Callable[[int], Sample] = shards.__getitem__
+    if not shards.cached:
+        if base is None:
+            raise ValueError(f"{root}: features of {slot}/{split} are not cached; give the base that makes them")
+        read = _Live(slot, shards, base, about(shards.paths[0])["compatibility"], on_problem)
+    ids = np.array([text["id"] for text in shards.texts()], dtype=object)
+    return SlotData(slot, split, ids.tolist(), read, shards.lengths[:, 3].tolist())
 
 
 def read_manifest(root: str | Path) -> dict[str, dict]:
-    """By ``slot/split``, in the order of the encode stage: ``samples`` (how many) and ``digest``."""
+    """By ``slot/split``, in the order of the encode stage: ``samples`` (how many), ``skipped`` and ``digest``."""
     return read_json(Path(root) / MANIFEST)
 
 
@@ -138,20 +181,22 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def shape_table(root: str | Path) -> list[Mapping]:
-    """One row per slot and split: samples, and mean tokens of a prompt, of its media, and words of an answer."""
+    """One row per slot and split: samples, mean tokens of a prompt and of its media, and mean words of an answer."""
     rows = []
     for key in read_manifest(root):
         slot, _, split = key.partition("/")
-        data = read_slot(root, slot, split)
-        words = {
-            f"{form} words": np.mean([len(t.split()) for t in texts]) for form, texts in data.targets.items() if texts
-        }
+        shards = Shards(Path(root) / slot / split)
+        words: dict[str, list[int]] = {form: [] for form in tasks.FORMS}
+        for text in shards.texts():
+            for form in words.keys() & text.keys():
+                words[form].append(len(text[form].split()))
+        media, _, _, tokens = shards.lengths.mean(0)
         rows.append({
             "slot": slot,
             "split": split,
-            "samples": len(data),
-            "prompt tokens": np.mean([len(s["input_ids"]) for s in data.samples]),
-            "of media": np.mean([len(s["features"]) for s in data.samples]),
-            **words,
+            "samples": len(shards),
+            "prompt tokens": tokens,
+            "of media": media,
+            **{f"{form} words": np.mean(counts) for form, counts in words.items() if counts},
         })  # fmt: skip
     return rows

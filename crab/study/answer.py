@@ -1,4 +1,4 @@
-"""Answers of a trained adapter: batched greedy generation."""
+"""Answers of a trained adapter: batched greedy generation, shared out to all processes and kept by shard."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
+from crab.data.files import read_json, write_json
 from crab.models import omni
 from crab.models.batches import Sample, batch, instruction_shown
+from crab.samples.reading import SlotData
 
 WEIGHTS = "adapter_model.safetensors"
+SHARD = 16  # batches of answers that a process does and keeps as a whole
 
 
 def load_adapter(model, folder: str | Path) -> PeftModel:
@@ -50,9 +54,21 @@ def load_adapter(model, folder: str | Path) -> PeftModel:
 
 
 @torch.no_grad()
-def answer(model, tokenizer, samples: Sequence[Sample], batch_size: int, max_new_tokens: int) -> list[str]:
-    """Greedy answers in the order of ``samples``. Batches hold samples of similar length, to keep padding short."""
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
+def answer(
+    model,
+    tokenizer,
+    samples: Sequence[Sample],
+    batch_size: int,
+    max_new_tokens: int,
+    tokens: Sequence[int] | None = None,
+) -> list[str]:
+    """Greedy answers in the order of ``samples``. Batches hold samples of similar length, to keep padding short.
+
+    Args:
+        tokens: length of each prompt, if it is known without reading the sample.
+    """
+    tokens = [len(sample["input_ids"]) for sample in samples] if tokens is None else tokens
+    order = sorted(range(len(samples)), key=tokens.__getitem__)
     texts = [""] * len(samples)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -62,3 +78,33 @@ def answer(model, tokenizer, samples: Sequence[Sample], batch_size: int, max_new
         for i, text in zip(part, answers, strict=True):
             texts[i] = text
     return texts
+
+
+def answer_slot(
+    model, tokenizer, samples: SlotData, folder: Path, key: str, batch_size: int, max_new_tokens: int
+) -> None:
+    """Answer this process's share of a slot. Shards that are on disk with this ``key`` are not answered again."""
+    for number, chosen in enumerate(_shards(samples, batch_size)):
+        path = folder / f"{samples.slot}-{number:05d}.json"
+        if number % PartialState().num_processes == PartialState().process_index and _kept(path, key) is None:
+            part = [samples[index] for index in chosen]
+            texts = answer(model, tokenizer, part, batch_size, max_new_tokens, [samples.tokens[i] for i in chosen])
+            write_json(path, {"key": key, "texts": {samples.ids[i]: t for i, t in zip(chosen, texts, strict=True)}})
+
+
+def answered_slot(samples: SlotData, folder: Path, key: str, batch_size: int) -> dict[str, str]:
+    """All answers of a slot by sample id, once every process has done its share."""
+    shards = [_kept(folder / f"{samples.slot}-{n:05d}.json", key) for n, _ in enumerate(_shards(samples, batch_size))]
+    texts = {name: text for shard in shards for name, text in shard.items()}
+    return {name: texts[name] for name in samples.ids}
+
+
+def _shards(samples: SlotData, batch_size: int) -> list[list[int]]:
+    """Indices in order of length, in groups of `SHARD` batches."""
+    order = sorted(range(len(samples)), key=samples.tokens.__getitem__)
+    return [order[first : first + SHARD * batch_size] for first in range(0, len(order), SHARD * batch_size)]
+
+
+def _kept(path: Path, key: str) -> dict[str, str] | None:
+    content = read_json(path) if path.is_file() else None
+    return content["texts"] if content and content["key"] == key else None

@@ -157,19 +157,31 @@ def with_conventions(
         records: of the samples, in their order. names: of `permutations`. words: one per convention.
         convention: keep this one alone; None for all.
     """
-    marks, tokens = Marks.of(tokenizer), [word_token(tokenizer, word) for word in words]
     numbers = list(range(len(words))) if convention is None else [convention]
-    versions = [(sample, record, c) for sample, record in zip(data.samples, records, strict=True) for c in numbers]
-    renamed_records = [renamed(data.slot, record, names[c], words[c]) for _, record, c in versions]
-    answers = [tasks.answer(data.slot, tasks.truth(data.slot, record)) for record in renamed_records]
-    return (
-        SlotData(
-            data.slot,
-            data.split,
-            [prefixed(sample, tokens[c], marks) for sample, _, c in versions],
-            [record["id"] for record in renamed_records],
-            [f"{words[c]} {tasks.instruction(data.slot, record)}" for _, record, c in versions],
-            {"bare": answers if data.split == "train" else []},
-        ),
-        renamed_records,
-    )
+    versions = [(index, c) for index in range(len(data)) for c in numbers]
+    rows = [renamed(data.slot, records[index], names[c], words[c]) for index, c in versions]
+    tokens = [word_token(tokenizer, word) for word in words]
+    read = _Versions(data, words, tokens, Marks.of(tokenizer), versions, rows)
+    return SlotData(
+        data.slot, data.split, [row["id"] for row in rows], read, [data.tokens[i] + 1 for i, _ in versions]
+    ), rows
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """Reads a sample under a convention, by its place in ``versions``: pairs of index and convention."""
+
+    data: SlotData
+    words: Sequence[str]
+    tokens: Sequence[int]
+    marks: Marks
+    versions: Sequence[tuple[int, int]]
+    records: Sequence[Mapping]
+
+    def __call__(self, place: int) -> Sample:
+        (index, convention), record = self.versions[place], self.records[place]
+        sample = self.data[index]
+        text = {"id": record["id"], "instruction": f"{self.words[convention]} {sample['text']['instruction']}"}
+        if self.data.split == "train":
+            text["bare"] = tasks.answer(self.data.slot, tasks.truth(self.data.slot, record))
+        return {**prefixed(sample, self.tokens[convention], self.marks), "text": text}

@@ -16,28 +16,32 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from torch.utils.data import ConcatDataset
 from transformers import AutoTokenizer
 
 from crab import tasks
 from crab.data.files import atomic_folder, digest_of, read_json, write_json
 from crab.models.checkpoint import base_digest, load_base, resolve
+from crab.samples.reading import Answered, SlotData, read_manifest, read_slot
 from crab.study import prompts
-from crab.study.answer import answer, load_adapter
+from crab.study.answer import answer_slot, answered_slot, load_adapter
 from crab.study.cells import Cell
 from crab.study.code import code_digest
+from crab.study.hardware import Hardware
+from crab.study.launch import launch
 from crab.study.ledger import Ledger
 from crab.study.pool import run_pool
-from crab.samples.reading import SlotData, read_manifest, read_slot
 from crab.study.score import reference, score_slot, truths
 from crab.study.statements import statement_counts
 from crab.study.train import RECORD, WARMUP, adapter_config, train, warn_of_emulation
 
-ANSWERS, SCORES = "answers.json", "scores.json"
+ANSWERS, SHARDS, SCORES = "answers.json", "answers", "scores.json"
 #: Modules that decide the weights of an adapter, its answers, and what these are worth.
 TRAINING = ("crab.study.train", "crab.samples.reading")
 ANSWERING = ("crab.study.answer", "crab.samples.reading")
@@ -55,7 +59,9 @@ class Store:
         cells: folder for results on this machine. ledger: file of scores. published: folder of published adapters.
         batch_size: samples per training step. precision: ``fp32`` or ``bf16``.
         answer: ``batch_size`` and ``max_new_tokens`` of generation, and ``segmenter``, which cuts predicted masks.
-        workers: processes.
+        group_by_length: batches hold samples of similar length, which saves padding and changes what is learned.
+        on_problem: where features are not cached, ``skip`` replaces a sample that cannot be decoded by the next one.
+        hardware: processes, memory and checkpoints.
     """
 
     encoded: Path
@@ -67,11 +73,14 @@ class Store:
     batch_size: int
     precision: str
     answer: Mapping[str, Any]
-    workers: int = 2
+    group_by_length: bool = False
+    on_problem: str = "error"
+    hardware: Hardware = field(default_factory=Hardware)
 
     @classmethod
     def of(cls, paths, **settings: Any) -> Store:
-        """A store in the folders of `crab.pipeline.paths.Paths`."""
+        """A store in the folders of `crab.pipeline.paths.Paths`; ``hardware`` may be a map."""
+        settings["hardware"] = Hardware(**settings.get("hardware", {}))
         return cls(paths.encoded, paths.dataset, paths.base, paths.cells, paths.ledger, paths.adapters, **settings)
 
     @cached_property
@@ -99,6 +108,7 @@ class Store:
             **cell.training,
             "batch_size": self.batch_size,
             "precision": self.precision,
+            "group_by_length": self.group_by_length,
             "warmup": WARMUP,
             "data": [self._data(slot, "train") for slot in cell.slots],
             "base": self._base,
@@ -158,13 +168,18 @@ class Store:
         def cost(cell: Cell) -> int:
             return -cell.passes * sum(self.manifest[f"{slot}/train"]["samples"] for slot in cell.slots)
 
+        self.hardware.micro_batch(self.batch_size)  # an error, if it does not divide
+        together = [cell for cell in missing.values() if self.hardware.processes > 1 and len(cell.slots) > 1]
+        alone = [cell for cell in missing.values() if cell not in together]
         jobs = [
             (f"{number}: {cell.name}", partial(run_cell, self, cell))
-            for number, cell in enumerate(sorted(missing.values(), key=cost), 1)
+            for number, cell in enumerate(sorted(alone, key=cost), 1)
         ]
         try:
+            for cell in together:
+                launch(self, cell)
             if jobs:
-                run_pool(jobs, self.workers, label)
+                run_pool(jobs, self.hardware.workers, label)
         finally:  # what is finished is in the ledger even if a later cell fails
             entries = {cell.key: self._local(cell) for cell in cells}
             ledger.add({key: entry for key, entry in entries.items() if entry})
@@ -226,22 +241,24 @@ class Store:
             if keys[slot] not in ledger.references
         ]
         if jobs:
-            results = run_pool(jobs, self.workers, "chance and oracle")
+            results = run_pool(jobs, self.hardware.workers, "chance and oracle")
             ledger.add({}, {keys[slot]: {"slot": slot, **result} for slot, result in results.items()})
         return {slot: ledger.references[keys[slot]] for slot in slots}
 
     def data(self, cell: Cell, slot: str, split: str) -> tuple[SlotData, list[dict]]:
         """Samples of a slot as the cell sees them, and their records where these are needed (else an empty list)."""
-        samples = read_slot(self.encoded, slot, split)
+        samples = read_slot(self.encoded, slot, split, self.base, self.on_problem)
         if not cell.words and cell.order == "media":
             return samples, []
+        if "prompt" in samples[0]:
+            raise ValueError(f"{cell.name}: its prompts are changed as they are read; set encode.cache to true")
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.base) or self.base)
         if cell.order == "instruction":
             marks = prompts.Marks.of(tokenizer)
-            samples = replace(samples, samples=[prompts.instruction_first(s, marks) for s in samples.samples])
+            samples = samples.mapped(partial(prompts.instruction_first, marks=marks))
         if not cell.words:
             return samples, []
-        both = {name: read_slot(self.encoded, slot, name).ids for name in tasks.SPLITS}
+        both = {name: read_slot(self.encoded, slot, name, self.base).ids for name in tasks.SPLITS}
         rows = {name: truths(self.dataset, slot, name, ids) for name, ids in both.items()}
         labels = [tasks.truth(slot, row) for part in rows.values() for row in part]
         names = prompts.permutations(labels, len(cell.words))
@@ -253,25 +270,30 @@ class Store:
 
 
 def run_cell(store: Store, cell: Cell) -> None:
-    """Do what is missing of one cell: train, answer, score. Runs in a worker."""
-    folder, adapter = store.folder(cell), store.adapter(cell)
+    """Do what is missing of one cell: train, answer, score. Runs in a worker, or in all processes of a launch."""
+    folder, adapter, state = store.folder(cell), store.adapter(cell), PartialState()
     if adapter is None:
-        pairs = [pair for slot in cell.slots for pair in training_pairs(store, cell, slot)]
+        parts = [training_pairs(store, cell, slot) for slot in cell.slots]
+        lengths = [length for part in parts for length in part.lengths()] if store.group_by_length else None
         adapter = train(
-            pairs, cell.method, cell.options, store.base, folder, learning_rate=cell.learning_rate, passes=cell.passes,
-            batch_size=store.batch_size, seed=cell.seed, precision=store.precision,
+            ConcatDataset(parts), cell.method, cell.options, store.base, folder, learning_rate=cell.learning_rate,
+            passes=cell.passes, batch_size=store.batch_size, seed=cell.seed, precision=store.precision,
+            lengths=lengths, hardware=store.hardware,
         )  # fmt: skip
     parts = {slot: _scored_part(store, cell, slot) for slot in cell.scored_slots}
-    texts = store._answers(cell)
+    texts, key, size = store._answers(cell), store.answer_key(cell), store.answer["batch_size"]
     if texts is None:
         model, processor = load_base(store.base)
         model = load_adapter(model, adapter)
-        size, tokens = store.answer["batch_size"], store.answer["max_new_tokens"]
-        texts = {
-            slot: dict(zip(part.ids, answer(model, processor.tokenizer, part.samples, size, tokens), strict=True))
-            for slot, (part, _) in parts.items()
-        }
-        write_json(folder / ANSWERS, {"key": store.answer_key(cell), "texts": texts})
+        for part, _ in parts.values():
+            answer_slot(model, processor.tokenizer, part, folder / SHARDS, key, size, store.answer["max_new_tokens"])
+        state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    if texts is None:
+        texts = {slot: answered_slot(part, folder / SHARDS, key, size) for slot, (part, _) in parts.items()}
+        write_json(folder / ANSWERS, {"key": key, "texts": texts})
+        shutil.rmtree(folder / SHARDS)
     slots = {}
     for slot, (part, rows) in parts.items():
         rows = rows or truths(store.dataset, slot, cell.split, part.ids)
@@ -289,7 +311,7 @@ def run_cell(store: Store, cell: Cell) -> None:
     })  # fmt: skip
 
 
-def training_pairs(store: Store, cell: Cell, slot: str) -> list[tuple]:
+def training_pairs(store: Store, cell: Cell, slot: str) -> Answered:
     """Pairs of sample and answer of a slot, without those held out, and no more than the cell asks for.
 
     Raises:
@@ -303,16 +325,16 @@ def training_pairs(store: Store, cell: Cell, slot: str) -> list[tuple]:
             f"{slot}: of {len(data) // versions} training samples {cell.held_out} are held out and "
             f"{cell.samples or 1} are wanted; hold out fewer, or build more (build.train_samples)"
         )
-    return data.part(None, (cell.samples or left) * versions).answered(cell.form)
+    return data[: (cell.samples or left) * versions].answered(cell.form)
 
 
 def _scored_part(store: Store, cell: Cell, slot: str) -> tuple[SlotData, list[dict]]:
     """The samples that a cell is scored on, and their records where these differ from the ones on disk."""
     data, rows = store.data(cell, slot, cell.split)
     first = -cell.held_out * store.versions(cell)  # 0 means all
-    return data.part(first, None), rows[first:]
+    return data[first:], rows[first:]
 
 
 def _reference(store: Store, slot: str, split: str, held_out: int) -> dict:
-    ids = read_slot(store.encoded, slot, split).ids[-held_out:]
+    ids = read_slot(store.encoded, slot, split, store.base).ids[-held_out:]
     return reference(slot, truths(store.dataset, slot, split, ids), store.answer["segmenter"])

@@ -1,4 +1,4 @@
-"""Train one adapter on the frozen base, by HF Trainer, from encoded samples.
+"""Train one adapter on the frozen base, by HF Trainer, in one process or in several that Accelerate started.
 
 A run works in a folder of its own and resumes there from its last whole checkpoint when it was killed.
 """
@@ -9,23 +9,30 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
-from crab.data.files import atomic_folder, write_json
+from crab.data.files import atomic_folder, read_json, write_json
 from crab.ilora import ILoraConfig, parameter_groups
 from crab.models import omni
-from crab.models.batches import Sample, answer_loss, batch
+from crab.models.batches import Sample, answer_loss, batch, instruction_shown
 from crab.models.checkpoint import load_base
+from crab.study.hardware import Hardware
 
-WHOLE = "whole"  # empty file in a checkpoint, written last
+WHOLE = "whole.json"  # in a checkpoint, written last: which processes wrote it
 RECORD = "run.json"  # what was trained and what it cost, beside the adapter; written last
 PRECISIONS = ("fp32", "bf16")
 WARMUP = 0.03  # share of the steps over which the learning rate rises, as published
@@ -34,26 +41,91 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 class AnswerTrainer(Trainer):
-    """HF Trainer on batches of encoded samples. The loss counts answer tokens only, their end included."""
+    """HF Trainer on pairs of sample and answer. The loss counts answer tokens only, their end included."""
+
+    def __init__(self, base, tokenizer, lengths: Sequence[int] | None = None, **options: Any) -> None:
+        super().__init__(**options, data_collator=partial(_collate, tokenizer))
+        self.base, self.tokenizer, self.lengths = base, tokenizer, lengths
+        self.loss_is_scaled_for_ga = True  # the loss of a part is divided by the answer tokens of the whole batch
 
     def _save(self, output_dir=None, state_dict=None):
         # Without this, PEFT looks the base up on the network to decide about embeddings.
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
+    def _get_train_sampler(self, train_dataset=None):
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGrouped(self.lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # the estimate of transformers needs token ids in `inputs`
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = batch(self.base, self.tokenizer, *zip(*inputs["pairs"].content, strict=True))
+        with instruction_shown(self.model, inputs):  # also while checkpointed layers are computed again
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = answer_loss(model, inputs, num_items_in_batch, self.model)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return (loss, outputs) if return_outputs else loss
 
 
-class _MarkWhole(TrainerCallback):
-    """Marks each checkpoint once all of it is written. In tests it stops there, as a kill would."""
+@dataclass
+class _Pairs:
+    """Keeps pairs of sample and answer out of sight of code that moves batches to a device."""
 
-    def __init__(self, stop_at: int | None = None):
-        self.stop_at = stop_at
+    content: list[tuple[Sample, str]]
+
+
+def _collate(tokenizer, pairs: list[tuple]) -> dict[str, Any]:
+    """The pairs, and the tokens that are learned, [samples, longest answer + 1], which Trainer counts."""
+    texts = [tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in pairs]
+    labels = torch.full((len(texts), max(map(len, texts)) + 2), omni.IGNORE)  # Trainer leaves out the first
+    for row, tokens in zip(labels, texts, strict=True):
+        row[1 : len(tokens) + 2] = torch.tensor([*tokens, tokenizer.eos_token_id])
+    return {"pairs": _Pairs(pairs), "labels": labels}
+
+
+class LengthGrouped(Sampler):
+    """Shuffled samples, in batches of similar length. The order follows from seed and pass, so it can be resumed."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class _Checkpoints(TrainerCallback):
+    """Asks for a checkpoint every so many minutes, and marks each once all of it is written.
+
+    In tests it stops there, as a kill would.
+    """
+
+    def __init__(self, minutes: float, note: Mapping[str, int], stop_at: int | None = None):
+        self.minutes, self.note, self.stop_at = minutes, note, stop_at
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.minutes:
+            due = [time.monotonic() - self.saved > 60 * self.minutes]
+            control.should_save |= broadcast_object_list(due)[0]  # the first process decides
 
     def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        (folder / WHOLE).touch()
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            write_json(folder / WHOLE, self.note)
         if self.stop_at is not None and state.global_step >= self.stop_at:
             raise KeyboardInterrupt(f"stopped at step {state.global_step}")
 
@@ -95,10 +167,23 @@ def warn_of_emulation(precision: str) -> None:
         )
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The latest checkpoint that was written to its end."""
+def last_checkpoint(folder: Path, note: Mapping[str, int]) -> str | None:
+    """The latest checkpoint that was written to its end.
+
+    Raises:
+        ValueError: it was written by another number of processes; their order of samples is another.
+    """
     whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / WHOLE).exists()]
-    return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
+    if not whole:
+        return None
+    path = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    if different := [name for name, value in read_json(path / WHOLE).items() if note[name] != value]:
+        name, value = different[0], read_json(path / WHOLE)[different[0]]
+        raise ValueError(
+            f"{path}: {name.replace('_', ' ')} was {value} when this checkpoint was written, and is {note[name]} now; "
+            f"set shared.hardware back, or delete {folder} to train anew"
+        )
+    return str(path)
 
 
 def train(
@@ -113,20 +198,26 @@ def train(
     batch_size: int,
     seed: int,
     precision: str = "fp32",
+    lengths: Sequence[int] | None = None,
+    hardware: Hardware | None = None,
     stop_at: int | None = None,
 ) -> Path:
     """Train one adapter, or finish it, and return its folder, ``<folder>/adapter``.
 
+    Every process that Accelerate started calls this with the same arguments.
+
     Args:
-        pairs: samples with their answers, in the order before shuffling.
+        pairs: samples with their answers, in the order before shuffling. They are read when their turn comes.
         method, options: see `adapter_config`. With ``router_rate`` the routers learn that many times faster.
         folder: holds checkpoints while training; deleted from there when the adapter is whole.
-        passes: over all pairs. batch_size: samples per step.
+        passes: over all pairs. batch_size: samples per step, of all processes together.
         precision: ``bf16`` (autocast; weights, optimiser and loss stay in float32) or ``fp32``.
+        lengths: of the pairs; batches then hold samples of similar length.
         stop_at: raise KeyboardInterrupt after the first checkpoint at or past this step (for tests).
 
     Raises:
-        ValueError: on an unknown option or precision.
+        ValueError: on an unknown option or precision, a batch that does not divide, or a checkpoint that another
+            number of processes wrote.
     """
     folder = Path(folder)
     final = folder / "adapter"
@@ -134,6 +225,10 @@ def train(
         return final
     if precision not in PRECISIONS:
         raise ValueError(f"shared.precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    state, hardware = PartialState(), hardware or Hardware()
+    micro_batch = hardware.micro_batch(batch_size)
+    note = {"processes": state.num_processes, "micro_batch": micro_batch}
+    checkpoint = last_checkpoint(folder, note)
 
     disable_progress_bar()  # a bar for each model loaded would hide the one of the cells
     set_seed(seed)  # before the adapter draws its initial weights
@@ -142,56 +237,59 @@ def train(
     model.set_attn_implementation("eager" if precision == "bf16" and not torch.cuda.is_available() else "sdpa")
     peft_model = adapted(model, method, options)
     steps = -(-len(pairs) // batch_size) * passes
+    accumulate = batch_size // micro_batch // state.num_processes
     optimizer = None  # Trainer makes its own
     if "router_rate" in options:
         groups = parameter_groups(peft_model, float(learning_rate), float(learning_rate) * options["router_rate"])
         optimizer = torch.optim.AdamW(groups, lr=float(learning_rate), weight_decay=0.0)
     trainer = AnswerTrainer(
+        model,
+        processor.tokenizer,
+        lengths,
         model=peft_model,
-        args=_arguments(folder, learning_rate, passes, batch_size, seed, steps, precision),
-        train_dataset=list(pairs),
-        data_collator=partial(_collate, model, processor.tokenizer),
+        args=_arguments(folder, learning_rate, passes, micro_batch, accumulate, seed, steps, precision, hardware),
+        train_dataset=pairs,
         optimizers=(optimizer, None),
-        callbacks=[_MarkWhole(stop_at)],
+        callbacks=[_Checkpoints(hardware.save_minutes, note, stop_at)],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder)
     start = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - began
-    record = {
-        "samples": len(pairs),
-        "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
-        "steps": steps,
-        "resumed_from": start,
-        "seconds": round(seconds, 2),
-        "samples_per_second": round((steps - start) * batch_size / max(seconds, 1e-9), 1),
-        "loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-    }
-    with atomic_folder(final) as temporary:
+    with atomic_folder(final) if state.is_main_process else nullcontext(final) as temporary:
         for config in peft_model.peft_config.values():
             config.base_model_name_or_path = Path(base).name  # no path of this machine in a result
-        peft_model.save_pretrained(temporary, save_embedding_layers=False)
-        (temporary / "README.md").unlink(missing_ok=True)
-        write_json(temporary / RECORD, record)
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(path)
+        trainer.save_model(str(temporary))  # all processes: weights may be spread over them
+        if state.is_main_process:
+            (temporary / "README.md").unlink(missing_ok=True)
+            write_json(temporary / RECORD, {
+                "samples": len(pairs),
+                "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
+                "steps": steps,
+                "resumed_from": start,
+                "seconds": round(seconds, 2),
+                "samples_per_second": round((steps - start) * batch_size / max(seconds, 1e-9), 1),
+                "loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+            })  # fmt: skip
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(path)
     return final
 
 
-def _collate(model, tokenizer, pairs: Sequence[tuple]) -> dict[str, torch.Tensor]:
-    samples, answers = zip(*pairs, strict=True)
-    return batch(model, tokenizer, samples, answers)
-
-
 def _arguments(
-    folder: Path, learning_rate: float, passes: int, batch_size: int, seed: int, steps: int, precision: str
-) -> TrainingArguments:
+    folder: Path, learning_rate: float, passes: int, micro_batch: int, accumulate: int, seed: int, steps: int,
+    precision: str, hardware: Hardware,
+) -> TrainingArguments:  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=passes,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulate,
+        activation_checkpointing=hardware.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if hardware.checkpointing else None,
         learning_rate=float(learning_rate),
         lr_scheduler_type="cosine",
         warmup_steps=round(WARMUP * steps),
@@ -201,7 +299,7 @@ def _arguments(
         weight_decay=0.0,
         max_grad_norm=1.0,
         logging_steps=max(1, steps // 40),
-        save_strategy="epoch",
+        save_strategy="no" if hardware.save_minutes else "epoch",
         save_total_limit=2,
         eval_strategy="no",
         report_to="none",
@@ -209,10 +307,12 @@ def _arguments(
         data_seed=seed,
         remove_unused_columns=False,
         label_names=["labels"],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
+        disable_tqdm=PartialState().num_processes == 1,  # one of many adapters: the bar counts these
+        dataloader_num_workers=hardware.loaders,
         dataloader_pin_memory=False,  # batches are made on the model's device
+        ddp_find_unused_parameters=False,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # with several GPUs Trainer would take torch's DataParallel
     if (
         arguments.mixed_precision != {"bf16": "bf16", "fp32": "no"}[precision]
     ):  # `accelerate launch` can ask for another

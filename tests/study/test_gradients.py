@@ -8,8 +8,8 @@ import torch
 from crab.analyses import gradients
 from crab.models.batches import batch
 from crab.models.checkpoint import load_base
-from crab.study.answer import load_adapter
 from crab.samples.reading import read_slot
+from crab.study.answer import load_adapter
 from crab.study.train import train
 
 SLOTS = ("ks", "cremad")
@@ -98,7 +98,7 @@ def test_products_agree_with_plain_backward_passes(method, parts, adapters, enco
 
 def test_part_way_starts_at_the_base_and_ends_at_the_trained_adapter(adapters, encoded, base):
     model, processor = load_base(base)
-    inputs = batch(model, processor.tokenizer, read_slot(encoded, "ks", "test").samples[:3])
+    inputs = batch(model, processor.tokenizer, list(read_slot(encoded, "ks", "test"))[:3])
     inputs, folder = {k: inputs[k] for k in INPUTS}, adapters / "joint-ilora-bare"
     start, half, end = (gradients.part_way(base, folder, way, seed=0)[0] for way in (0.0, 0.5, 1.0))
     with torch.no_grad():  # at the last token: values in the padding differ between implementations of attention

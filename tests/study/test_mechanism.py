@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from encoded_samples import store_samples
 from safetensors.torch import load_file, save_file
 from scipy.linalg import subspace_angles
 from scipy.spatial.distance import pdist, squareform
@@ -16,8 +17,8 @@ from crab.analyses.mechanism import HEAD, OFF, OTHER, OWN, RESCALED, UNIFORM
 from crab.ilora import ILoraLayer, record_routing, record_routing_means
 from crab.models.batches import SEGMENTS, batch, segments
 from crab.models.checkpoint import load_base
+from crab.samples.reading import read_slot
 from crab.study.answer import load_adapter
-from crab.samples.reading import SlotData, read_slot, write_slot
 from crab.study.train import train
 
 SLOTS = ("ks", "cremad")
@@ -43,14 +44,14 @@ def loaded(adapter, base):
 
 @pytest.fixture
 def inputs(loaded, encoded):
-    samples = read_slot(encoded, "ks", "test").samples[:5]
+    samples = list(read_slot(encoded, "ks", "test"))[:5]
     return batch(*loaded, samples, ["<answer>red</answer>", "<answer>blue</answer>"] * 2 + ["red"])
 
 
 def one_sample(root, encoded, slot, **record):
     """A root that is dataset and encoded folder of one test sample."""
-    samples = read_slot(encoded, "ks", "test").samples[:1]
-    write_slot(root, SlotData(slot, "test", samples, [f"{slot}/test/00000"], ["?"], {"bare": [], "explicit": []}))
+    samples = list(read_slot(encoded, "ks", "test"))[:1]
+    store_samples(root, slot, "test", samples, [{"id": f"{slot}/test/00000", "instruction": "?"}])
     path = root / f"AVUIE_2/{slot}/test.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([record]))
@@ -60,7 +61,7 @@ def one_sample(root, encoded, slot, **record):
 def test_true_answers_are_spread_over_the_samples(dataset, encoded):
     pairs = mechanism.true_answers(dataset, encoded, "ks", "bare", 3)
     assert [text for _, text in pairs] == [f"<answer>{c}</answer>" for c in ("red", "red", "yellow")]  # 0, 4 and 7
-    assert torch.equal(pairs[1][0]["input_ids"], read_slot(encoded, "ks", "test").samples[4]["input_ids"])
+    assert torch.equal(pairs[1][0]["input_ids"], list(read_slot(encoded, "ks", "test"))[4]["input_ids"])
 
 
 def test_true_answers_come_from_the_label_or_the_record(tmp_path, encoded, monkeypatch):
@@ -92,7 +93,7 @@ def test_exact_is_what_greedy_decoding_gives(loaded, encoded):
     model, tokenizer = loaded
     head = model.get_base_model().lm_head.weight.data
     head[tokenizer.eos_token_id] += 100 * head.mean(0)
-    samples = read_slot(encoded, "ks", "test").samples[:4]
+    samples = list(read_slot(encoded, "ks", "test"))[:4]
     with torch.no_grad():
         first = model(**{k: batch(model, tokenizer, samples)[k] for k in INPUTS}).logits[:, -1].argmax(-1)
     words = [tokenizer.decode([token]) for token in first]
@@ -187,7 +188,7 @@ def test_a_router_that_reads_the_instruction_is_shown_it(cell, dataset, encoded,
     (tmp_path / settings.name).symlink_to(adapter)
     gradients.conflicts([settings], tmp_path, encoded, base, samples=4, chunk=2, resamples=20)
     model, processor = load_base(base)
-    samples = read_slot(encoded, "ks", "test").samples[:3]
+    samples = list(read_slot(encoded, "ks", "test"))[:3]
     states = features.hidden(load_adapter(model, adapter), processor.tokenizer, samples, 2)
     assert states.shape == (3, model.config.text_config.hidden_size)
 

@@ -6,13 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from encoded_samples import store_samples
 
 from crab import tasks
 from crab.data import records
 from crab.data.files import write_json
 from crab.models import omni, small
 from crab.models.base import probes
+from crab.samples.reading import MANIFEST, read_slot
 from crab.study.cells import Cell
+from crab.study.hardware import Hardware
 from crab.study.prompts import (
     Marks,
     check_conventions,
@@ -21,7 +24,6 @@ from crab.study.prompts import (
     prefixed,
     word_token,
 )
-from crab.samples.reading import MANIFEST, SlotData, read_slot, write_slot
 from crab.study.store import Store, training_pairs
 
 SIZE = {
@@ -131,17 +133,18 @@ def place(tmp_path_factory, model, processor):
         ]  # fmt: skip
         records.write(root / "dataset", "cremad", split, rows)
         samples = [{**sample, "features": sample["features"] + i} for i in range(len(rows))]
-        learned = rows if split == "train" else []
-        targets = {form: [tasks.target("cremad", row, form) for row in learned] for form in tasks.FORMS}
-        ids = [f"cremad/{split}/{i:05d}" for i in range(len(rows))]
-        instructions = [tasks.instruction("cremad", row) for row in rows]
-        write_slot(root / "encoded", SlotData("cremad", split, samples, ids, instructions, targets))
+        texts = [
+            {"id": f"cremad/{split}/{i:05d}", "instruction": tasks.instruction("cremad", row),
+             **{form: tasks.target("cremad", row, form) for form in tasks.FORMS if split == "train"}}
+            for i, row in enumerate(rows)
+        ]  # fmt: skip
+        store_samples(root / "encoded", "cremad", split, samples, texts)
     parts = {f"cremad/{split}": {"samples": len(n), "digest": split} for split, n in TRUTHS.items()}
     write_json(root / "encoded" / MANIFEST, parts)
     omni.save(root / "base", model, processor)
     folders = [root / name for name in ("encoded", "dataset", "base", "cells", "ledger", "adapters")]
     answer = {"batch_size": 8, "max_new_tokens": 6, "segmenter": "grabcut"}
-    return Store(*folders, batch_size=8, precision="fp32", answer=answer, workers=1)
+    return Store(*folders, batch_size=8, precision="fp32", answer=answer, hardware=Hardware(workers=1))
 
 
 def a_cell(**fields):
@@ -163,11 +166,12 @@ def test_each_clip_is_asked_in_each_way_and_scored_by_its_own_truth(place, split
     assert place.versions(cell) == 3 and after.ids == [f"{name}/{word}" for name in before.ids for word in WORDS]
     assert [tasks.truth("cremad", row) for row in rows] == [names[c][label] for label in original for c in range(3)]
     if split == "train":
-        assert after.targets == {"bare": [f"<answer>{tasks.truth('cremad', row)}</answer>" for row in rows]}
-    for i, (sample, text) in enumerate(zip(after.samples, after.instructions, strict=True)):
-        torch.testing.assert_close(sample["features"], before.samples[i // 3]["features"])
-        assert len(sample["input_ids"]) == len(before.samples[0]["input_ids"]) + 1
-        assert text == f"{WORDS[i % 3]} {before.instructions[0]}"
+        answers = [answer for _, answer in after.answered("bare")]
+        assert answers == [f"<answer>{tasks.truth('cremad', row)}</answer>" for row in rows]
+    for i, sample in enumerate(after):
+        torch.testing.assert_close(sample["features"], before[i // 3]["features"])
+        assert len(sample["input_ids"]) == len(before[0]["input_ids"]) + 1 == after.tokens[i]
+        assert sample["text"]["instruction"] == f"{WORDS[i % 3]} {before[0]['text']['instruction']}"
     balance = sorted(Counter(original).values())  # the same under each convention
     for c in range(3):
         assert sorted(Counter(tasks.truth("cremad", row) for row in rows[c::3]).values()) == balance
@@ -181,7 +185,7 @@ def test_a_convention_alone_has_its_share_of_the_samples(place):
         cell = a_cell(words=WORDS, convention=c)
         part, _ = place.data(cell, "cremad", "test")
         assert place.versions(cell) == 1 and part.ids == whole.ids[c::3]
-        pairs = zip(part.samples, whole.samples[c::3], strict=True)
+        pairs = zip(part, whole[c::3], strict=True)
         assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in pairs)
 
 
@@ -200,8 +204,8 @@ def test_conventions_are_part_of_the_key(place):
 def test_instruction_first_keeps_samples_and_texts(place):
     before = read_slot(place.encoded, "cremad", "train")
     after, _ = place.data(a_cell(order="instruction"), "cremad", "train")
-    assert (before.ids, before.instructions, before.targets) == (after.ids, after.instructions, after.targets)
-    for one, other in zip(before.samples, after.samples, strict=True):
+    for one, other in zip(before, after, strict=True):
+        assert one["text"] == other["text"]
         assert one["input_ids"].tolist() != other["input_ids"].tolist()
         assert sorted(one["input_ids"].tolist()) == sorted(other["input_ids"].tolist())
 

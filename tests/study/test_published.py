@@ -12,7 +12,7 @@ from crab import tasks
 from crab.data.media import MediaError, write_audio, write_video
 from crab.models import omni, published
 from crab.models.checkpoint import load_base
-from crab.samples.encode import prepared
+from crab.samples.inputs import prepared
 
 
 def clip(path, seconds, rate):

@@ -9,8 +9,8 @@ from crab.analyses import features, routing
 from crab.ilora import record_routing, routing_entropy
 from crab.models.batches import batch
 from crab.models.checkpoint import load_base
-from crab.study.answer import answer, load_adapter
 from crab.samples.reading import read_slot
+from crab.study.answer import answer, load_adapter
 from crab.study.train import train
 
 SLOTS = ("ks", "cremad")
@@ -49,7 +49,7 @@ def test_routing_agrees_with_one_sample_at_a_time(adapter, encoded, base):
     """Padding does not leak into the means."""
     model, processor = load_base(base)
     model = load_adapter(model, adapter)
-    samples = read_slot(encoded, "ks", "test").samples[:3]
+    samples = list(read_slot(encoded, "ks", "test"))[:3]
     table = routing.record_slot(model, processor.tokenizer, samples, 3, 4).set_index(["layer", "segment", "head"])
     weights, entropies = [], []
     for sample, text in zip(samples, answer(model, processor.tokenizer, samples, 3, 4), strict=True):
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_map():
 
 def test_hidden_does_not_depend_on_padding(encoded, base):
     model, processor = load_base(base)
-    samples = read_slot(encoded, "ks", "test").samples
+    samples = list(read_slot(encoded, "ks", "test"))
     together, alone = (features.hidden(model, processor.tokenizer, samples, size) for size in (8, 1))
     assert np.allclose(together, alone, atol=1e-5)
 

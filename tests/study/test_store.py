@@ -12,6 +12,7 @@ from crab.study import store as module
 from crab.study import train
 from crab.study.cells import Cell, cells_of, families_of, joint, read_cells, write_cells
 from crab.study.code import modules_of
+from crab.study.hardware import Hardware
 from crab.study.ledger import Ledger, cost_table, metric_table, sample_scores
 from crab.study.score import truths
 from crab.study.store import training_pairs
@@ -54,7 +55,11 @@ def test_scores_are_those_of_the_answers(store, cell, monkeypatch):
         "hm",
         "<answer>yellow</answer>",
     ]  # red, green, blue, yellow
-    monkeypatch.setattr(module, "answer", lambda model, tokenizer, samples, *args: texts)
+
+    def answer(model, tokenizer, samples, *args):  # of similar length together
+        return [texts[int(sample["text"]["id"][-2:]) % 4] for sample in samples]
+
+    monkeypatch.setattr("crab.study.answer.answer", answer)
     keyed = store.run([cell(held_out=HELD)], "test")
     assert sample_scores(store.ledger, keyed)["score"].tolist() == [1, 0, 0, 1] * 2
     table = metric_table(store.ledger, keyed)
@@ -119,7 +124,8 @@ def test_names_do_not_decide(store, cell, trained):
 
 def test_other_data_base_or_code_train_anew_and_other_scoring_scores_anew(store, cell, trained, monkeypatch):
     keyed = store.run([cell()], "test")
-    for changed in (replace(store, batch_size=4), replace(store, precision="bf16")):
+    for changed in ({"batch_size": 4}, {"precision": "bf16"}, {"group_by_length": True}):
+        changed = replace(store, **changed)
         assert changed.key(cell()) != keyed[0].key
     other = replace(store)
     other.__dict__["manifest"] = {key: {**part, "digest": "new"} for key, part in store.manifest.items()}
@@ -200,7 +206,9 @@ def test_jobs_can_go_to_worker_processes_the_longest_first(store, cell, monkeypa
 
     monkeypatch.setattr(module, "run_pool", pool)
     with pytest.raises(KeyboardInterrupt):
-        replace(store, workers=2).run([cell("short", slots=["ks"]), cell("middle"), cell("long", passes=3)], "test")
+        replace(store, hardware=Hardware(workers=2)).run(
+            [cell("short", slots=["ks"]), cell("middle"), cell("long", passes=3)], "test"
+        )
     assert seen == ["1: long", "2: middle", "3: short-ks"]
 
 
