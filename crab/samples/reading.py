@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +22,9 @@ from crab.models.batches import Sample
 from crab.models.checkpoint import resolve
 from crab.samples.inputs import prompt_of
 from crab.samples.shards import Shards, about
+from crab.samples.slots import SlotData
 
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class SlotData(Sequence):
-    """One slot and split: samples that are read when they are asked for.
-
-    Attributes:
-        slot, split: e.g. ``ave`` and ``train``.
-        ids: one per sample.
-        read: gives the sample at an index. A sample is a dict of what `omni.collate` takes (``input_ids`` [L],
-            ``position_ids`` [3, L], ``features`` [media, hidden]), or ``prompt``, which `omni.encode` takes first; and
-            ``text``: its id, its instruction and, in training, its answers by form (``bare``, ``explicit``).
-        tokens: int [N], length of each prompt. Without cached features this is that of a prompt of its slot.
-    """
-
-    slot: str
-    split: str
-    ids: Sequence[str]
-    read: Callable[[int], Sample]
-    tokens: Sequence[int] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        """One sample, or for a slice a `SlotData` of these."""
-        if not isinstance(index, slice):
-            return self.read(range(len(self))[index])
-        chosen = range(len(self))[index]
-        return replace(self, ids=self.ids[index], tokens=self.tokens[index], read=partial(_at, self.read, chosen))
-
-    def mapped(self, change: Callable[[Sample], Sample]) -> SlotData:
-        """The same samples, each changed as it is read."""
-        return replace(self, read=partial(_changed, self.read, change))
-
-    def answered(self, form: str) -> Answered:
-        """Pairs of sample and answer, for training. Raises ValueError on a form that the samples lack."""
-        known = [name for name in tasks.FORMS if name in self[0]["text"]]
-        if form not in known:
-            raise ValueError(f"{self.slot}: no {form!r} targets; known: {', '.join(known)}")
-        return Answered(self, form)
-
-
-@dataclass(frozen=True)
-class Answered(Sequence):
-    """Pairs of sample and answer of a slot."""
-
-    samples: SlotData
-    form: str
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return Answered(self.samples[index], self.form)
-        sample = self.samples[index]
-        return sample, sample["text"][self.form]
-
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt."""
-        return list(self.samples.tokens)
-
-
-def _at(read: Callable[[int], Sample], chosen: Sequence[int], index: int) -> Sample:
-    return read(chosen[index])
-
-
-def _changed(read: Callable[[int], Sample], change: Callable[[Sample], Sample], index: int) -> Sample:
-    return change(read(index))
 
 
 class _Live:

@@ -15,7 +15,7 @@ import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
 from crab.data.files import read_json, write_json
 from crab.models import omni
 from crab.models.batches import Sample, batch, instruction_shown
-from crab.samples.reading import SlotData
+from crab.samples.slots import SlotData
 
 WEIGHTS = "adapter_model.safetensors"
 SHARD = 16  # batches of answers that a process does and keeps as a whole

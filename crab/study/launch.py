@@ -100,7 +100,7 @@ def main(job: str) -> None:
 
     if _PARENT in os.environ:
         _end_with(int(os.environ[_PARENT]))
-    state = PartialState()  # chooses the GPU of this process
+    state = PartialState(cpu=not torch.cuda.is_available())  # chooses the GPU of this process
     content = read_json(job)
     settings, fields = content["store"], content["cell"]
     if state.num_processes != settings["hardware"]["processes"]:

@@ -24,7 +24,7 @@ import torch
 from crab import tasks
 from crab.models.batches import Sample
 from crab.models.omni import END, SPECIAL
-from crab.samples.reading import SlotData
+from crab.samples.slots import SlotData
 
 #: Task families whose answers are one label of a fixed set, and metrics that are the mean of right answers.
 LABEL_FAMILIES, LABEL_METRICS = ("emotion recognition", "action recognition"), ("accuracy", "WAR")

@@ -28,7 +28,8 @@ from transformers import AutoTokenizer
 from crab import tasks
 from crab.data.files import atomic_folder, digest_of, read_json, write_json
 from crab.models.checkpoint import base_digest, load_base, resolve
-from crab.samples.reading import Answered, SlotData, read_manifest, read_slot
+from crab.samples.reading import read_manifest, read_slot
+from crab.samples.slots import Answered, SlotData
 from crab.study import prompts
 from crab.study.answer import answer_slot, answered_slot, load_adapter
 from crab.study.cells import Cell
@@ -43,8 +44,8 @@ from crab.study.train import RECORD, WARMUP, adapter_config, train, warn_of_emul
 
 ANSWERS, SHARDS, SCORES = "answers.json", "answers", "scores.json"
 #: Modules that decide the weights of an adapter, its answers, and what these are worth.
-TRAINING = ("crab.study.train", "crab.samples.reading")
-ANSWERING = ("crab.study.answer", "crab.samples.reading")
+TRAINING = ("crab.study.train", "crab.samples.shards", "crab.samples.slots")
+ANSWERING = ("crab.study.answer", "crab.samples.shards")
 SCORING = ("crab.study.score", "crab.models.segment")
 REASONING = ("crab.study.statements",)
 PROMPTS = ("crab.study.prompts",)

@@ -135,7 +135,7 @@ def test_other_data_base_or_code_train_anew_and_other_scoring_scores_anew(store,
         assert store.key(cell()) != keyed[0].key
     calls = []
     monkeypatch.setattr(module, "SCORING", ("crab.study.pool",))
-    monkeypatch.setattr(module, "answer", lambda *args: calls.append(args))
+    monkeypatch.setattr(module, "answer_slot", lambda *args: calls.append(args))
     store.run([cell()], "test")  # the answers still hold
     assert len(trained) == 1 and not calls
     assert Ledger(store.ledger).cells[keyed[0].key]["score_key"] == store.score_key(cell())
@@ -151,7 +151,7 @@ def test_an_entry_with_another_key_replaces_the_old_one(store, cell, monkeypatch
 
 def test_training_key_sees_the_code_that_trains_and_no_other():
     names = set(modules_of(module.TRAINING))
-    assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/samples/reading.py"} <= names
+    assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/samples/slots.py"} <= names
     assert not [name for name in names if name.startswith(("crab/tasks", "crab/world", "crab/pipeline"))]
     assert not {"crab/ilora/published.py", "crab/study/pool.py", "crab/study/score.py"} & names
 
@@ -174,7 +174,7 @@ def test_killed_while_answering_does_not_train_again(store, cell, monkeypatch, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr(module, "answer", killed)
+        context.setattr("crab.study.answer.answer", killed)
         with pytest.raises(KeyboardInterrupt):
             store.run([cell()], "test")
     monkeypatch.setattr(train.AnswerTrainer, "train", None)  # would fail
@@ -244,7 +244,7 @@ def test_cells_are_read_as_written(cell, tmp_path):
     write_cells(tmp_path / "cells.json", cells)
     again = read_cells(tmp_path / "cells.json")
     assert again == cells and again[0].key == "abc"
-    (tmp_path / "cells.json").write_text("[1]")
+    (tmp_path / "cells.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ValueError, match="cells.json: not a list of cells; run the train stage again"):
         read_cells(tmp_path / "cells.json")
 
@@ -303,7 +303,9 @@ def test_ref_avs_training_records_get_the_split_of_test_ones(tmp_path):
         "description": "the red cube",
     }  # fmt: skip
     there = "<answer>true</answer> [16,24,80,88] [40,48] [48,56] [56,64]"
-    path.write_text(json.dumps([head | {"output": there}, head | {"output": "<answer>false</answer>"}]))
+    path.write_text(
+        json.dumps([head | {"output": there}, head | {"output": "<answer>false</answer>"}]), encoding="utf-8"
+    )
     names = ["ref_avs/train/00001", "ref_avs/train/00000"]
     rows = truths(tmp_path, "ref_avs", "train", names)
     assert [(r["id"], r["split"]) for r in rows] == list(zip(names, ["test_n", "test_s"], strict=True))
