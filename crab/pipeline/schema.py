@@ -113,6 +113,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "shared": {
         "batch_size": Count,
         "precision": Precision,
+        "group_by_length": bool,
+        "on_problem": Literal["error", "skip"],
+        "hardware": {
+            **same(Count, "workers processes accumulate"),
+            "accelerate": str | None,
+            "loaders": Whole,
+            "checkpointing": bool,
+            "save_minutes": Real,
+        },
         "answer": {**same(Count, "batch_size max_new_tokens"), "segmenter": Annotated[str, AfterValidator(_segmenter)]},
         "margin": Real,
         "resamples": Count,
@@ -122,7 +131,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
         **same(str | None, "root rewrite"),
         "raw": dict[Slot, str] | None,
         "slots": some(Slot) | None,
-        "on_problem": Literal["error", "skip"],
         "tolerate": list[Literal["name", "link", "overlap", "record twice"]],
         "time_limit": Positive,
         "decode": bool,
@@ -148,7 +156,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
         },
         "gates": dict[str, Real],
     },
-    "encode": {"slots": some(Slot) | None, "compatibility": Literal["none", "published"]},
+    "encode": {
+        "slots": some(Slot) | None,
+        "compatibility": Literal["none", "published"],
+        "cache": bool,
+        "shard_mib": Positive,
+    },
     "train": {
         "passes": Count,
         "seeds": some(Whole),
