@@ -1,14 +1,15 @@
 # Needs Python 3.11, 3.12 or 3.13, GNU make and git; everything else is installed into .venv.
 # The newest Python found is used. Another one: make PYTHON=/path/to/python3.12
 PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
-BIN := $(CURDIR)/.venv/bin
+# relative: the path of the clone may hold spaces
+BIN := .venv/bin
 READY := .venv/.ready
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 # a package of the same name elsewhere on the path would shadow this one
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro repro-all smoke tiny study full report test lint lab lock
+.PHONY: help repro repro-all smoke tiny study full plan report test lint lab lock
 
 help: ## this list
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -19,7 +20,7 @@ repro: $(READY) ## run what is out of date in the profile that params.yaml choos
 
 repro-all: $(READY) ## the same, and train the base again
 	$(BIN)/dvc repro resolve
-	rm -rf $$($(BIN)/python -m crab.pipeline base)
+	paths=$$($(BIN)/python -m crab.pipeline base) && echo "$$paths" | while IFS= read -r path; do rm -rf "$$path"; done
 	$(BIN)/dvc repro
 
 smoke tiny full: $(READY) ## choose this profile in params.yaml and run it
@@ -30,6 +31,9 @@ study: $(READY) ## the same, for hours: first the main result, then the rest; st
 	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro transfer@study
 	$(BIN)/dvc repro
+
+plan: $(READY) ## print what training takes in the profile that params.yaml chooses: memory, disk, hours
+	@$(BIN)/python -m crab.pipeline plan
 
 report: $(READY) ## render the pages from executed notebooks and figures; runs no notebook
 	$(BIN)/python -m crab.pipeline report
@@ -52,8 +56,9 @@ lock: $(READY) ## write what .venv holds to constraints.txt
 # The stamp makes set-up a no-op once done. It is written last, so an interrupted set-up is done again.
 # The filter lets git commit notebooks without outputs (.gitattributes); .venv is found from the top of the clone.
 $(READY): pyproject.toml constraints.txt
+	@test -e .git || { echo "make: this folder is no git repository, and DVC needs one; clone the project, or run here: git init && git add -A && git commit -m start" >&2; exit 1; }
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; install one, or give one: make PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade 'pip>=24' # older ones cannot resolve the constraints
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	git config filter.nbstripout.clean '.venv/bin/python -m nbstripout --keep-id --extra-keys metadata.language_info' || true

@@ -87,7 +87,8 @@ def dataset(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             media = {"video_path": "a.mp4", "audio_path": "a.wav"}
             colours = [COLOURS[i % 4] for i in range(count)]
-            path.write_text(json.dumps([{**media, field: c, "label": f"<answer>{c}</answer>"} for c in colours]))
+            rows = [{**media, field: c, "label": f"<answer>{c}</answer>"} for c in colours]
+            path.write_text(json.dumps(rows), encoding="utf-8")
     return root
 
 

@@ -110,7 +110,7 @@ def _silent() -> Iterator[None]:
     sys.stderr.flush()
     stderr = os.dup(2)
     try:
-        with open(os.devnull, "w") as devnull:
+        with open(os.devnull, "w", encoding="utf-8") as devnull:
             os.dup2(devnull.fileno(), 2)
         yield
     finally:

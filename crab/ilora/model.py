@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -27,7 +28,8 @@ class ILoraModel(BaseTuner):
     """Adapts a model with I-LoRA (Crab+, arXiv 2603.04128). `peft.get_peft_model` makes it.
 
     Where PEFT's own tuners only warn, it raises ValueError: for targets that are not linear, entries that match no
-    module, and saved tensors that do not fit. (A transformers model's own `load_adapter` only logs the latter.)
+    module, a base that is a PeftModel, and saved tensors that do not fit. (A transformers model's own `load_adapter`
+    only logs the latter.)
     """
 
     prefix: str = PREFIX
@@ -36,6 +38,10 @@ class ILoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ILoraConfig, model: nn.Module) -> None:
         """Check all targets before the first is replaced, so that a refusal leaves the base unchanged."""
+        if isinstance(model, PeftModel):
+            fault = f"the base already is a {type(model).__name__} with the adapters {sorted(model.peft_config)}"
+            fix = "Give model.unload(), or model.merge_and_unload() to keep the change of a LoRA"
+            raise ValueError(f"I-LoRA: {fault}. {fix}; a further I-LoRA adapter comes by model.add_adapter.")
         self._routers: dict[tuple, nn.ModuleDict] = {}  # group -> routers of the layer that has the router of the group
         _maybe_include_all_linear_layers(peft_config, model)  # as PEFT does next: names in place of 'all-linear'
         names, targets, inside = [], [], ()
@@ -89,6 +95,11 @@ class ILoraModel(BaseTuner):
         raise ValueError(MERGE_REFUSAL)
 
     unmerge_adapter = _check_merge_allowed
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        """Refused: each adapter routes by itself, so no adapter of this method is the weighted sum of two."""
+        fix = "train one adapter on all tasks, or export each by crab.ilora.to_static() and add these plain LoRAs"
+        raise ValueError(f"I-LoRA has no `add_weighted_adapter`, since each adapter has its own router; {fix}.")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in PEFT. Without autocast, loaded tensors also get the dtype of the base layer."""

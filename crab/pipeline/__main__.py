@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from crab.pipeline import params, stages
 from crab.pipeline.paths import Paths, root
+
+#: Options of `plan`, in place of what is found on this machine.
+MACHINE = {
+    "memory-gib": "memory of one GPU",
+    "disk-gb": "free disk",
+    "tflops": "peak of one GPU in matrix products, 10^12 per second",
+    "mfu": "share of the peak that is reached",
+    "samples-per-second": "of one process, in place of these two",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,15 +29,24 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("resolve", help="check everything and write what each stage depends on")
     commands.add_parser("run", help="execute the notebook of a stage").add_argument("stage")
     commands.add_parser("report", help="render the report from executed notebooks").add_argument("--profile")
+    plan = commands.add_parser("plan", help="print what training takes; fail if it does not fit")
+    plan.add_argument("--profile")
+    for name, unit in MACHINE.items():
+        plan.add_argument(f"--{name}", type=float, help=unit)
     options = parser.parse_args(arguments)
     folder = root()
+    # the user's own kernels and templates reach no result
+    os.environ.pop("JUPYTER_PATH", None)
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    for stream in (sys.stdout, sys.stderr):  # a cell may print what the user's locale has not
+        stream.reconfigure(errors="backslashreplace")
     try:
         match options.command:
             case "show":
                 print(f"profile: {params.load(folder)['profile']} (params.yaml)")
             case "base":
                 values = params.resolve(folder)
-                print(folder / "models" / values["base"]["folder"], Paths(values["profile"]).base_pointer)
+                print(folder / "models" / values["base"]["folder"], Paths(values["profile"]).base_pointer, sep="\n")
             case "choose":
                 params.choose(folder, options.profile)
             case "defaults":
@@ -37,8 +56,16 @@ def main(arguments: list[str] | None = None) -> None:
             case "run":
                 from crab.pipeline import stage
 
+                stage.end_with_dvc()
                 stage.show_output()
                 stage.run(folder, options.stage)
+            case "plan":
+                from crab.pipeline.plan import plan_of, text
+
+                given = {field: getattr(options, field) for field in (name.replace("-", "_") for name in MACHINE)}
+                plan, notes = plan_of(folder, options.profile or params.load(folder)["profile"], given)
+                print(text(plan, notes))
+                plan.check()
             case "report":
                 from crab.pipeline import report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -122,11 +123,19 @@ def notebooks(folder: Path) -> dict[str, Path]:
 
 
 def read_notebook(path: Path) -> Any:
-    """A notebook in the current format. ValueError: it cannot be read."""
+    """A notebook in the current format. ValueError: it cannot be read, with the line where the fault is."""
+    content = path.read_bytes()
+    if mark := re.search(rb"^(<{7}|={7}|>{7})( \S*)?", content, re.MULTILINE):
+        line = content.count(b"\n", 0, mark.start()) + 1
+        raise ValueError(f"{path}: line {line} is a merge's mark, '{mark[0].decode()}'; resolve the conflict there")
     try:
-        return nbformat.read(path, as_version=4)
-    except nbformat.reader.NotJSONError:
-        raise ValueError(f"{path}: not a notebook; resolve a merge's conflict marks, or restore it with git") from None
+        text = content.decode()
+        json.loads(text)
+        return nbformat.reads(text, as_version=4)
+    except Exception as error:  # of many kinds, for files that are JSON but no notebooks
+        place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}{place}: not a notebook ({reason}); correct it, or restore it with git") from None
 
 
 def cell(path: Path, notebook: Any) -> tuple[Any, dict[str, Any]]:

@@ -6,18 +6,17 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from crab.data.files import atomic_file, read_json
+from crab.data.files import atomic_file, clear_unfinished, read_json, temporary_folder
 from crab.pipeline import params, report
 from crab.pipeline.params import nbformat
 from crab.pipeline.stages import FOLDER
@@ -51,14 +50,42 @@ class _Meter(threading.Thread):
             pause = max(0.5, 50 * (time.thread_time() - begin))
 
 
+def end_with_dvc() -> None:
+    """End this process and all that it started as soon as the DVC process that runs the stage is dead.
+
+    DVC starts a command through a shell, which lives on after it. Without DVC nothing happens.
+    """
+    if "DVC_STAGE" not in os.environ:
+        return
+
+    def inside(process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return "DVC_STAGE" in process.environ()
+        return False
+
+    dvc = next((process for process in psutil.Process().parents() if not inside(process)), None)
+
+    def watch() -> None:
+        with suppress(psutil.NoSuchProcess):
+            while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
+        os._exit(1)
+
+    if dvc is not None:
+        threading.Thread(target=watch, name="end-with-dvc", daemon=True).start()
+
+
 @contextmanager
 def _environment(folder: Path, scratch: Path) -> Iterator[None]:
     """Kernels run this interpreter and import `crab` of ``folder``. They read no start-up file or style of the user."""
     before = dict(os.environ)
-    for name in ("JUPYTER_PATH", "MPLBACKEND", "PYTHONSTARTUP"):
+    for name in ("JUPYTER_CONFIG_PATH", "JUPYTER_PATH", "MPLBACKEND", "PYTHONSTARTUP"):
         os.environ.pop(name, None)
     os.environ |= {
-        "IPYTHONDIR": str(scratch),
+        **dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"), str(scratch)),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "MATPLOTLIBRC": str(Path(find_spec("matplotlib").origin).parent / "mpl-data" / "matplotlibrc"),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -109,6 +136,7 @@ def run(folder: Path, stage: str) -> Path:
     Raises:
         ValueError: there is no such stage, or it is not resolved.
         StageError: a cell failed; the page shows which and why.
+        DiskFullError: there is no space for the executed notebook or its page.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -118,15 +146,16 @@ def run(folder: Path, stage: str) -> Path:
     source = params.notebooks(folder)[stage]
     values = read_json(folder / FOLDER / f"{stage}.json")["parameters"]
     reports = folder / "reports" / values["profile"]
-    reports.mkdir(parents=True, exist_ok=True)
+    for name in ("data", "models", "reports", "runs"):
+        clear_unfinished(folder / name)
     failure: Exception | None = None
     meter, begin = _Meter(), time.monotonic()
     meter.start()
     # outside the stage's folder, which the notebook itself may replace as a whole
-    with tempfile.TemporaryDirectory(".partial", ".", reports, ignore_cleanup_errors=True) as scratch:
-        temporary = Path(scratch) / "notebook.ipynb"
+    with temporary_folder(reports / stage) as scratch:
+        temporary = scratch / "notebook.ipynb"
         try:
-            with _environment(folder, Path(scratch)):
+            with _environment(folder, scratch):
                 papermill.execute_notebook(
                     source,
                     temporary,
@@ -147,7 +176,12 @@ def run(folder: Path, stage: str) -> Path:
     notebook.metadata["crab"] = {"seconds": round(time.monotonic() - begin, 1), "peak_gib": round(meter.peak, 2)}
     page = report.write_page(notebook, stage, reports)
     if failure is not None:
-        raise StageError(f"{source.relative_to(folder)}: {failure}\nSee {page.relative_to(folder)}")
+        cause = str(failure)
+        if "DiskFullError" in cause:  # one line without the traceback
+            cause = failure.evalue
+        elif "No space left on device" in cause:
+            cause = f"{failure.evalue}; free some space, and run the stage again"
+        raise StageError(f"{source.relative_to(folder)}: {cause}\nSee {page.relative_to(folder)}")
     target = reports / stage / "notebook.ipynb"
     with atomic_file(target) as part:
         nbformat.write(notebook, part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from crab.data.files import atomic_folder, digest_of, file_digest, write_json
+from crab.data.files import atomic_folder, clear_unfinished, digest_of, write_json
 from crab.pipeline import params
 from crab.study.code import modules, modules_of, plain
 
@@ -35,8 +35,9 @@ def resolve(folder: Path) -> None:
             "parameters": params.parameters(path, notebook, stage, values),
         }
         prose[stage] = digest_of([[c.cell_type, c.source, c.metadata.get("tags")] for c in notebook.cells])
-    templates = {path.name: file_digest(path) for path in sorted(TEMPLATES.rglob("*.*"))}
+    templates = {path.name: digest_of(path.read_text(encoding="utf-8")) for path in sorted(TEMPLATES.rglob("*.*"))}
     files["report"] = {"modules": modules_of(["crab.pipeline.report"]), "templates": templates, "prose": prose}
+    clear_unfinished(folder, deep=False)
     with atomic_folder(folder / FOLDER) as out:
         for name, content in files.items():
             write_json(out / f"{name}.json", content)

@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at im
 def test_interpreted():
     """Run this file with interpreted kernels."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | {"TRITON_INTERPRET": "1"})
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout
 
 

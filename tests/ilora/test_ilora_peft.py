@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 import crab.ilora
-from crab.ilora import ILoraConfig, ILoraLayer, parameter_groups, record_routing
+from crab.ilora import ILoraConfig, ILoraLayer, fixed_routing, parameter_groups, record_routing, to_static
 
 
 @pytest.fixture
@@ -195,6 +195,34 @@ def test_merging_is_refused_with_the_reason(saved):
         with pytest.raises(ValueError, match="cannot be merged: the weights of its heads change with every token"):
             refused()
     assert torch.equal(logits(model), saved[1])
+
+
+def test_a_weighted_sum_of_adapters_is_refused_and_the_way_named_works(tmp_path):
+    model = get_peft_model(base_model(), config())
+    model.add_adapter("other", config())
+    with pytest.raises(ValueError, match="no `add_weighted_adapter`, since each .* own router; .*to_static"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+    for name in ("default", "other"):
+        to_static(model, [0.2, 0.3, 0.5], tmp_path / name, adapter_name=name)
+    plain = PeftModel.from_pretrained(base_model(), tmp_path / "default")
+    plain.load_adapter(tmp_path / "other", "other")
+    plain.add_weighted_adapter(["default", "other"], [1.0, 0.0], "sum", combination_type="cat")
+    plain.set_adapter("sum")
+    with fixed_routing(model, [0.2, 0.3, 0.5], "default"):
+        torch.testing.assert_close(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("first", [config(), LoraConfig(r=2, target_modules=["q_proj"])], ids=["ilora", "lora"])
+def test_a_base_that_is_a_peft_model_is_refused_unchanged(saved, first):
+    wrapped = get_peft_model(base_model(), first)
+    before = {name: value.clone() for name, value in wrapped.state_dict().items()}
+    message = r"the base already is a PeftModel\w* with the adapters \['default'\]. Give model.unload\(\)"
+    for again in (lambda: get_peft_model(wrapped, config()), lambda: PeftModel.from_pretrained(wrapped, saved[0])):
+        with pytest.raises(ValueError, match=message):
+            again()
+    after = wrapped.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(logits(PeftModel.from_pretrained(wrapped.unload(), saved[0])), saved[1])
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.ilora_router.weight"

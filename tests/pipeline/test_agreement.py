@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
-from toys import REPOSITORY, code, sh
+from toys import REPOSITORY, code, commit, sh
 
 from crab.data.files import read_json
 from crab.pipeline import params
@@ -111,6 +111,18 @@ def test_git_commits_notebooks_without_outputs(tmp_path):
         nbformat.write(notebook, path)
         sh(tmp_path, "git", "add", ".")
         assert sh(tmp_path, "git", "show", ":notebooks/toy.ipynb") == expected
+
+
+def test_a_clone_with_windows_line_ends_has_those_of_git(tmp_path):
+    """The settings of git on Windows; digests in dvc.lock and in the ledger are of bytes."""
+    names = ["a.py", "a.ipynb", "a.yaml", "a.json", "a.css"]
+    (tmp_path / ".gitattributes").write_text(read(".gitattributes"), encoding="utf-8")
+    for name in names:
+        (tmp_path / name).write_bytes(b"one\ntwo\n")
+    sh(tmp_path, "git", "init", "-q")
+    commit(tmp_path)
+    sh(tmp_path, "git", "-c", "core.autocrlf=true", "-c", "core.eol=crlf", "clone", "-q", ".", "clone")
+    assert {(tmp_path / "clone" / name).read_bytes() for name in names} == {b"one\ntwo\n"}
 
 
 def test_reports_name_no_path_of_the_machine_that_made_them():

@@ -198,11 +198,24 @@ def test_notebooks_belong_to_one_stage_each(repository, name, message):
         params.notebooks(repository)
 
 
-def test_a_broken_or_missing_notebook_is_named(repository):
-    path = repository / "notebooks/05_evaluate.ipynb"
-    path.write_text("<<<<<<< HEAD\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(ValueError, match="05_evaluate.ipynb: not a notebook; resolve a merge's conflict marks"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{\n "cells": [\n<<<<<<< HEAD\n', ": line 3 is a merge's mark, '<<<<<<< HEAD'; resolve the conflict there"),
+        (b'{"cells": [\r\n]\r\n>>>>>>> topic\r\n', ": line 3 is a merge's mark, '>>>>>>> topic'; resolve"),
+        (b'{"cells":\n [], }', ", line 2: not a notebook (Expecting property name"),
+        (b"", ", line 1: not a notebook (Expecting value"),
+        (b"[]", ": not a notebook ("),
+        ('{"cells": "ä"}'.encode("latin-1"), ": not a notebook ('utf-8' codec can't decode"),
+    ],
+)
+def test_a_broken_notebook_is_named_with_the_line(repository, content, message):
+    (repository / "notebooks/05_evaluate.ipynb").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape("05_evaluate.ipynb" + message)):
         stages.resolve(repository)
-    path.unlink()
+
+
+def test_a_missing_notebook_is_named(repository):
+    (repository / "notebooks/05_evaluate.ipynb").unlink()
     with pytest.raises(ValueError, match="no notebook NN_evaluate.ipynb"):
         stages.resolve(repository)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_markdown_cell, new_output
-from toys import clone, commit, ran, sh, toy_clone
+from toys import clone, code, commit, environment, ran, sh, toy_clone
 
 from crab.data.files import read_json, write_json
 from crab.pipeline import params
@@ -106,7 +111,7 @@ def test_a_fresh_clone_does_not_train_the_base_unless_it_is_taken_away(toy, tmp_
     folder = tmp_path / "clone"
     sh(tmp_path, "git", "clone", "-q", str(toy), str(folder))
     assert ran(sh(folder, "dvc", "repro", "encode")) == ["resolve", "build@tiny", "encode@tiny"]
-    weights, pointer = map(Path, sh(folder, "python", "-m", "crab.pipeline", "base").split())
+    weights, pointer = map(Path, sh(folder, "python", "-m", "crab.pipeline", "base").splitlines())
     assert (weights, pointer) == (folder / "models/base", folder / "models/tiny/base.json")
     pointer.unlink()  # as `make repro-all`
     assert ran(sh(folder, "dvc", "repro", "encode")) == ["base@tiny"]
@@ -153,6 +158,73 @@ def test_a_failing_cell_fails_the_stage_and_shows_why(settled):
     assert "ZeroDivisionError" in output and "pages/routing.html" in output
     assert "ZeroDivisionError" in (settled / "reports/tiny/pages/routing.html").read_text(encoding="utf-8")
     assert not (settled / "reports/tiny/routing/notebook.ipynb").exists()
+
+
+LONG = """
+import os, subprocess, sys, time
+from crab.data.files import atomic_folder
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"])
+with atomic_folder(paths.report("half")) as part:
+    print("processes", os.getppid(), os.getpid(), worker.pid, flush=True)
+    time.sleep(900)
+"""
+
+
+@pytest.mark.parametrize("killed", ["dvc", "stage"])
+def test_a_killed_run_ends_whole_and_the_next_start_clears_what_it_left(settled, killed):
+    path = settled / "notebooks/09_routing.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(code(LONG if killed == "dvc" else LONG.replace("import time; time.sleep(900)", "")))
+    nbformat.write(notebook, path)
+    command = {"args": ["dvc", "repro", "routing"], "cwd": settled, "encoding": "utf-8"}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    shell = {**environment(settled), "SHELL": "/bin/sh"}
+    with subprocess.Popen(**command, **quiet, env=shell) as dvc:
+        line = next(line for line in dvc.stdout if line.startswith("processes"))
+        processes = [psutil.Process(int(number)) for number in line.split()[1:]]
+        os.kill(dvc.pid if killed == "dvc" else processes[0].pid, signal.SIGKILL)
+        left = psutil.wait_procs(processes, timeout=30)[1]
+        assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+        dvc.stdout.close()
+    assert list((settled / "reports/tiny").glob(".half.*.partial"))
+    sh(settled, "git", "checkout", "-q", ".")
+    sh(settled, "dvc", "repro", "--force", "--single-item", "routing@tiny")  # else DVC has it in its run cache
+    assert not list(settled.glob("reports/**/.*.partial*"))
+
+
+#: In place of Python, pip and DVC of a new environment: those of the tests. It installs nothing.
+STUB = """#!/bin/sh
+if [ "$2" = venv ]; then
+    mkdir -p .venv/bin
+    for name in python dvc; do printf '#!/bin/sh\\nexec "%s/%s" "$@"\\n' "{folder}" $name > .venv/bin/$name; done
+    printf '#!/bin/sh\\n' > .venv/bin/pip
+    chmod +x .venv/bin/*
+fi
+"""
+
+
+def make(folder: Path, *arguments: str, fails: bool = False) -> str:
+    stub = folder / "py thon"
+    stub.write_text(STUB.format(folder=Path(sys.executable).parent), encoding="utf-8")
+    stub.chmod(0o755)
+    return sh(folder, "make", f"PYTHON={stub}", *arguments, fails=fails)
+
+
+def test_make_works_under_a_path_with_a_space(toy, tmp_path):
+    folder = shutil.copytree(toy, tmp_path / "a clone of mine", symlinks=True)
+    output = make(folder, "repro-all")
+    assert ran(output) == ["base@tiny", "report@tiny"]  # the base is what it was, and the report tells its time
+    assert (folder / ".venv/.ready").exists() and (tmp_path / "a clone of mine").exists()
+    assert "profile: tiny" in make(folder, "repro")
+
+
+def test_make_says_before_it_installs_that_an_archive_is_no_clone(toy, tmp_path):
+    folder = shutil.copytree(toy, tmp_path / "archive", ignore=shutil.ignore_patterns(".git", "cache"))
+    assert "this folder is no git repository, and DVC needs one; clone" in make(folder, "repro", fails=True)
+    assert not (folder / ".venv").exists()
+    sh(folder, "git", "init", "-q")  # as the message says
+    commit(folder)
+    assert "profile: tiny" in make(folder, "repro")
 
 
 def test_make_report_needs_only_what_is_in_git(toy, tmp_path):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import base64
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook, new_output
-from toys import PIXEL, code, write_notebook
+from toys import PIXEL, REPOSITORY, code, environment, write_notebook
 
+from crab.data import files
 from crab.pipeline import report, stage, stages
 from crab.pipeline.__main__ import main
 from crab.pipeline.paths import Paths, root
@@ -33,26 +39,116 @@ def read_page(repository, name="pages/routing.html"):
     return (repository / "reports/tiny" / name).read_text(encoding="utf-8")
 
 
-def test_a_run_gets_its_parameters_and_leaves_notebook_and_page(repository, monkeypatch):
+def test_a_run_gets_its_parameters_and_leaves_notebook_and_page(repository):
     (repository / "crab_marker.py").write_text("word = 'of this folder'\n", encoding="utf-8")
-    startup = repository / "startup.py"
-    startup.write_text("samples_of_user = 1\n", encoding="utf-8")
-    (repository / "matplotlibrc").write_text("figure.dpi: 7\n", encoding="utf-8")
-    for name, value in {"PYTHONSTARTUP": startup, "MATPLOTLIBRC": repository, "JUPYTER_PATH": repository}.items():
-        monkeypatch.setenv(name, str(value))
     target = run(
         repository,
-        code("import matplotlib, os\nfrom crab_marker import word"),
+        code("import os\nfrom crab_marker import word"),
         code("print(profile, samples, answer['segmenter'], word, os.path.basename(os.getcwd()), 'ä')"),
-        code("print('samples_of_user' in dir(), matplotlib.rcParams['figure.dpi'])"),
         values={**VALUES, "answer": 0},
     )
     assert left(repository) == ["pages/routing.html", "pages/style.css", "routing/notebook.ipynb"]
     done = nbformat.read(target, as_version=4)
-    texts = [cell.outputs[0].text for cell in done.cells if cell.get("outputs")]
-    assert texts == ["tiny 200 grabcut of this folder notebooks ä\n", "False 100.0\n"]
+    assert done.cells[-1].outputs[0].text == "tiny 200 grabcut of this folder notebooks ä\n"
     assert "papermill" not in done.metadata and str(repository) not in target.read_text(encoding="utf-8")
     assert set(done.metadata["crab"]) == {"seconds", "peak_gib"} and done.metadata["crab"]["peak_gib"] > 0
+
+
+#: Files of a user, in a folder that all these variables name.
+USER = {
+    "profile_default/startup/00.py": "samples_of_user = 1",
+    "startup.py": "samples_of_user = 1",
+    "ipython_kernel_config.py": "c.IPKernelApp.exec_lines = ['samples_of_user = 1']",
+    "matplotlibrc": "figure.dpi: 7\ntext.usetex: True",
+    "kernels/python3/kernel.json": '{"argv": ["false"], "display_name": "foreign", "language": "python"}',
+    "nbconvert/templates/classic/base.html.j2": "a page of the user",
+}
+VARIABLES = ["IPYTHONDIR", "JUPYTER_PATH", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "MATPLOTLIBRC", "MPLCONFIGDIR"]
+
+
+def test_files_of_the_user_do_not_reach_results(repository, tmp_path, monkeypatch):
+    user = tmp_path / "user"
+    for name, text in USER.items():
+        (user / name).parent.mkdir(parents=True, exist_ok=True)
+        (user / name).write_text(text, encoding="utf-8")
+    for name in VARIABLES:
+        monkeypatch.setenv(name, str(user))
+    monkeypatch.setenv("PYTHONSTARTUP", str(user / "startup.py"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    shown = "print('samples_of_user' in dir(), plt.rcParams['figure.dpi'], plt.rcParams['text.usetex'])"
+    write_notebook(repository, "routing", VALUES, code("import matplotlib.pyplot as plt\n" + shown))
+    monkeypatch.chdir(repository)
+    for command in (["resolve"], ["run", "routing"]):
+        main(command)
+    done = nbformat.read(repository / "reports/tiny/routing/notebook.ipynb", as_version=4)
+    assert done.cells[-1].outputs[0].text == "False 100.0 False\n"
+    assert "False 100.0 False" in read_page(repository) and "of the user" not in read_page(repository)
+
+
+@pytest.fixture
+def eight_bits(tmp_path):
+    """The environment of an 8-bit locale. Minimal systems have none, but most can make one."""
+    locale = tmp_path / "locale/de_DE.ISO-8859-1"
+    locale.parent.mkdir()
+    made = shutil.which("localedef") and subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", locale], stderr=subprocess.DEVNULL
+    )
+    if not locale.exists():
+        pytest.skip(f"no 8-bit locale can be made here ({made})")
+    return {"LOCPATH": str(locale.parent), "LC_ALL": locale.name, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_an_8_bit_locale_changes_nothing(repository, eight_bits):
+    write_notebook(repository, "routing", VALUES, new_markdown_cell("ä ☃"), code("print('ä ☃')"))
+    stages.resolve(repository)
+    before = {path.name: path.read_bytes() for path in (repository / ".stage").iterdir()}
+    for command in (["resolve"], ["run", "routing"], ["report"]):
+        crab = [sys.executable, "-m", "crab.pipeline", *command]
+        done = subprocess.run(crab, cwd=repository, env={**environment(REPOSITORY), **eight_bits}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode("latin-1").count("ä \\u2603") == ("run" in command)  # what the locale has, else named
+    assert {path.name: path.read_bytes() for path in (repository / ".stage").iterdir()} == before
+    executed = (repository / "reports/tiny/routing/notebook.ipynb").read_text(encoding="utf-8")
+    assert executed.count("ä ☃") == 3 and read_page(repository).count("ä ☃") == 3
+
+
+FULL = """
+from pathlib import Path
+from crab.data.files import atomic_file
+with atomic_file("table.csv") as path:
+    path.symlink_to("/dev/full")
+    path.write_text("x", encoding="utf-8")
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this file")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (FULL, "table.csv: no space is left on its disk; free some, and run it again"),
+        (
+            "open('/dev/full', 'wb', 0).write(b'x')",
+            "[Errno 28] No space left on device; free some space, and run the stage",
+        ),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(repository, source, message):
+    with pytest.raises(stage.StageError) as error:
+        run(repository, code(source))
+    first, last = str(error.value).splitlines()
+    assert first.startswith(f"notebooks/09_routing.ipynb: {message}") and last == "See reports/tiny/pages/routing.html"
+
+
+def test_a_start_clears_what_killed_runs_left(repository):
+    places = [repository / name / "tiny" for name in ("data", "models", "reports", "runs")]
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as in containers
+    for place in [*places, repository]:
+        for process in (ended.pid, os.getpid()):
+            (place / f".half.{files._HOST}-{process}.partial").mkdir(parents=True)
+    run(repository)
+    for place in [*places, repository]:
+        assert [path.name for path in place.glob(".half*")] == [f".half.{files._HOST}-{os.getpid()}.partial"]
 
 
 @pytest.mark.parametrize("source", ["1 / 0", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])

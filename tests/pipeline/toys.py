@@ -75,7 +75,7 @@ def clone(folder: Path) -> Path:
     """Copy what git tracks or would track of this working tree to ``folder``, as a fresh repository."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY, check=True, capture_output=True, text=True,
+        cwd=REPOSITORY, check=True, capture_output=True, encoding="utf-8",
     ).stdout  # fmt: skip
     for name in filter(None, listed.split("\0")):
         source = REPOSITORY / name

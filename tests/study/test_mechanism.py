@@ -1,6 +1,7 @@
 """Heads and routing changed by hand: planted idle heads and routers, and references of a few lines."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -54,7 +55,7 @@ def one_sample(root, encoded, slot, **record):
     store_samples(root, slot, "test", samples, [{"id": f"{slot}/test/00000", "instruction": "?"}])
     path = root / f"AVUIE_2/{slot}/test.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([record]))
+    path.write_text(json.dumps([record]), encoding="utf-8")
     return mechanism.true_answers(root, root, slot, "explicit", 5)
 
 
@@ -202,7 +203,7 @@ def test_a_planted_idle_part_is_worth_nothing(idle, adapter, dataset, encoded, b
         elif idle == "router" and "ilora_router" in name:
             tensor[:] = 0
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    shutil.copy(adapter / "adapter_config.json", tmp_path)
     costs, _, vectors = run(tmp_path, dataset, encoded, base)
     of_heads = costs[costs["change"] == HEAD].pivot(index="slot", columns="of", values="mean")
     if idle == "head":

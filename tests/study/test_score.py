@@ -21,9 +21,8 @@ def rows(tmp_path):
     path = tmp_path / tasks.json_path("ks", "test")
     path.parent.mkdir(parents=True)
     actions = enumerate(ACTIONS)
-    path.write_text(
-        json.dumps([{"video_path": f"{i}.mp4", "audio_path": f"{i}.wav", "action": a, "label": ""} for i, a in actions])
-    )
+    rows = [{"video_path": f"{i}.mp4", "audio_path": f"{i}.wav", "action": a, "label": ""} for i, a in actions]
+    path.write_text(json.dumps(rows), encoding="utf-8")
     return records.read(tmp_path, "ks", "test")
 
 
@@ -72,7 +71,7 @@ def pixels(tmp_path):
         paths = {"visual_path": f"AVS/v1s/c{i}/frames/0.jpg", "audio_path": f"AVS/v1s/c{i}/audio.wav"}
         rows.append({**paths, "vid": f"c{i}", "uid": f"c{i}_0", "a_obj": "drum", "frame_idx": 0})
     rows[0]["label_content"] = "i see it . " + tasks.answer("s4", (BOX, ((56, 48), (72, 64), (96, 88))))
-    (tmp_path / tasks.json_path("s4", "test")).write_text(json.dumps(rows))
+    (tmp_path / tasks.json_path("s4", "test")).write_text(json.dumps(rows), encoding="utf-8")
     return tmp_path
 
 

@@ -54,7 +54,7 @@ def test_killed_run_resumes_to_the_same_adapter(go, precision):
     with pytest.raises(KeyboardInterrupt):
         go("b", passes=3, precision=precision, stop_at=4)
     resumed = go("b", passes=3, precision=precision)
-    assert json.loads((resumed / RECORD).read_text())["resumed_from"] == 4
+    assert json.loads((resumed / RECORD).read_text(encoding="utf-8"))["resumed_from"] == 4
     assert same(whole, weights(resumed))
     assert not list(resumed.parent.glob("checkpoint-*"))
 
@@ -63,7 +63,7 @@ def test_half_written_checkpoint_is_not_taken(go, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(stop_at=4)
     (tmp_path / "run" / "checkpoint-4" / WHOLE).unlink()
-    assert json.loads((go() / RECORD).read_text())["resumed_from"] == 0
+    assert json.loads((go() / RECORD).read_text(encoding="utf-8"))["resumed_from"] == 0
 
 
 def test_precision_is_the_one_asked_for(go, monkeypatch):
@@ -111,7 +111,7 @@ def test_learns_and_answers(encoded, base, tmp_path):
     options = {"r": 8, "lora_alpha": 16}
     settings = {"learning_rate": 3e-2, "passes": 40, "batch_size": 8, "seed": 0}
     folder = train(data.answered("bare"), "lora", options, base, tmp_path, **settings)
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     assert record["samples"] == 16 and record["steps"] == 80
     assert record["loss"][-1][1] < 0.5 * record["loss"][0][1]
     model, processor = load_base(base)

@@ -94,7 +94,7 @@ def test_every_file_is_named_by_a_record_and_counted_once(tree):
                     named.add(type(tree.root)(record["mask"]))
     files = {p for p in tree.root.rglob("*") if p.is_file()}
     assert files == named
-    summary = json.loads((tree.root / "build.json").read_text("utf-8"))
+    summary = json.loads((tree.root / "build.json").read_text(encoding="utf-8"))
     assert {**summary, "seconds": tree.summary["seconds"]} == tree.summary
     assert summary["files"] == sum(p.suffix != ".json" for p in files)
     assert summary["bytes"] == sum(p.stat().st_size for p in files if p.suffix != ".json")
