@@ -1,7 +1,7 @@
 """Lists of records of the AV-UIE v2 layout, read and checked, their media decoded, and the manifest of a data root.
 
 A record is the published JSON object with added keys: ``id`` (unique in the slot), ``media`` (in the prompt's order)
-and, for slots that are scored on masks, ``mask`` (path of the true one; if nothing is to be found, no such file
+and, for slots that are scored on masks, ``mask`` (path of the true one; if the thing is not there, no such file
 exists). The same code reads a generated tree and the real one.
 
 The media lie beside the records, or under the folder that ``<root>/root.json`` names: a data root may hold only checked
@@ -69,10 +69,10 @@ def read(root: str | os.PathLike, slot: str, split: str) -> list[dict[str, Any]]
 
 def _relative(root: str | os.PathLike, slot: tasks.Slot, split: str) -> Iterator[dict[str, Any]]:
     """The records of `read`, with paths relative to the root of the media."""
-    path, seen = Path(root) / tasks.json_path(slot, split), {}
+    path, seen, folder = Path(root) / tasks.json_path(slot, split), {}, media_root(root)
     for index, raw in enumerate(parse(path)):
         place = f"{path}: record {index}"
-        record = check(place, slot, split, index, raw)
+        record = check(place, slot, split, index, raw, folder)
         if record["id"] in seen:
             raise RecordError(place, twice(record["id"], seen[record["id"]]), "id twice")
         seen[record["id"]] = index
@@ -87,28 +87,33 @@ def twice(name: str, index: int) -> str:
 def parse(path: str | os.PathLike) -> list[Any]:
     """The list in a file of records, its members unchecked. NaN and infinite numbers are read as null.
 
+    The file is a JSON list, or has one JSON object per line (JSON lines). It may begin with a byte order mark.
+
     RecordError if there is no file, if it is not UTF-8, JSON or a list, or if an object has the same field twice.
     """
-    problem = "unreadable list"
+    problem, first = "unreadable list", 1
     try:
-        content = json.loads(
-            Path(path).read_text(encoding="utf-8"),
-            parse_constant=lambda _: None,
-            parse_float=lambda text: value if math.isfinite(value := float(text)) else None,
-            object_pairs_hook=_once,
-        )
+        text = Path(path).read_text(encoding="utf-8-sig")
+        try:
+            content = _loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data" or not text.lstrip().startswith("{"):
+                raise
+            content = []
+            for first, line in enumerate(text.split("\n"), 1):  # noqa: B007  the error below names the line
+                content += [_loads(line)] if line.strip() else []
         if isinstance(content, list):
             return content
-        words = f"holds a {type(content).__name__}; it must be a list of records"
+        words = f"holds a {type(content).__name__}; it must be a list of records, [...], or one record per line"
     except FileNotFoundError:
         problem = "no list"
         words = f"no such file; run the build stage, or set the data root to the folder that holds {tasks.FOLDER}"
     except OSError as error:
         words = f"cannot be read ({error.strerror or error}); it must be a file that you may read"
     except UnicodeDecodeError as error:
-        words = f"not UTF-8 at byte {error.start}; save it as UTF-8"
+        words = f"is not UTF-8: byte {error.start} cannot be read; save it as UTF-8"
     except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}"
+        position = f"line {first + error.lineno - 1}, column {error.colno}"
         words = f"malformed JSON at {position} ({error.msg}); correct it there, or build or copy it again"
     except RecursionError:
         words = "nested too deep; it must be a flat list of records"
@@ -117,6 +122,15 @@ def parse(path: str | os.PathLike) -> list[Any]:
     except ValueError as error:  # a whole number of thousands of digits
         words = f"holds a number that cannot be read ({error}); correct it"
     raise RecordError(str(path), words, problem) from None
+
+
+def _loads(text: str) -> Any:
+    return json.loads(
+        text,
+        parse_constant=lambda _: None,
+        parse_float=lambda number: value if math.isfinite(value := float(number)) else None,
+        object_pairs_hook=_once,
+    )
 
 
 class _Twice(ValueError):
@@ -135,19 +149,28 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def check(place: str, slot: tasks.Slot, split: str, index: int, raw: Any) -> dict[str, Any]:
+def check(
+    place: str, slot: tasks.Slot, split: str, index: int, raw: Any, folder: str | os.PathLike = ""
+) -> dict[str, Any]:
     """Check the member of a list at ``index``, and add ``id``, ``media`` and ``mask``, with paths relative to the root.
 
-    ``place`` names it in messages. RecordError if it is not an object, lacks a field, or has a wrong type or a path
-    outside its folder.
+    Args:
+        place: names the record in messages.
+        folder: the root of the media. If a slot shares the media of another slot, they may also lie under its own name.
+
+    Raises:
+        RecordError: it is not an object, lacks a field, or has a wrong type or a path outside its folder.
     """
     if not isinstance(raw, dict):
         raise RecordError(place, f"is a {type(raw).__name__}; it must be an object with fields")
-    fields = slot.fields(split)
+    fields, optional = slot.fields(split), slot.optional(split)
     paths = {name for _, names in MEDIA[slot.media] for name in names}
     for name in (*fields, *(("id",) if "id" in raw else ())):
+        if name in optional and raw.get(name) is None:
+            continue
         if name not in raw:
-            raise RecordError(place, f"no field '{name}'; records of {slot.name}/{split} need {', '.join(fields)}")
+            needed = ", ".join(name for name in fields if name not in optional)
+            raise RecordError(place, f"no field '{name}'; records of {slot.name}/{split} need {needed}")
         if raw[name] is None:
             raise RecordError(place, f"field '{name}': is null; give its value")
         if name not in paths and (words := wrong_type(name, raw[name])):  # a wrong path has better words below
@@ -162,14 +185,23 @@ def check(place: str, slot: tasks.Slot, split: str, index: int, raw: Any) -> dic
         raise RecordError(place, words) from None
     except RecursionError:
         raise RecordError(place, "nested too deep; give plain fields") from None
-    record = {**raw, "id": tasks.sample_id(slot, raw, index, split)}
+    record = {name: value for name, value in raw.items() if name not in optional or value is not None}
+    record["id"] = tasks.sample_id(slot, raw, index, split)
     try:
-        record["media"] = tasks.media_paths(slot, record)
+        record["media"] = [_placed(slot, item, folder) for item in tasks.media_paths(slot, record)]
         if slot.masks:
             record["mask"] = tasks.mask_path(slot, raw)
     except ValueError as error:
         raise RecordError(place, words_of(error, slot, record), "path") from error
     return record
+
+
+def _placed(slot: tasks.Slot, item: tasks.MediaItem, folder: str | os.PathLike) -> tasks.MediaItem:
+    """The medium. If it is not in the folder of the shared media, but under the slot's own name, its path is there."""
+    shared, own = (f"{tasks.FOLDER}/{name}/" for name in (slot.media_slot, slot.name))
+    path = own + item.path.removeprefix(shared)
+    moved = folder and own != shared and not os.path.exists(os.path.join(folder, item.path))
+    return item._replace(path=path) if moved and os.path.exists(os.path.join(folder, path)) else item
 
 
 def words_of(error: Exception, slot: tasks.Slot, record: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from crab import tasks
 from crab.data import records
 from crab.data.findings import CONVERSION, NOTES, TOLERABLE, Count, Finding, Report, ValidationError
 from crab.data.media import LEAST
+from crab.data.names import near
 from crab.data.probe import Files
 from crab.data.records import RecordError
 from crab.tasks.fields import numbered
@@ -118,7 +119,9 @@ class _Walk:
         self.counts: dict[tuple[str, str], Count] = {}
         self.entries: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
         self.findings: dict[tuple[str, str], list[Finding]] = defaultdict(list)
-        self.tested: dict[Any, str] = {}  # a file that a test record shows, or an id that it has -> the record
+        #: a file that a test record shows, or an id that it has -> its slot, and its name
+        self.tested: dict[Any, tuple[str, str]] = {}
+        self.listings: dict[Path, dict[str, str]] = {}
 
     def note(self, key: tuple[str, str], problem: str, words: str, file: str, entry: _Entry | None = None) -> bool:
         """Add a finding. Returns whether it leaves its record or list out."""
@@ -136,8 +139,7 @@ class _Walk:
         """Read a list, and check each record as far as its fields and its answer."""
         key, file = (slot.name, split), tasks.json_path(slot, split)
         count = self.counts[key] = Count(*key)
-        outside = self.lists.stat(file).outside
-        if outside and self.note(key, "link", outside, file):
+        if (outside := self._linked(self.lists, file)) and self.note(key, "link", outside, file):
             return
         try:
             raws = records.parse(self.lists.root / file)
@@ -166,7 +168,7 @@ class _Walk:
 
     def _check(self, slot: tasks.Slot, split: str, entry: _Entry) -> None:
         """Complete an entry; RecordError if its fields or its answer cannot be used."""
-        record = records.check("", slot, split, entry.index, entry.raw)
+        record = records.check("", slot, split, entry.index, entry.raw, self.media.root)
         try:
             notes = [*_check_answer(slot, split, record), *_check_frame(record)]
         except (ValueError, RecursionError) as error:
@@ -176,7 +178,7 @@ class _Walk:
         entry.media = [(item.path, item.kind) for item in record["media"]]
         entry.second = next((item.second for item in record["media"] if item.second is not None), None)
         if slot.masks:
-            # a test record is scored on its mask, unless nothing is to be found; a train record does not need it
+            # a test record is scored on its mask, unless the thing is not there; a train record does not need it
             needed = split == "test" and record.get("split") != "test_n"
             if needed or split == "train" and not self.media.stat(record["mask"]).fault:
                 entry.media.append((record["mask"], "mask"))
@@ -229,9 +231,9 @@ class _Walk:
                 at = self.media.files[path]
                 sizes[at.same] = at.size
                 if split == "test":
-                    self.tested.setdefault(at.same, f"{slot}/test, record {entry.index} ({entry.id})")
+                    self.tested.setdefault(at.same, (slot, f"{slot}/test, record {entry.index} ({entry.id})"))
             if split == "test" and "id" in entry.raw:
-                self.tested.setdefault((slot, entry.id), f"{slot}/test, record {entry.index}")
+                self.tested.setdefault((slot, entry.id), (slot, f"{slot}/test, record {entry.index}"))
         count.kept, count.files, count.bytes = len(usable), len(sizes), sum(sizes.values())
         if usable:
             # records that are left out shift the later ones, which are named by their place
@@ -240,12 +242,14 @@ class _Walk:
 
     def _check_media(self, slot: str, split: str, entry: _Entry) -> Iterator[tuple[str, str, str]]:
         """(problem, words, file) of all that is wrong with the media of a record."""
+        own_overlap = False
         for path, kind in entry.media:
             at, result = self.media.files[path], self.media.probes[path, kind]
-            if at.outside:
-                yield "link", at.outside, path
+            if outside := self._linked(self.media, path):
+                yield "link", outside, path
             if result.problem:
-                yield result.problem, result.words, path
+                other = near(self.media.root, path, self.listings) if result.problem == "missing" else ""
+                yield result.problem, other or result.words, path
                 continue
             if result.named:
                 yield "name", result.named, path
@@ -257,10 +261,21 @@ class _Walk:
                 fault = f"lasts {result.seconds * 1000:.3g} ms, too short to be heard"
                 yield "no sound", f"{fault}; give a sound of {LEAST} s or more", path
             if split == "train" and at.same in self.tested:
-                yield "overlap", f"is also shown by {self.tested[at.same]}; remove one of the two", path
+                tested, name = self.tested[at.same]
+                if tested != slot or not tasks.get_slot(slot).overlap:
+                    yield "overlap", f"is also shown by {name}; remove one of the two", path
+                elif not own_overlap:  # one note per record
+                    yield "own overlap", f"is also shown by {name}; the published set has this overlap", path
+                    own_overlap = True
         if split == "train" and "id" in entry.raw and (slot, entry.id) in self.tested:
-            words = f"field 'id': is also that of {self.tested[slot, entry.id]}; remove one of the two"
+            words = f"field 'id': is also that of {self.tested[slot, entry.id][1]}; remove one of the two"
             yield "overlap", words, tasks.json_path(slot, split)
+
+    @staticmethod
+    def _linked(files: Files, path: str) -> str:
+        """Words for a file that is a link out of the root. A folder may be one: large media often lie elsewhere."""
+        outside = files.stat(path).outside
+        return outside if outside and (files.root / path).is_symlink() else ""
 
     def result(self, probed: int, known: int) -> Report:
         """The report, in the order of the lists."""
@@ -285,7 +300,7 @@ def _check_answer(slot: tasks.Slot, split: str, record: dict[str, Any]) -> Itera
     tasks.instruction(slot, record)
     field, others = f"field '{slot.answer_field}'", ", ".join(slot.truth_fields) or "its other fields"
     if split == "train":
-        answer, truth = tasks.parse(slot, tasks.target(slot, record, "explicit")), tasks.truth(slot, record)
+        answer, truth = tasks.parse(slot, tasks.target(slot, record, "explicit"), record), tasks.truth(slot, record)
         if not tasks.agree(slot, answer, truth):
             raise ValueError(f"{field} says {_shown(answer)}, and {others} {_shown(truth)}; correct what is wrong")
         return
@@ -296,7 +311,7 @@ def _check_answer(slot: tasks.Slot, split: str, record: dict[str, Any]) -> Itera
     if slot.masks and not labelled:
         return
     truth = tasks.truth(slot, record)
-    answer = tasks.parse(slot, record[slot.answer_field]) if labelled else truth
+    answer = tasks.parse(slot, record[slot.answer_field], record) if labelled else truth
     if answer is None:
         yield "unread answer", f"{field} holds no answer that can be read; the truth is taken from {others}"
     elif not tasks.agree(slot, answer, truth):

@@ -18,7 +18,7 @@ from typing import Any
 
 from .answers import Kind
 from .fields import MediaItem as MediaItem
-from .fields import Record, describe, required
+from .fields import Record, describe, listed, required
 from .fields import json_path as json_path
 from .fields import mask_path as mask_path
 from .fields import media_paths as media_paths
@@ -61,7 +61,7 @@ def instruction(slot: str | Slot, record: Record) -> str:
         field = next((name for name in names if name in record), None)
         if field is None:
             raise ValueError(f"{describe(slot, record)}: no field '{' or '.join(names)}' to ask about")
-        value = record[field]
+        value = listed(record[field]) if field == "multi_choice" else record[field]
         if not isinstance(value, (list, tuple)):
             return str(value)
         words = [str(v) for v in value]
@@ -83,9 +83,12 @@ def answer(slot: str | Slot, truth: Any) -> str:
     return text
 
 
-def parse(slot: str | Slot, text: str) -> Any | None:
-    """What an answer says, or None if it says nothing definite. No text raises an error."""
-    return KINDS[get_slot(slot).kind].parse(text)
+def parse(slot: str | Slot, text: str, record: Record | None = None) -> Any | None:
+    """What an answer says, or None if it says nothing definite. No text raises an error.
+
+    `record` is the one that was asked about, if it is known. An answer may give a letter for one of its choices.
+    """
+    return KINDS[get_slot(slot).kind].parse(text, record)
 
 
 def truth(slot: str | Slot, record: Record) -> Any:
@@ -110,7 +113,7 @@ def target(slot: str | Slot, record: Record, form: str) -> str:
     if form not in FORMS:
         raise ValueError(f"unknown answer form '{form}'; choose one of {', '.join(FORMS)}")
     text = required(slot, record, slot.answer_field)
-    if parse(slot, text) is None:
+    if parse(slot, text, record) is None:
         field = f"field '{slot.answer_field}' holds no answer that can be read"
         raise ValueError(f"{describe(slot, record)}: {field}: {text!r:.120}")
     return text.strip() if form == "explicit" else KINDS[slot.kind].bare(text.strip())
@@ -131,7 +134,8 @@ def score(
 ) -> dict[str, Any]:
     """Score the predictions for all test records of a slot.
 
-    What cannot be read is wrong. ValueError if a prediction is missing, unknown, double or no text.
+    What cannot be read is wrong. Of an answer to LLP, the pieces that can be read count
+    (:class:`crab.tasks.temporal.Parsing`). ValueError if a prediction is missing, unknown, double or no text.
 
     Args:
         texts: predicted texts by sample id, or in the order of the records.
@@ -146,8 +150,9 @@ def score(
     slot = _benchmark(slot, records, masks)
     ids = [sample_id(slot, record, i) for i, record in enumerate(records)] if ids is None else [str(i) for i in ids]
     texts = _aligned(slot, records, texts, ids)
-    answers = [parse(slot, text) for text in texts]
-    metrics, per_sample = KINDS[slot.kind].measure(slot, records, answers, masks)
+    kind = KINDS[slot.kind]
+    answers = [kind.scored(text, record) for text, record in zip(texts, records, strict=True)]
+    metrics, per_sample = kind.measure(slot, records, answers, masks)
     return {
         "metrics": metrics,
         "primary": metrics[slot.metric],

@@ -1,6 +1,9 @@
 """What the fields of a record hold: types, numbers, and the paths of its files."""
 
+import ast
+import json
 import numbers
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -13,8 +16,7 @@ Record = Mapping[str, Any]
 FIELD_TYPES = {
     **dict.fromkeys("id vid uid fid filename video_name video_id question_id".split(), "text or a number"),
     **dict.fromkeys("start_time end_time frame_idx idx answer correct_video correct_audio".split(), "text or a number"),
-    **dict.fromkeys("multi_choice top_left bottom_right".split(), "a list"),
-    **dict.fromkeys("type event".split(), "text or a list"),
+    **dict.fromkeys("multi_choice top_left bottom_right type event".split(), "text or a list"),
 }
 _TYPES = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object", bool: "true or false"}
 
@@ -26,11 +28,29 @@ def wrong_type(field: str, value: Any) -> str | None:
     return None if actual in allowed.split(" or ") else f"is {actual}; give {allowed}"
 
 
+def number(value: Any) -> float:
+    """The number in a field, as 2.5 or "2.5"; -1 if there is none, or if it is below 0."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]*)?\s*", value):
+        return float(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if real and 0 <= value < 1e9 else -1.0
+
+
 def whole(value: Any) -> int:
-    """The whole number in a field, as 2, 2.0 or "2"; -1 if there is none, as in 2.7 or "2.0"."""
-    digits = isinstance(value, str) and value.isascii() and value.strip().isdigit()
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0
-    return int(value) if digits or number else -1
+    """The whole number in a field, as 2, 2.0, "2" or "2.0"; -1 if there is none, as in 2.7."""
+    value = number(value)
+    return int(value) if value % 1 == 0 else -1
+
+
+def listed(value: Any) -> Any:
+    """The list in a field, given as such, or as text in the form of JSON or of Python; else the value as it is."""
+    text = value.strip() if isinstance(value, str) and len(value) < 10_000 else ""
+    for read in (json.loads, ast.literal_eval) if text.startswith(("[", "(")) else ():
+        try:
+            return list(read(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return value
 
 
 def describe(slot: Slot, record: Record) -> str:

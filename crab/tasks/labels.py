@@ -1,16 +1,17 @@
 """Answers in words: a label or a caption. :data:`LABELS` names the kinds, :data:`METRICS` the metrics."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-from .answers import Kind, Scores, clean, only, readable
-from .fields import Record, field_error, required
+from .answers import Kind, Scores, clean, readable, same, spans
+from .fields import Record, field_error, listed, required, whole
 from .registry import Slot
 
 CHOICES = ("one", "two")
-_CHOICE_OF = {"1": "one", "first": "one", "2": "two", "second": "two"}
+_CHOICE_OF = {"1": "one", "one": "one", "first": "one", "2": "two", "two": "two", "second": "two"}
+_AROUND = {*"the it is a an video audio sound clip number option choice".split()}  # may stand beside a choice
+_NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 Truths, Answers = Sequence[str], Sequence[str | None]
 
@@ -54,8 +55,15 @@ class Label(Kind):
     def answer(self, truth: str) -> str:
         return f"<answer>{truth}</answer>"
 
-    def parse(self, text: str) -> str | None:
-        return clean(only(text, "answer") or "") or None
+    def parse(self, text: str, record: Record | None = None) -> str | None:
+        labels = [clean(piece.inside) for piece in spans(text, self.tags) or ()]
+        return labels[0] or None if len({self.compared(label) for label in labels}) == 1 else None
+
+    def bare(self, text: str) -> str:
+        return f"<answer>{spans(text, self.tags)[0].inside}</answer>"
+
+    def compared(self, label: str | None) -> str | None:
+        return label and (same(label) or label)
 
     def truth(self, slot: Slot, record: Record) -> str:
         field = slot.truth_fields[0]
@@ -89,30 +97,46 @@ class Question(Label):
     """MUSIC-AVQA: accuracy also by the modality and the kind of a question."""
 
     def groups(self, slot: Slot, record: Record) -> tuple[str, ...]:
-        value = required(slot, record, "type")  # a list, or the text of a list
-        try:
-            modality, kind = json.loads(value) if isinstance(value, str) else value
-            if not (isinstance(modality, str) and isinstance(kind, str)):
-                raise ValueError
-        except (TypeError, ValueError, RecursionError) as error:
-            raise field_error(slot, record, "type", 'give a list such as ["Audio-Visual", "Location"]') from error
-        return clean(modality), f"{clean(modality)}/{clean(kind)}"
+        names = listed(required(slot, record, "type"))
+        if not isinstance(names, (list, tuple)) or len(names) != 2 or not all(isinstance(name, str) for name in names):
+            raise field_error(slot, record, "type", 'give a list such as ["Audio-Visual", "Location"]')
+        modality, kind = map(clean, names)
+        return modality, f"{modality}/{kind}"
+
+    def compared(self, label: str | None) -> str | None:
+        """``2`` and ``two`` mean the same."""
+        label = super().compared(label)
+        digits = label and label.isascii() and label.isdigit() and len(label) < 3
+        return _NUMBERS[int(label)] if digits and int(label) < len(_NUMBERS) else label
 
 
 class Choice(Label):
     """AVQA: the words of one of the choices. Accuracy also by what a question relates to, and by its type.
 
     See Yang et al., "AVQA: A Dataset for Audio-Visual Question Answering on Videos", ACM MM 2022. A record gives the
-    words of the right choice, or its place, from 0.
+    words of the right choice, or its place, from 0. An answer gives the words, its letter, or both; a letter with the
+    words of another choice says nothing. A number is no place: it is not clear whether it counts from 0 or from 1.
     """
+
+    def parse(self, text: str, record: Record | None = None) -> str | None:
+        label = super().parse(text, record)
+        choices = _choices(record or {})
+        names = [self.compared(choice) for choice in choices]
+        lettered = re.fullmatch(r"\(?([a-z])(?:[.):]+ *(.*))?", label or "")
+        if not lettered or self.compared(label) in names or (place := ord(lettered[1]) - ord("a")) >= len(names):
+            return label
+        words = self.compared(lettered[2])
+        if not words or words == names[place]:
+            return choices[place]
+        return None if words in names else label
 
     def groups(self, slot: Slot, record: Record) -> tuple[str, ...]:
         relation, kind = (clean(required(slot, record, f"question_{field}")) for field in ("relation", "type"))
         return f"relation/{relation}", f"type/{kind}"
 
     def choices(self, slot: Slot, record: Record) -> list[str]:
-        value = required(slot, record, "multi_choice")
-        choices = [clean(v) for v in value] if isinstance(value, (list, tuple)) else []
+        required(slot, record, "multi_choice")
+        choices = _choices(record)
         if len(choices) < 2 or not all(choices):
             raise field_error(slot, record, "multi_choice", "give a list of labels")
         return choices
@@ -122,9 +146,8 @@ class Choice(Label):
         value = required(slot, record, field)
         if isinstance(value, str) and clean(value) in choices:
             return clean(value)
-        place = str(value)
-        if place.isascii() and place.isdigit() and len(place) < 4 and int(place) < len(choices):
-            return choices[int(place)]
+        if (place := whole(value)) in range(len(choices)):
+            return choices[place]
         fix = f"give one of the choices {', '.join(choices):.200}, or its place from 0 to {len(choices) - 1}"
         raise field_error(slot, record, field, fix)
 
@@ -134,23 +157,34 @@ class Choice(Label):
         return max(super().chance(slot, records), max(places.values()) / len(records))
 
 
+def _choices(record: Record) -> list[str]:
+    """The choices of a record, as they are shown; none if its field holds no list."""
+    value = listed(record.get("multi_choice"))
+    return [clean(v) for v in value] if isinstance(value, (list, tuple)) else []
+
+
 class Action(Label):
     """Labels are the same if only the space between words differs: UCF-101 names a class "ApplyEyeMakeup"."""
 
     def compared(self, label: str | None) -> str | None:
-        return label and (re.sub(r"[\s_-]", "", label) or label)
+        return label and (re.sub(r"[\s_-]", "", clean(label)) or label)
 
 
 class Match(Label):
-    """One of two videos or sounds. ``1``, ``one`` and ``first`` mean the same."""
+    """One of two videos or sounds. ``1``, ``one``, ``first`` and ``video one`` mean the same."""
 
-    def parse(self, text: str) -> str | None:
-        label = super().parse(text)
-        return _CHOICE_OF.get(label, label)
+    def parse(self, text: str, record: Record | None = None) -> str | None:
+        label = super().parse(text, record)
+        words = re.findall(r"\w+", label or "")
+        choices = {_CHOICE_OF[word] for word in words if word in _CHOICE_OF}
+        if not choices:
+            return label
+        clear = len(choices) == 1 and all(word in _CHOICE_OF or word in _AROUND for word in words)
+        return choices.pop() if clear else None
 
     def truth(self, slot: Slot, record: Record) -> str:
-        label = super().truth(slot, record)
-        if (choice := _CHOICE_OF.get(label, label)) in CHOICES:
+        label, place = super().truth(slot, record), str(whole(record[slot.truth_fields[0]]))
+        if choice := _CHOICE_OF.get(label) or _CHOICE_OF.get(place):
             return choice
         raise field_error(slot, record, slot.truth_fields[0], "give 1 or 2")
 
@@ -166,7 +200,7 @@ class Caption(Kind):
     def bare(self, text: str) -> str:
         return text
 
-    def parse(self, text: str) -> str | None:
+    def parse(self, text: str, record: Record | None = None) -> str | None:
         return (" ".join(text.split()) or None) if readable(text) else None
 
 

@@ -39,6 +39,7 @@ class Slot:
     media: str = "video_audio"  # a key of MEDIA
     frames: int = 10  # video frames that the model sees; 1 for an image
     media_slot: str = ""  # the slot whose folder holds the media, if it is another one
+    overlap: bool = False  # whether train and test of the published set share videos
 
     def __post_init__(self) -> None:
         if self.media not in MEDIA:
@@ -82,6 +83,13 @@ class Slot:
         media = (names[SPLITS.index(split) % len(names)] for _, names in MEDIA[self.media])
         own = self.test_fields if split == "test" and self.test_fields else self.own_fields
         return (*media, *own.split())
+
+    def optional(self, split: str) -> tuple[str, ...]:
+        """The fields that a record of a split need not have: of a test record the answer to learn, if it is not the
+        only truth, and what a pair of clips shows."""
+        answer = (self.answer_field,) if self.truth or self.kind == "video_parsing" else ()
+        events = tuple(name for name in self.own_fields.split() if name.endswith("_event"))
+        return (*answer, *events) if split == "test" else ()
 
 
 _events = partial(Slot, family="temporal localization")
@@ -144,7 +152,14 @@ _ENTRIES = (
         kind="referring",
         test_fields="object split vid uid fid frame_idx",
     ),
-    _question("avqa", "MUSIC-AVQA", "{question}", "video_id question_id type question answer label", kind="qa"),
+    _question(
+        "avqa",
+        "MUSIC-AVQA",
+        "{question}",
+        "video_id question_id type question answer label",
+        kind="qa",
+        overlap=True,
+    ),
     _question(
         "avqa_thu",
         "AVQA",

@@ -1,6 +1,7 @@
 """Spatial and pixel-level localization: a box (ARIG), or a box and three points for a segmenter (S4, MS3, Ref-AVS).
 
-Coordinates are integer pixels of the 224 x 224 image; x2 and y2 of a box are exclusive. This module reads no files.
+Coordinates are whole pixels of the 224 x 224 image, to which decimals are rounded; x2 and y2 of a box are exclusive.
+This module reads no files.
 """
 
 import re
@@ -9,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .answers import Kind, Scores, clean, integers, only, readable
-from .fields import Record, describe, field_error, required, whole
+from .answers import Kind, Scores, clean, decimals, nearest, only, readable
+from .fields import Record, describe, field_error, listed, number, required
 from .registry import Slot
 
 SIZE = 224
@@ -24,10 +25,10 @@ Point = tuple[int, int]
 
 
 class Prompt(NamedTuple):
-    """The input of a promptable segmenter."""
+    """The input of a promptable segmenter, with one to three points."""
 
     box: Box
-    points: tuple[Point, Point, Point]
+    points: tuple[Point, ...]
 
 
 class Masks(NamedTuple):
@@ -38,7 +39,7 @@ class Masks(NamedTuple):
 
 
 class OneBox(Kind):
-    """ARIG: ``<obj>(16,24)(80,88)</obj>``.
+    """ARIG: ``<obj>(16,24)(80,88)</obj>``. There may be a comma between the corners.
 
     cIoU is the share of frames with an IoU of at least 0.5. AUC is the area under this share over the thresholds 0,
     0.05, ..., 1, by the trapezoidal rule (Senocak et al., "Learning to Localize Sound Source in Visual Scenes", CVPR
@@ -51,13 +52,16 @@ class OneBox(Kind):
         x1, y1, x2, y2 = truth
         return f"<obj>({x1},{y1})({x2},{y2})</obj>"
 
-    def parse(self, text: str) -> Box | None:
-        return _valid(integers(only(text, "obj") or "", "( # , # ) ( # , # )"))
+    def parse(self, text: str, record: Record | None = None) -> Box | None:
+        return _valid(decimals(only(text, "obj") or "", "( # , # ) ,? ( # , # )"))
+
+    def bare(self, text: str) -> str:
+        return f"<obj>{only(text, 'obj')}</obj>"
 
     def truth(self, slot: Slot, record: Record) -> Box:
         if all(field in record for field in slot.truth_fields):
             try:
-                (x1, y1), (x2, y2) = (map(whole, record[field]) for field in slot.truth_fields)
+                (x1, y1), (x2, y2) = (map(number, listed(record[field])) for field in slot.truth_fields)
                 box = _valid((x1, y1, x2, y2))
             except (TypeError, ValueError):
                 box = None
@@ -66,7 +70,7 @@ class OneBox(Kind):
         if box is None:
             fields = f"{' and '.join(slot.truth_fields)} (or '{slot.answer_field}')"
             bounds = f"0 <= x1 < x2 <= {SIZE} and 0 <= y1 < y2 <= {SIZE}"
-            fix = f"{fields} must give a box in whole pixels, [x1, y1] and [x2, y2], with {bounds}"
+            fix = f"{fields} must give a box in pixels, [x1, y1] and [x2, y2], with {bounds}"
             raise ValueError(f"{describe(slot, record)}: {fix}")
         return box
 
@@ -87,6 +91,8 @@ class OneBox(Kind):
 
 class Pixels(Kind):
     """S4 and MS3: ``[16,24,80,88] [40,48] [48,56] [56,64]``.
+
+    An answer with one or two points is read as well, and so are brackets around the groups: ``[[40,48],[48,56]]``.
 
     J is the mean IoU of the answered and the true mask. F is (1 + b2) P R / (b2 P + R) on pixels with b2 = 0.3, with no
     search over thresholds (Zhou et al., "Audio-Visual Segmentation", ECCV 2022).
@@ -109,13 +115,15 @@ class Pixels(Kind):
     def bare(self, text: str) -> str:
         return " ".join(_groups(text))
 
-    def parse(self, text: str) -> Prompt | None:
+    def parse(self, text: str, record: Record | None = None) -> Prompt | None:
         groups = _groups(text)
-        if not groups or len(groups) != 4:
+        if not groups or not 2 <= len(groups) <= 4:
             return None
-        box = _valid(integers(groups[0], "[ # , # , # , # ]"))
-        points = tuple(integers(group, "[ # , # ]") for group in groups[1:])
-        return Prompt(box, points) if box and all(point and max(point) <= SIZE for point in points) else None
+        box = _valid(decimals(groups[0], "[ # , # , # , # ]"))
+        points = [decimals(group, "[ # , # ]") for group in groups[1:]]
+        if not box or not all(point and max(point) <= SIZE for point in points):
+            return None
+        return Prompt(box, tuple((nearest(x), nearest(y)) for x, y in points))
 
     def split(self, slot: Slot, record: Record) -> str:
         """The split of a record, "" if the slot has none. Each split has its metrics."""
@@ -180,7 +188,7 @@ class Referred(Pixels):
     def bare(self, text: str) -> str:
         return " ".join([f"<answer>{only(text, 'answer')}</answer>", *_groups(text)])
 
-    def parse(self, text: str) -> Prompt | str | None:
+    def parse(self, text: str, record: Record | None = None) -> Prompt | str | None:
         there = _THERE.get(clean(only(text, "answer")))
         if there:
             return super().parse(text)
@@ -210,9 +218,16 @@ class Referred(Pixels):
 
 
 def _groups(text: str) -> list[str] | None:
-    """The bracketed groups of a text; None if brackets do not pair up or nest."""
-    groups = re.findall(r"\[[^\[\]]*\]", text) if readable(text) else None
-    return groups if groups is not None and text.count("[") == len(groups) == text.count("]") else None
+    """The bracketed groups of a text, those of an answer that is given twice once.
+
+    None if brackets do not pair up, or nest. Brackets around groups and commas alone do not count.
+    """
+    if not readable(text):
+        return None
+    groups, rest = re.findall(r"\[[^\[\]]*\]", text), re.sub(r"\[[^\[\]]*\]", "", text)
+    half = len(groups) // 2
+    groups = groups[:half] if half > 1 and groups[:half] == groups[half:] else groups
+    return None if re.search(r"[\[\]]", re.sub(r"\[[\s,]*\]", "", rest)) else groups
 
 
 class _Score(NamedTuple):
@@ -250,9 +265,9 @@ def mask_scores(true: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     return shared / (n_true + n_mask - shared), (1 + BETA2) * shared / (BETA2 * n_true + n_mask)
 
 
-def _valid(box: Sequence[int] | None) -> Box | None:
-    """The box, if it has an area and lies inside the image; else None."""
-    x1, y1, x2, y2 = box or (0, 0, 0, 0)
+def _valid(box: Sequence[float] | None) -> Box | None:
+    """The box in whole pixels, if it has an area and lies inside the image; else None."""
+    x1, y1, x2, y2 = map(nearest, box or (0, 0, 0, 0))
     return (x1, y1, x2, y2) if 0 <= x1 < x2 <= SIZE and 0 <= y1 < y2 <= SIZE else None
 
 

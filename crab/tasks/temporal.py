@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .answers import Kind, Scores, clean, integers, spans
+from .answers import NUMBER, Kind, Scores, clean, readable, same, seconds, spans
 from .fields import Record, describe, required, whole
 from .registry import Slot
 
 SEGMENTS = 10
+_INTERVAL = re.compile(rf"\(\s*{NUMBER}(?:\s*,\s*|\s+){NUMBER}\s*\)")
+#: What an answer may say if nothing is heard, or nothing is seen.
+NOTHING = "none;nothing;no event;no events;nothing is heard;nothing is seen;i hear nothing;i see nothing".split(";")
 
 
 class EventRange(NamedTuple):
@@ -44,17 +47,24 @@ class OneEvent(Kind):
         event, start, end = truth
         return f"<event>{event}</event> <range>{start},{end}</range>"
 
-    def parse(self, text: str) -> EventRange | None:
-        pieces = spans(text, self.tags) or ()
-        inside = {piece.tag: piece.inside for piece in pieces}
-        if len(pieces) != 2 or len(inside) != 2:
+    def parse(self, text: str, record: Record | None = None) -> EventRange | None:
+        said = {(piece.tag, same(piece.inside)): piece for piece in spans(text, self.tags) or ()}
+        if sorted(tag for tag, _ in said) != sorted(self.tags):
             return None
-        event, seconds = clean(inside["event"]), integers(inside["range"], "# , #")
-        return EventRange(event, *seconds) if event and seconds and seconds[0] < seconds[1] <= SEGMENTS else None
+        inside = {piece.tag: piece.inside for piece in said.values()}
+        event, (start, end) = clean(inside["event"]), map(whole, seconds(inside["range"]) or (-1, -1))
+        return EventRange(event, start, end) if event and 0 <= start < end <= SEGMENTS else None
+
+    def bare(self, text: str) -> str:
+        pieces = {piece.tag: text[piece.start : piece.end] for piece in spans(text, self.tags)}
+        return " ".join(pieces.values())
+
+    def compared(self, answer: EventRange | None) -> EventRange | None:
+        return answer and answer._replace(event=same(answer.event))
 
     def truth(self, slot: Slot, record: Record) -> EventRange:
-        event, *seconds = values = [required(slot, record, field) for field in slot.truth_fields]
-        event, start, end = clean(event), *map(whole, seconds)
+        event, *times = values = [required(slot, record, field) for field in slot.truth_fields]
+        event, start, end = clean(event), *map(whole, times)
         if not event or not 0 <= start < end <= SEGMENTS:
             raise ValueError(
                 f"{describe(slot, record)}: fields {', '.join(slot.truth_fields)} must be a label and whole seconds "
@@ -66,7 +76,7 @@ class OneEvent(Kind):
         """Segment accuracy, and the accuracy of the event alone."""
         scores, events = [], 0
         for record, answer in zip(records, answers, strict=True):
-            truth, answer = self.truth(slot, record), answer or EventRange("", 0, 0)
+            truth, answer = map(self.compared, (self.truth(slot, record), answer or EventRange("", 0, 0)))
             right = sum(t == a for t, a in zip(_segments(truth), _segments(answer), strict=True))
             scores.append(right / SEGMENTS if answer.event else 0.0)
             events += truth.event == answer.event
@@ -74,7 +84,7 @@ class OneEvent(Kind):
 
     def chance(self, slot: Slot, records: Sequence[Record], masks=None) -> float:
         """Every true event is tried with every range."""
-        rows = np.array([_segments(self.truth(slot, record)) for record in records], object)
+        rows = np.array([_segments(self.compared(self.truth(slot, record))) for record in records], object)
         background = (rows == "").sum(0)
         ranges = [(start, end) for start in range(SEGMENTS) for end in range(start + 1, SEGMENTS + 1)]
         gains = [(rows == event).sum(0) - background for event in {*rows.ravel()} - {""}]
@@ -98,22 +108,30 @@ class Events(Kind):
     def answer(self, truth: Sequence[EventRange]) -> str:
         return " ".join(OneEvent().answer(event) for event in truth)
 
-    def parse(self, text: str) -> tuple[EventRange, ...] | None:
+    def parse(self, text: str, record: Record | None = None) -> tuple[EventRange, ...] | None:
         pieces = spans(text, self.tags)
         if not pieces or [piece.tag for piece in pieces] != [*self.tags] * (len(pieces) // 2):
             return None
         events = [self._event(a.inside, b.inside) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
         return None if None in events else tuple(events)
 
-    def _event(self, name: str, seconds: str) -> EventRange | None:
-        number = r"\s*([0-9]{1,4}(?:\.[0-9]{1,3})?)\s*"
-        match = re.fullmatch(f"{number},{number}", seconds)
-        start, end = (float(v) if "." in v else int(v) for v in match.groups()) if match else (0, 0)
+    def compared(self, answer: Sequence[EventRange] | None) -> Sequence[EventRange] | None:
+        return answer and tuple(event._replace(event=same(event.event)) for event in answer)
+
+    def _event(self, name: str, inside: str) -> EventRange | None:
+        start, end = (int(v) if v % 1 == 0 else v for v in seconds(inside) or (0, 0))
         return EventRange(clean(name), start, end) if clean(name) and start < end else None
+
+
+class Partly(tuple):
+    """The events of an answer of which other pieces cannot be read."""
 
 
 class Parsing(Kind):
     """LLP, audio-visual video parsing: ``<audio>bell,(2 6)</audio> <visual>bell,(2 8)</visual>``, any number of each.
+
+    A piece may hold several intervals, ``bell,(2 6),(8 9)``. An empty piece, or the words of :data:`NOTHING`, say that
+    nothing is heard or seen. That is a valid answer.
 
     The metrics are those of Tian, Li, Xu, "Unified Multisensory Perception: Weakly-Supervised Audio-Visual Video
     Parsing", ECCV 2020. Segment level counts segments as TP, FP and FN. Event level counts maximal runs: an answered
@@ -122,6 +140,10 @@ class Parsing(Kind):
     A is for heard events, V for seen events, AV for segments in which a class is both. F = 2TP / (2TP + FP + FN) is
     averaged over the classes in the truth or the answer of a clip (1 if there are none), then over clips. Type@AV is
     the mean of A, V and AV. Event@AV adds the counts of A and V before F. An unreadable answer scores 0 everywhere.
+
+    A script that looks for pieces passes over those that it cannot read, such as ``bell,(6 2)``, and scores the others.
+    So do these metrics, if an event is left. If there are such answers, ``partly_read`` counts them, and
+    ``<primary>_strict`` is the primary metric with each of them wrong.
     """
 
     tags = ("audio", "visual")
@@ -129,33 +151,57 @@ class Parsing(Kind):
     metrics = [f"{level}_{kind}" for level in ("segment", "event") for kind in ("a", "v", "av", "type_av", "event_av")]
 
     def answer(self, truth: Sequence[ModalEvent]) -> str:
-        return " ".join(f"<{modality}>{event},({start} {end})</{modality}>" for modality, event, start, end in truth)
+        pieces = [f"<{modality}>{event},({start} {end})</{modality}>" for modality, event, start, end in truth]
+        return " ".join(pieces or (f"<{modality}></{modality}>" for modality in self.tags))
 
-    def parse(self, text: str) -> tuple[ModalEvent, ...] | None:
-        events = [self._event(piece.tag, piece.inside) for piece in spans(text, self.tags) or ()]
-        return tuple(events) if events and None not in events else None
+    def parse(self, text: str, record: Record | None = None) -> tuple[ModalEvent, ...] | None:
+        pieces = spans(text, self.tags)
+        if pieces == []:
+            said = {part.strip() for part in re.split(r"[.,;]|\band\b", clean(text))} - {""}
+            return () if said and said <= {*NOTHING} else None
+        events = [self._events(piece.tag, piece.inside) for piece in pieces or ()]
+        return tuple(event for part in events for event in part) if events and None not in events else None
 
-    def _event(self, modality: str, inside: str) -> ModalEvent | None:
-        # The last bracket opens the interval, because a label may hold brackets and commas. The two numbers need a
-        # separator: "26" is not "2 6". A second interval is an error, but "frying_(food)" is a label.
-        head, _, tail = inside.rpartition("(")
-        name, comma, rest = head.rpartition(",")
-        event, interval = clean(name), re.fullmatch(r"\s*([0-9]{1,4})(?:\s*,\s*|\s+)([0-9]{1,4})\s*\)\s*", tail)
-        if not event or not comma or rest.strip() or not interval or re.search(r"\(\s*\d+[\s,]+\d+\s*\)", event):
-            return None
-        start, end = map(int, interval.groups())
-        return ModalEvent(modality, event, start, end) if start < end <= SEGMENTS else None
+    def scored(self, text: str, record: Record) -> Sequence[ModalEvent] | None:
+        """All events of a whole answer, else those of the pieces that can be read; None if there is no such event."""
+        events = self.parse(text)
+        if events is not None or not readable(text):
+            return events
+        pieces = re.findall(rf"<({'|'.join(self.tags)})>([^<>]*)</\1>", text)
+        return Partly(event for piece in pieces for event in self._events(*piece) or ()) or None
+
+    def _events(self, modality: str, inside: str) -> list[ModalEvent] | None:
+        # A label may hold brackets and commas, as in "frying_(food)". The two numbers of an interval need a separator:
+        # "26" is not "2 6". A label ends in a comma, and may be left out where it is that of the interval before.
+        *parts, rest = _INTERVAL.split(inside)
+        if not parts or rest.strip(" .,\n\t"):
+            return [] if clean(inside) in ("", *NOTHING) else None
+        events, event = [], ""
+        for label, start, end in zip(parts[::3], map(float, parts[1::3]), map(float, parts[2::3]), strict=True):
+            name, comma, after = label.rpartition(",")
+            if label.strip(" ,\n\t") or not event:
+                event = clean(name.lstrip(" ,\n\t")) if comma and not after.strip() else ""
+            if not event or not start < end <= SEGMENTS or start % 1 or end % 1:
+                return None
+            events.append(ModalEvent(modality, event, int(start), int(end)))
+        return events
+
+    def compared(self, answer: Sequence[ModalEvent] | None) -> Sequence[ModalEvent] | None:
+        return answer and tuple(event._replace(event=same(event.event)) for event in answer)
 
     def truth(self, slot: Slot, record: Record) -> tuple[ModalEvent, ...]:
         """The true events, from the answer, or from a field `event` that holds the tags."""
-        events = self.parse(record.get(slot.answer_field, "")) or self.parse(record.get("event", ""))
-        return events or super().truth(slot, record)
+        for field in (slot.answer_field, "event"):
+            if (events := self.parse(record.get(field, ""))) is not None:
+                return events
+        fields = f"field '{slot.answer_field}' or 'event'"
+        raise ValueError(f"{describe(slot, record)}: {fields} must hold {self.example}")
 
     def measure(self, slot: Slot, records: Sequence[Record], answers: Sequence, masks=None) -> Scores:
-        """Ten F; per sample the segment-level Type@AV."""
+        """Ten F, and the strict number if it differs; per sample the segment-level Type@AV."""
         rows = []
         for record, events in zip(records, answers, strict=True):
-            truth = self.truth(slot, record)
+            truth, events = self.compared(self.truth(slot, record)), self.compared(events)
             if events is None:
                 rows.append([0.0] * len(self.metrics))
                 continue
@@ -163,15 +209,20 @@ class Parsing(Kind):
             grids = _grid(truth, classes), _grid(events, classes)
             rows.append(_clip_scores(_segment_counts(*grids)) + _clip_scores(_run_counts(*grids)))
         table = np.array(rows)
-        primary = table[:, self.metrics.index(slot.metric)]
-        return dict(zip(self.metrics, map(float, table.mean(0)), strict=True)), primary.tolist()
+        metrics = dict(zip(self.metrics, map(float, table.mean(0)), strict=True))
+        primary = self.metrics.index(slot.metric)
+        partly = np.array([isinstance(events, Partly) for events in answers])
+        if partly.any():
+            strict = np.where(partly[:, None], 0.0, table).mean(0)
+            metrics |= {f"{slot.metric}_strict": float(strict[primary]), "partly_read": int(partly.sum())}
+        return metrics, table[:, primary].tolist()
 
     def chance(self, slot: Slot, records: Sequence[Record], masks=None) -> float:
-        """A greedy search adds the event that helps most, heard, seen or both, until none helps.
+        """A greedy search starts with no event and adds the one that helps most, heard, seen or both, until none helps.
 
         It tries the whole clip and the three most frequent true intervals.
         """
-        truths = [self.truth(slot, record) for record in records]
+        truths = [self.compared(self.truth(slot, record)) for record in records]
         classes = sorted({event.event for events in truths for event in events})
         true = np.stack([_grid(events, classes) for events in truths])
         frequent = Counter((event.start, event.end) for events in truths for event in events).most_common(3)
@@ -182,8 +233,10 @@ class Parsing(Kind):
             for interval in intervals
             for modalities in (self.tags[:1], self.tags[1:], self.tags)
         ]
-        answer, best = _grid((), classes), 0.0
-        while True:
+        answer = _grid((), classes)
+        f, present = _class_f(_segment_counts(true, np.broadcast_to(answer, true.shape)))
+        best = float(_average(f.sum(-1), present.sum(-1)).mean())
+        while additions:
             # An addition changes one class. The share of the other classes in the mean of a clip stays the same.
             f, present = _class_f(_segment_counts(true, np.broadcast_to(answer, true.shape)))
             other_f, other_present = f.sum(-1, keepdims=True) - f, present.sum(-1, keepdims=True) - present
@@ -196,8 +249,9 @@ class Parsing(Kind):
                 tried.append((float(value), c, row))
             value, c, row = max(tried, key=lambda trial: trial[0])
             if value <= best + 1e-12:
-                return best
+                break
             best, answer[:, c] = value, row
+        return best
 
 
 def _grid(events: Sequence[ModalEvent], classes: Sequence[str]) -> np.ndarray:

@@ -46,6 +46,15 @@ def put(place, **fields):
     return lambda rows: rows[place].update(fields)
 
 
+def own_lists(tree, folder):
+    """A tree with the same media and its own lists, to spoil."""
+    shutil.copytree(tree, folder / "tree", copy_function=os.link)
+    for path in (folder / "tree/AVUIE_2").glob("*/t*.json"):
+        path.unlink()
+        shutil.copy(tree / path.relative_to(folder / "tree"), path)
+    return folder / "tree"
+
+
 def named(report):
     return {(f.problem, f"{f.slot}/{f.split}", f.index) for f in report.findings}
 
@@ -140,13 +149,36 @@ def test_a_bad_record_is_named_and_left_out_alone(copy, change, problem, place, 
             records.read(copy, "ks", "train")
 
 
+def lines(rows):
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda rows: json.dumps(rows).encode("utf-8-sig"),
+        lambda rows: lines(rows).encode(),
+        lambda rows: f"{lines(rows)}\r\n\r\n".replace("}\n{", "}\r\n\r\n{").encode("utf-8-sig"),
+    ],
+)
+def test_a_list_may_begin_with_a_mark_or_hold_one_record_per_line(copy, write):
+    rows = rows_of(copy, "ks")
+    rows[1]["note"] = "a line\u2028separator"
+    listed(copy, "ks").write_bytes(write(rows))
+    report = walk(copy, "ks", on_problem="error")
+    assert report.findings == [] and report.lists["ks", "train"] == rows
+    assert len(records.read(copy, "ks", "train")) == 4
+
+
 @pytest.mark.parametrize(
     "content, problem, words",
     [
         (b'[\n {"vid": "a",\n', "unreadable list", "malformed JSON at line 3"),
         (b"", "unreadable list", "malformed JSON at line 1"),
         (b'{"vid": "a"}', "unreadable list", "holds a dict"),
-        (b'["\xff"]', "unreadable list", "not UTF-8 at byte 2"),
+        (b'["\xff"]', "unreadable list", "is not UTF-8: byte 2 cannot be read; save it as UTF-8"),
+        (b'{"vid": "a"}\n{"vid": "b"}\n{"vid"\n', "unreadable list", "malformed JSON at line 3, column 7"),
+        (b'{"vid": "a"}\n\n{"vid": "b", "vid": 2}\n', "unreadable list", "'vid' stands twice"),
         (b"[" * 200_000, "unreadable list", "nested too deep"),
         (b"[" + b"9" * 5000 + b"]", "unreadable list", "number that cannot be read"),
         (
@@ -186,6 +218,82 @@ def test_a_test_record_needs_its_truth_and_not_its_answer(copy):
     assert named(report) == answers | {("unread answer", "ks/test", 0), ("answer", "s4/test", 1)}
     assert kept(report) == [4, 2, 4, 1, 4, 2]
     assert "the truth is taken from action" in next(f.words for f in report.findings if f.problem == "unread answer")
+
+
+def test_a_test_record_need_not_carry_its_training_answer(tree, tmp_path):
+    """The loader of the release does not read it."""
+    root = own_lists(tree.root, tmp_path)
+    without = {*"label label_content new_label".split()}
+    without |= {f"{name}_event" for name in "audio audio1 audio2 video video1 video2".split()}
+    for slot in tasks.BENCHMARKS:
+        fields = {*tasks.get_slot(slot).fields("test")} & without - ({"label"} if slot == "ucf" else set())
+        for index, value in ((0, "drop"), (1, None)):  # pandas writes null for what is not there
+            rows = rows_of(root, slot, "test")
+            if slot == "avvp":  # its truth then is in another field
+                rows[index]["event"] = tasks.answer(slot, tasks.truth(slot, rows[index]))
+            truth = tasks.truth(slot, rows[index])
+            for name in fields:
+                rows[index][name] = None
+                if value == "drop":
+                    del rows[index][name]
+            listed(root, slot, "test").write_text(json.dumps(rows), encoding="utf-8")
+            record = records.read(root, slot, "test")[index]
+            assert tasks.truth(slot, record) == truth and not fields & {*record}
+    assert walk(root, *tasks.BENCHMARKS, on_problem="error").findings == []
+    spoil(root, "ks", lambda r: r[0].pop("label") and None)
+    spoil(root, "ks", lambda r: r[0].pop("action") and None, "test")
+    words = [finding.words for finding in walk(root, "ks").findings]
+    assert words[0].startswith("no field 'label'") and words[1].endswith("ks/test need video_path, audio_path, action")
+
+
+OTHER_TYPES = [  # slot, change of its first test record: as the published lists have it
+    ("avqa", lambda r: r.update(type=str(["Audio-Visual", "Location"]))),
+    ("avqa", lambda r: r.update(type=["Audio-Visual", "Location"], question="Is the <Object> on the <LR> louder ?")),
+    ("avqa_thu", lambda r: r.update(multi_choice=str(r["multi_choice"]))),
+    ("avqa_thu", lambda r: r.update(multi_choice=json.dumps(r["multi_choice"]))),
+    ("ave", lambda r: r.update(start_time=f"{r['start_time']}.0", end_time=float(r["end_time"]))),
+    ("arig", lambda r: r.update(top_left=[v + 0.4 for v in r["top_left"]], bottom_right=str(r["bottom_right"]))),
+    ("arig", lambda r: r.update(frame_idx="0.0")),
+]
+
+
+@pytest.mark.parametrize("slot, change", OTHER_TYPES)
+def test_values_of_other_types_that_the_published_lists_have(tree, tmp_path, slot, change):
+    root = own_lists(tree.root, tmp_path)
+    before = rows_of(root, slot, "test")[0]
+    spoil(root, slot, lambda rows: change(rows[0]), "test")
+    rows = rows_of(root, slot, "test")
+    assert rows[0] != before and walk(root, slot, on_problem="error").findings == []
+    assert tasks.truth(slot, rows[0]) == tasks.truth(slot, before)
+    if slot == "avqa_thu":
+        assert tasks.instruction(slot, rows[0]) == tasks.instruction(slot, before)
+
+
+def test_a_range_of_unav_has_as_many_decimals_as_it_likes(tree, tmp_path):
+    shutil.copytree(tree.root / "AVUIE_2/unav", tmp_path / "AVUIE_2/unav")
+    spoil(tmp_path, "unav", put(0, label_content="<event>bell</event> <range>4.3611,10.0</range>"))
+    assert walk(tmp_path, "unav", on_problem="error").findings == []
+
+
+def test_media_of_arig_may_lie_in_its_own_folder(tree, tmp_path):
+    """Of one record they do; those of the others lie in that of s4."""
+    for slot in ("arig", "s4"):
+        shutil.copytree(tree.root / "AVUIE_2" / slot, tmp_path / "AVUIE_2" / slot)
+    before = records.write_manifest(tmp_path)
+    row = rows_of(tmp_path, "arig", "test")[1]
+    clip = Path(row["visual_path"]).parents[1]
+    assert clip == Path(row["audio_path"]).parent
+    (tmp_path / "AVUIE_2/arig" / clip).parent.mkdir(parents=True)
+    shutil.move(tmp_path / "AVUIE_2/s4" / clip, tmp_path / "AVUIE_2/arig" / clip)
+    assert walk(tmp_path, "arig", on_problem="error").findings == []
+    media_of = [item.path for record in records.read(tmp_path, "arig", "test") for item in record["media"]]
+    folders = [Path(path).relative_to(tmp_path).parts[1] for path in media_of]
+    assert folders == ["s4"] * 2 + ["arig"] * 2 + ["s4"] * 2
+    assert all(len(records.load(record, 1)) == 2 for record in records.read(tmp_path, "arig", "test"))
+    assert records.write_manifest(tmp_path)["arig/train"] == before["arig/train"]
+    shutil.rmtree(tmp_path / "AVUIE_2/arig" / clip)
+    (finding, other) = walk(tmp_path, "arig").findings
+    assert finding.problem == other.problem == "missing" and finding.file.startswith("AVUIE_2/s4/")
 
 
 def test_an_answer_that_is_not_the_truth_is_noted_and_so_is_a_truth_that_no_answer_can_say(copy):
@@ -348,7 +456,55 @@ def test_media_and_ids_of_test_records_in_the_train_split_are_found(copy):
     assert ("overlap", "ks/train", 1) not in named(walk(copy, "ks"))
 
 
-def test_links_must_not_leave_the_root(copy, tmp_path_factory):
+def test_an_overlap_that_a_published_set_has_is_a_note(tree, tmp_path):
+    for slot in ("avqa", "ks"):
+        shutil.copytree(tree.root / "AVUIE_2" / slot, tmp_path / "AVUIE_2" / slot)
+    tested = rows_of(tmp_path, "avqa", "test")
+    for place in (0, 2):
+        spoil(tmp_path, "avqa", put(place, **{name: tested[place][name] for name in ("video_path", "audio_path")}))
+    report = walk(tmp_path, "avqa", on_problem="error")
+    assert named(report) == {("own overlap", "avqa/train", 0), ("own overlap", "avqa/train", 2)}
+    assert len(report.findings) == 2 and kept(report) == [4, 3]  # one per record
+    assert "is also shown by avqa/test, record 0 (avqa/test/00000)" in report.findings[0].words
+    assert "remove" not in report.findings[0].words and not report.problems
+    # media of another slot's test split are a problem still
+    shown = rows_of(tmp_path, "ks", "test")[0]["video_path"]
+    for name in (shown, rows_of(tmp_path, "avqa", "train")[3]["video_path"]):
+        (tmp_path / "AVUIE_2/avqa/video" / name).unlink(missing_ok=True)
+    os.link(tmp_path / "AVUIE_2/ks/video" / shown, tmp_path / "AVUIE_2/avqa/video/of_ks.mp4")
+    spoil(tmp_path, "avqa", put(3, video_path="of_ks.mp4"))
+    assert ("overlap", "avqa/train", 3) in named(walk(tmp_path, "avqa", "ks"))
+
+
+@pytest.mark.parametrize(
+    "disk, listed_as, words",
+    [
+        ("U\u0308bung.mp4", "\u00dcbung.mp4", "'U\u0308bung.mp4' does, which differs in the form of its accents"),
+        ("\u00dcbung.mp4", "U\u0308bung.mp4", "'\u00dcbung.mp4' does, which differs in the form of its accents"),
+        ("clip.MP4", "clip.mp4", "'clip.MP4' does, which differs in case; rename the file, or correct the record"),
+        ("a/Clip.mp4", "A/clip.mp4", "'AVUIE_2/ks/video/a/Clip.mp4' does, which differs in case"),
+        ("U\u0308 1.MP4", "\u00fc 1.mp4", "which differs in case"),
+        ("clip.mp4", "clip.mp4 ", "'clip.mp4' does, which differs in white space"),
+        ("clip.mp4", "AVUIE_2/ks/video/clip.mp4", "'AVUIE_2/ks/video/clip.mp4' does; give the path below"),
+        ("clip.mp4", "clop.mp4", "does not exist; check the path in the record"),
+        ("clip.mp4", "CLIP.mp4/x", "does not exist; check the path in the record"),
+        ("a/clip.mp4", "A", "does not exist; check the path in the record"),
+    ],
+)
+def test_the_near_twin_of_a_missing_file_is_named(copy, disk, listed_as, words):
+    folder = copy / "AVUIE_2/ks/video"
+    (folder / disk).parent.mkdir(exist_ok=True)
+    (folder / rows_of(copy, "ks")[0]["video_path"]).rename(folder / disk)
+    spoil(copy, "ks", put(0, video_path=listed_as))
+    (finding,) = walk(copy, "ks").findings
+    assert finding.problem == "missing" and finding.left_out and words in finding.words
+    assert str(copy) not in finding.words
+    (folder / disk).rename(folder / "elsewhere.mp4")  # a later walk sees what is there then
+    if "/" not in listed_as:
+        assert "does not exist; check" in walk(copy, "ks").findings[0].words
+
+
+def test_folders_may_be_links_and_files_must_not_leave_the_root(copy, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     at = copy / "AVUIE_2/ks"
     (at / "audio/train_00001.mp3").rename(at / "inside.mp3")
@@ -361,16 +517,18 @@ def test_links_must_not_leave_the_root(copy, tmp_path_factory):
         sound.symlink_to(sound.name if "2" in sound.name else "nowhere")  # the second one to itself
     report = walk(copy, "ks", "ucf")
     links = [f.file for f in report.findings if f.problem == "link"]
-    assert len(links) == 8 and "AVUIE_2/ks/audio/train_00000.mp3" in links
-    assert "AVUIE_2/ks/audio/train_00001.mp3" not in links and "leads out of the root" in report.findings[0].words
-    assert kept(report)[:2] == [0, 0] and named(report) >= {("missing", "ucf/train", i) for i in (1, 2)}
+    assert links == ["AVUIE_2/ks/audio/train_00000.mp3"] and "leads out of the root" in report.findings[0].words
+    assert kept(report)[:2] == [3, 3] and named(report) >= {("missing", "ucf/train", i) for i in (1, 2)}
     assert kept(walk(copy, "ks", tolerate=["link"], on_problem="error")) == [4, 3]
     shutil.move(at / "train.json", outside / "train.json")
     (at / "train.json").symlink_to(outside / "train.json")
     assert ("link", "ks/train", None) in named(walk(copy, "ks"))
     assert kept(walk(copy, "ks", tolerate=["link"])) == [4, 3]
-    (outside / "root").symlink_to(copy)  # the root itself may be a link
-    assert walk(outside / "root", "avqa_thu").findings == []
+    (outside / "root").symlink_to(copy)  # the root itself may be a link, and so may the folder of a slot
+    (at.parent / "avqa_thu").rename(outside / "avqa_thu")
+    (at.parent / "avqa_thu").symlink_to(outside / "avqa_thu")
+    assert walk(outside / "root", "avqa_thu", on_problem="error").findings == []
+    assert kept(walk(copy, "avqa_thu", on_problem="error")) == [4, 3]
 
 
 # ---------------------------------------------------------------- one probe per file

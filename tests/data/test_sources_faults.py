@@ -88,6 +88,20 @@ def test_missing_media_are_counted_with_their_place(tmp_path, slot, path, split,
                  "testSet.txt": "Horse&bbbbbbbbbb2&good&1&4\n"}, "train", 1, {"an event of no length": 1}),
         ("avvp", {"AVVP_eval_audio.csv": "+bbbbbbbbb_2_30_40\t3\t3\tCello"}, "test", 1, {"an event of no length": 1}),
         ("ave", {"AVE/RUhOCu3LNXM.mp4": "no video"}, "train", 1, {"sound cannot be decoded": 1}),
+        # known defects of the official files
+        ("ave", {"trainSet.txt": "Bark&-aaaaaaaaa1&good&2&6&\nChurch bell&RUhOCu3LNXM&good&0&10\n"}, "train", 2, {}),
+        ("ave", {"Annotations.txt": "Bark&-aaaaaaaaa1&good&2&6&\nHorse&bbbbbbbbbb2&good&1&4&\n",
+                 "trainSet.txt": "Bark&-aaaaaaaaa1&good&2&6&\n", "testSet.txt": "Horse&bbbbbbbbbb2&good&1&4\n"},
+         "train", 1, {}),
+        ("avvp", {"AVVP_eval_audio.csv": "+bbbbbbbbb_2_30_40\t9\t0\tCello"}, "test", 1,
+         {"an event that ends before it starts": 1}),
+        ("ref_avs", {"metadata.csv": "+v1_0_10000,v1_0_10000_hair-dryer_1,TODO,1,x\n"
+                     "v1_0_10000,v1_0_10000_hair-dryer_1,train,1,x\nv2_0_10000,v2_0_10000_null_1,test_n,0,x"},
+         "train", 1, {"no split": 1}),
+        ("ref_avs", {"metadata.csv": "+v1_0_10000,v1_0_10000_hair-dryer_1,TODO,1,x\n"
+                     "v1_0_10000,v1_0_10000_hair-dryer_1,train,1,x\nv2_0_10000,v2_0_10000_null_1,test_n,0,x"},
+         "test", 2, {}),
+        ("avqa", {"json/avqa-train.json": {"type": "['Audio-Visual', 'Counting']"}}, "train", 1, {}),
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_counted_by_reason(tmp_path, slot, changes, split, records, left_out):

@@ -37,7 +37,7 @@ TRUTHS = {
 SPLITS = ["test_s", "test_n", "test_u"]
 CHOICES = [["bell", "drum", "horn", "siren"], ["Flute", "Car Horn", "drum", "bell"], ["drum", "flute", "bell", "horn"]]
 PLACES = [0, "Car  horn", "2"]  # a place among the choices, or the words of one
-TYPES = ['["Audio", "Counting"]', '["Audio-Visual", "Location"]', ["Audio-Visual", "Counting"]]
+TYPES = ['["Audio", "Counting"]', "['Audio-Visual', 'Location']", ["Audio-Visual", "Counting"]]
 
 
 def make_record(slot, index, truth, text=None):

@@ -82,12 +82,13 @@ def test_true_answers_score_one_and_garbage_zero(slot):
     assert result["primary"] == result["metrics"][tasks.get_slot(slot).metric] == 1.0
     assert result["per_sample"] == [1.0] * 3
     assert [result[f"n_{count}"] for count in ("expected", "found", "scored", "unparsable")] == [3, 3, 3, 0]
-    result = tasks.score(slot, records, ["", "no tag", right[0] + right[0]], **options(slot))
-    assert result["n_unparsable"] == (2 if slot == "avvp" else 3)  # LLP may name an event twice
-    assert result["per_sample"][:2] == [0.0, 0.0]
-    if slot != "avvp":  # S is the one metric whose worst value is 1
-        worst = {name: float(name.startswith("S_")) for name in result["metrics"] if name != "no_mask"}
-        assert worst.items() <= result["metrics"].items()
+    result = tasks.score(slot, records[:1], [f"{right[0]} {right[0]}"], **options(slot))
+    assert result["n_unparsable"] == 0 and result["per_sample"] == [1.0]  # said twice, it is said
+    result = tasks.score(slot, records, ["", "no tag", right[0].replace(">", "").replace("[", "")], **options(slot))
+    assert result["n_unparsable"] == 3 and result["per_sample"] == [0.0] * 3
+    # S is the one metric whose worst value is 1
+    worst = {name: float(name.startswith("S_")) for name in result["metrics"] if name != "no_mask"}
+    assert worst.items() <= result["metrics"].items()
     assert 0 < tasks.chance(slot, records, **options(slot)) <= 1
 
 
@@ -129,9 +130,9 @@ def test_ids_of_the_records_are_used_and_must_be_unique():
     [
         ("ave", [("bell", 6, 2), ("bell", 0, 11), ("", 0, 1), ("<x>", 0, 1), None]),
         ("unav", [(), (("bell", 4, 4),), (("bell", -1, 4),), (("bell", 1, 4), ("", 2, 3))]),
-        ("avvp", [(), (("audio", "bell", 4, 4),), (("smell", "bell", 1, 4),)]),
+        ("avvp", [(("audio", "bell", 4, 4),), (("smell", "bell", 1, 4),)]),
         ("arig", [(16, 24, 10, 88), (16, 24, 232, 88), (1, 2, 3)]),
-        ("s4", [((0, 0, 8, 8), ((1, 1), (2, 2)))]),
+        ("s4", [((0, 0, 8, 8), ()), ((0, 0, 8, 8), ((1, 1),) * 4)]),
         ("ref_avs", ["true", None, ((0, 0, 8, 8), ((1, 1), (2, 300), (3, 3)))]),
         ("avqa", [""]),
         ("cremad", ["</answer>"]),
@@ -160,6 +161,8 @@ QUESTION = {"question_text": "what ?"}
         ("avqa_thu", QUESTION | {"multi_choice": ["a bell", "drum", "horn"]}, "what ? choose a bell , drum or horn ."),
         ("avqa_thu", QUESTION | {"multi_choice": ["bell", "drum"]}, "what ? choose bell or drum ."),
         ("avqa_thu", QUESTION | {"multi_choice": []}, "what ? choose  ."),
+        ("avqa_thu", QUESTION | {"multi_choice": "['a bell', 'drum']"}, "what ? choose a bell or drum ."),
+        ("avqa", {"question": "['a', 'b']"}, "['a', 'b']"),
         ("ref_avs", {"object": "the red bell"}, "is the red bell there , true or false ?"),
         ("ref_avs", {"object": "bell", "description": "the blue bell"}, "is the blue bell there , true or false ?"),
     ],
@@ -178,7 +181,7 @@ def test_train_only_slots_are_not_scored(slot):
 
 
 MISSING = object()
-NO_SECOND = [10, 2.7, "2.7", "2.0", "\u0663", "1_0", True, None, float("nan"), float("inf"), [2]]
+NO_SECOND = [10, 2.7, "2.7", "2.0.0", "-1", "\u0663", "1_0", True, None, float("nan"), float("inf"), [2]]
 NO_LABEL = ["", " ", MISSING]
 
 
@@ -187,10 +190,10 @@ NO_LABEL = ["", " ", MISSING]
     [
         ("ave", "start_time", NO_SECOND, "fields event, start_time, end_time must be .* whole seconds 0 <= "),
         ("ave", "end_time", ["x"], "end_time"),
-        ("avvp", "label_content", ["none"], "label_content"),
-        ("arig", "top_left", [[300, 2], 5, [1.9, 2], [1], [True, 2]], r"top_left.* whole pixels, \[x1, y1\] and"),
+        ("avvp", "label_content", ["a bell"], "fields? 'label_content' or 'event' must hold events such as <audio>"),
+        ("arig", "top_left", [[300, 2], 5, [-1.9, 2], [1], [True, 2], "x"], r"top_left.* in pixels, \[x1, y1\] and"),
         ("s4", "label_content", [None, ""], "label_content"),
-        ("avqa", "type", ["audio", "[" * 100_000, MISSING], "'type'"),
+        ("avqa", "type", ["audio", "[" * 9_000, "[" * 100_000, "('a',)", '["a", 1]', MISSING], "'type'"),
         ("avqa", "answer", NO_LABEL, "'answer'"),
         ("meld", "Emotion", NO_LABEL, "'Emotion'"),
         ("ucf", "label", NO_LABEL, "'label'"),
@@ -199,7 +202,12 @@ NO_LABEL = ["", " ", MISSING]
         ("ref_avs", "split", ["train", ["test_n"]], "'split' is .*; give one of test_s, test_u, test_n"),
         ("ref_avs", "split", [MISSING], "'split'"),
         ("avqa_thu", "answer", [4, -1, True, "9" * 5000, "engine"], "'answer' is .*car horn.* 0 to 3"),
-        ("avqa_thu", "multi_choice", ["abcd", ["bell"], ["bell", " "]], "'multi_choice' is .*; give a list of labels"),
+        (
+            "avqa_thu",
+            "multi_choice",
+            ["abcd", "['bell']", ["bell"], ["bell", " "]],
+            "'multi_choice' is .*; give a list of labels",
+        ),
         ("avqa_thu", "multi_choice", [MISSING], "'multi_choice'"),
         ("avqa_thu", "question_type", [MISSING], "'question_type'"),
     ],

@@ -31,29 +31,123 @@ def label(text):
 
 
 SAYS = {
-    "ave": {"<range>2,6</range><event>Bell</event>": ("bell", 2, 6)},
+    "ave": {
+        "<range>2,6</range><event>Bell</event>": ("bell", 2, 6),
+        "<event>Bell.</event> <range>( 2.0, 6.00 )</range>": ("bell", 2, 6),
+        f"{TWICE}. So it is {TWICE}.": ("bell", 2, 6),
+    },
     "unav": {
         "so . <event>Bell</event><range> 2 , 6 </range> .": (("bell", 2, 6),),
         f"{BELL} <range>0.5,6.25</range>": (("bell", 0.5, 6.25),),
+        f"{BELL} <range>(4.3611,10.0)</range>": (("bell", 4.3611, 10),),
         f"{TWICE} and {TWICE}": (("bell", 2, 6),) * 2,
     },
     "avvp": {
         f"<audio>{name},(5 8)</audio>": (("audio", name, 5, 8),)
         for name in ("frying_(food)", "horn, small", "drum (2)", "band (no 3, live)", "take 5 8")
+    }
+    | {
+        f"<audio>{inside}</audio>": (("audio", "dog", 0, 3), ("audio", "dog", 5, 8))
+        for inside in ("dog,(0 3),(5 8)", "dog, ( 0 , 3 ) ,(5 8).", "dog,(0 3) dog,(5.0,8.0)", "dog,(0 3) (5 8)")
+    }
+    | {
+        "<audio>dog,(0 3), horn, small,(5 8)</audio>": (("audio", "dog", 0, 3), ("audio", "horn, small", 5, 8)),
+        "<audio></audio><visual>Dog,(0 10)</visual>": (("visual", "dog", 0, 10),),
+        "<audio>None</audio> <visual> Nothing is seen. </visual>": (),
+        "Nothing is heard, and nothing is seen.": (),
+    },
+    "arig": dict.fromkeys(
+        [
+            "<obj>(30,40),(150,200)</obj>",
+            "<obj>(30.4,40.0) , (149.5,200)</obj>",
+            "<obj>(30,40)(150,200)</obj> so <obj>(30,40)(150,200)</obj>",
+        ],
+        (30, 40, 150, 200),
+    ),
+    "s4": {
+        f"points {text}": ((16, 24, 80, 88), points)
+        for points in [((40, 48), (48, 56), (56, 64))]
+        for text in (f"[{PROMPT}]", f"{BOX}, [[40, 48],[48,56], [56,64]]", f"{PROMPT}. {PROMPT}")
+    }
+    | {
+        f"{BOX} [40,48] [48,56]": ((16, 24, 80, 88), ((40, 48), (48, 56))),
+        "[16.2,24,80,88.4] [39.5,48]": ((16, 24, 80, 88), ((40, 48),)),
     },
     "ref_avs": {
         f"<answer>True</answer>, it is a bell . its box is {PROMPT}.": PROMPTS[0],
         f"<answer>yes</answer> {PROMPT}": PROMPTS[0],
-        **{f"{label(word)}, it is not there.": tasks.NULL for word in ("false", "No", " FALSE ")},
+        f"{TRUE} {BOX} [40,48]": (PROMPTS[0][0], ((40, 48),)),
+        **{f"{label(word)}. It is not there.": tasks.NULL for word in ("false", "No", " FALSE ", "False.")},
     },
-    "a2v": {label("1"): "one", label("first"): "one", label("Second"): "two", label("three"): "three"},
-    "avqa": {label(" YES "): "yes"},
+    "a2v": {label("1"): "one", label("first"): "one", label("Second"): "two", label("three"): "three"}
+    | {label("video one"): "one", label("The second clip."): "two", label("Video 1, the first"): "one"},
+    "avqa": {label(" YES "): "yes", f"{label('yes')} it is {label('Yes.')}": "yes"},
+    "meld": {label("Joy."): "joy"},
 }
 
 
 @pytest.mark.parametrize("slot", SAYS)
 def test_what_a_text_says(slot):
     assert {text: tasks.parse(slot, text) for text in SAYS[slot]} == SAYS[slot]
+
+
+BOATS = {"multi_choice": ["motorboat", "plane", "train", "Fire  truck"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        *((text, "motorboat") for text in ("A", "a.", "(A)", "A. motorboat", "(a) Motorboat.", "A: motorboat")),
+        *((text, "fire truck") for text in ("D", "D) fire_truck", "fire truck", "d.fire truck")),
+        *((text, None) for text in ("A. plane", "(d) motorboat", "A: Fire truck")),  # which of the two?
+        *((text, text) for text in ("e", "a motorboat", "a: boat", "1")),  # none of the choices
+    ],
+)
+def test_a_letter_means_one_of_the_choices_of_its_record(text, choice):
+    for choices in (BOATS["multi_choice"], str(BOATS["multi_choice"])):
+        assert tasks.parse("avqa_thu", label(text), {"multi_choice": choices}) == choice
+    records = [
+        record | BOATS | {"answer": 0 if choice is None else "Fire truck"} for record in make_records("avqa_thu")
+    ]
+    result = tasks.score("avqa_thu", records, [label(text)] * 3)
+    assert result["primary"] == (choice == "fire truck") and result["n_unparsable"] == 3 * (choice is None)
+
+
+@pytest.mark.parametrize("choices", [None, 3, "[", "ab", []])
+def test_without_choices_a_letter_is_a_word(choices):
+    assert tasks.parse("avqa_thu", label("A. plane"), {"multi_choice": choices}) == "a. plane"
+
+
+@pytest.mark.parametrize(
+    ("slot", "one", "other"),
+    [
+        ("ks", "playing_violin", "playing violin"),
+        ("ucf", "apply eye makeup.", "applyeyemakeup"),
+        ("avqa", "acoustic_guitar", "acoustic guitar"),
+        ("avqa", "2", "two"),
+        ("avqa", "10", "Ten."),
+        ("ave", ("church_bell", 0, 1), ("church bell", 0, 1)),
+        ("unav", (("church_bell", 0, 1),), (("church bell", 0, 1),)),
+        ("avvp", (("audio", "frying_(food)", 0, 1),), (("audio", "frying (food)", 0, 1),)),
+    ],
+)
+def test_spellings_that_agree(slot, one, other):
+    kinds = {"ave": tasks.temporal.EventRange, "unav": tasks.temporal.EventRange, "avvp": tasks.temporal.ModalEvent}
+    if slot in kinds:
+        one, other = (
+            tuple(kinds[slot](*part) for part in value) if isinstance(value[0], tuple) else kinds[slot](*value)
+            for value in (one, other)
+        )
+    assert tasks.agree(slot, one, other) and not tasks.agree(slot, one, None)
+
+
+@pytest.mark.parametrize("slot", ["ave", "avvp", "ks", "avqa"])
+def test_an_underscore_costs_nothing(slot):
+    name = "church bell"
+    truth = {"ave": (name, 2, 6), "avvp": (("audio", name, 2, 6),)}.get(slot, name)
+    text = tasks.answer(slot, truth).replace("church bell", "Church_bell")
+    assert score(slot, [truth], [text])["metrics"] == score(slot, [truth], [tasks.answer(slot, truth)])["metrics"]
+    assert score(slot, [truth], [text])["primary"] == 1
 
 
 CHOICES = {"multi_choice": ["2", "Car  horn", "0", "three"]}
@@ -65,7 +159,11 @@ CHOICES = {"multi_choice": ["2", "Car  horn", "0", "three"]}
         ("ave", {"event": "Bell", "start_time": "2", "end_time": 10}, ("bell", 2, 10)),
         ("ave", {"event": "Bell", "start_time": 2.0, "end_time": "06"}, ("bell", 2, 6)),
         ("unav", {"label_content": f"so . {TWICE}"}, (("bell", 2, 6),)),
+        ("ave", {"event": "Bell", "start_time": "2.0", "end_time": "10.0"}, ("bell", 2, 10)),
+        ("unav", {"label_content": f"{BELL} <range>4.3611,10.0</range>"}, (("bell", 4.3611, 10),)),
         ("avvp", {"event": "<audio>bell,(0 4)</audio>"}, (("audio", "bell", 0, 4),)),
+        ("avvp", {"event": "<audio></audio> <visual></visual>"}, ()),
+        ("arig", {"top_left": [16.4, "24.0"], "bottom_right": "[79.6, 88]"}, (16, 24, 80, 88)),
         ("arig", {"label_content": "it is a bell . <obj>(16,24)(80,88)</obj>"}, (16, 24, 80, 88)),
         ("ucf", {"label": "YoYo"}, "yoyo"),  # shown as it is written
         ("ucf", {"label": "yo  yo"}, "yo yo"),
@@ -73,6 +171,8 @@ CHOICES = {"multi_choice": ["2", "Car  horn", "0", "three"]}
         ("avqa_thu", CHOICES | {"answer": 0}, "2"),
         ("avqa_thu", CHOICES | {"answer": "1"}, "car horn"),
         ("avqa_thu", CHOICES | {"answer": "car HORN"}, "car horn"),
+        ("avqa_thu", {"multi_choice": "['a bell', 'drum']", "answer": 1.0}, "drum"),
+        ("a2v", {"correct_video": 2.0}, "two"),
     ],
 )
 def test_what_a_record_says(slot, record, truth):
@@ -81,32 +181,42 @@ def test_what_a_record_says(slot, record, truth):
 
 MALFORMED = {
     "a2v avqa avqa_thu ks ucf cremad ref_avs": [
-        "one|<answer></answer>|<answer> </answer>|<answer>one</answer><answer>two</answer>|<answer>one|one</answer>",
+        "one|<answer></answer>|<answer> . </answer>|<answer>one</answer><answer>two</answer>|<answer>one|one</answer>",
         "<answer><answer>one</answer></answer>|<answer>one</event>|</answer>one<answer>|<Answer>one</Answer>",
     ],
+    "a2v": ["|".join(map(label, ("one or two", "both one and two", "not one", "one bell", "first video or second")))],
     "ave unav": [
         f"|bell|{BELL}|{RANGE}|{BELL} <range>6,2</range>|{BELL} <range>2,2</range>|{BELL} <range>-2,6</range>",
-        f"{TWICE} <range>7,8</range>|{BELL} {TWICE}|{TWICE} {BELL}|<event> </event> {RANGE}",
+        f"{BELL} <range>(2,6</range>|{BELL} <range>2,6)</range>|{BELL} <range>2;6</range>",
+        f"{TWICE} <range>7,8</range>|<event> </event> {RANGE}",
         f"<event>{BELL}</event> {RANGE}|<event>bell</range> <range>2,6</event>",
         f"<event>bell {RANGE}</event>|{BELL} <range>٢,٦</range>|{BELL} <range>2.,6</range>|{BELL} <range>2 6</range>",
         f"{BELL} <range>2,6,8</range>|{BELL} <range>1e1,20</range>|{BELL} <range>0,inf</range>",
     ],
-    "ave": [f"{BELL} <range>2,12</range>|{BELL} <range>2.0,6.0</range>"],
-    "unav": [f"{RANGE} {BELL}|{TWICE} {BELL} <range>6,2</range>"],
+    "ave": [
+        f"{BELL} <range>2,12</range>|{BELL} <range>2.5,6.0</range>",
+        f"{TWICE} <event>drum</event>|{TWICE} <range>7,9</range>",
+    ],
+    "unav": [f"{BELL} {TWICE}|{TWICE} {BELL}|{RANGE} {BELL}|{TWICE} {BELL} <range>6,2</range>"],
     "avvp": [
-        "<audio>dog,(0 3),(5 8)</audio>|<audio>dog,(0 3) dog,(5 8)</audio>|<audio>dog, ( 0 , 3 ) ,(5 8)</audio>",
+        "|.|and|silence|nothing, but a dog|<audio>dog,(0 3),(8 5)</audio>|<audio>dog,(0 3) cat (5 8)</audio>",
+        "<audio>dog,(0 3.5)</audio>|<audio>dog,(0 11)</audio>|<audio>,(0 3)</audio>|<audio>(0 3)</audio>",
+        "<audio>dog,(0 3) cat</audio>|<audio></audio><visual>dog</visual>",
+        "<audio>dog,(0 3)</audio><visual>cat,(5 5)</visual>",
         "<audio>dog,(26)</audio>|<audio>dog,</audio>|<visual>cat,(0 3)</visual> <audio>dog (0,3),(5 8)</audio>",
     ],
     "arig": [
         "<obj>(80,80)(0,0)</obj>|<obj>(0,0)(80,225)</obj>|<obj>(0,0)(80,-8)</obj>|<obj>(0,0)(0,80)</obj>|(0,0)(80,80)",
-        "<obj>(0,0)(80,80)</obj><obj>(0,0)(80,80)</obj>|<obj>(0,0)(80,99999999999999999999)</obj>|<obj></obj>",
+        "<obj>(0,0)(80,80)</obj><obj>(0,0)(80,81)</obj>|<obj>(0,0)(80,99999999999999999999)</obj>|<obj></obj>",
+        "<obj>(0,0)(80,224.5)</obj>|<obj>(0,0),,(80,80)</obj>|<obj>(0,0)(.5,80)</obj>|<obj>(79.6,0)(80.4,80)</obj>",
     ],
     "s4 ms3": [
-        f"{BOX} [40,48] [48,56]|{PROMPT} [1,1]|[40,48] {BOX} [48,56] [56,64]|[80,24,16,88] {POINTS}|[{PROMPT}]",
-        f"{PROMPT[:-1]}|{BOX} [40,48] [48,56] [56,225]|[16 24 80 88] {POINTS}|[16,24,80,88.0] {POINTS}",
+        f"{BOX}|{BOX} {BOX}|{PROMPT} [1,1]|[40,48] {BOX} [48,56] [56,64]|[80,24,16,88] {POINTS}|[[{PROMPT}]]",
+        f"{PROMPT[:-1]}|{BOX} [40,48] [48,56] [56,225]|[16 24 80 88] {POINTS}|{PROMPT} {BOX} [40,48] [48,56] [1,1]",
+        f"[a {PROMPT}]|{BOX} [[40,48] or [48,56]]",
     ],
     "ref_avs": [
-        f"|{TRUE}|false|{PROMPT}|{FALSE} {PROMPT}|{FALSE} [|{TRUE}{FALSE}|{TRUE} {BOX} [40,48] [48,56]|{label(PROMPT)}",
+        f"|{TRUE}|false|{PROMPT}|{FALSE} {PROMPT}|{FALSE} [|{TRUE}{FALSE}|{TRUE} {BOX}|{label(PROMPT)}",
         f"{TRUE} [80,24,16,88] {POINTS}|{TRUE} {BOX} [40,48] [48,56] [56,225]|{label('maybe')} {PROMPT}",
     ],
 }
@@ -156,6 +266,54 @@ def test_avvp_nothing_there_and_nothing_said_counts_one_but_not_for_an_unreadabl
     assert metrics["segment_type_av"] == pytest.approx(1 / 3)
 
 
+CLIP = (("audio", "bell", 0, 4), ("visual", "drum", 0, 10))
+#: Answers of models of the study of which a piece cannot be read, the piece that can, and a text with that alone.
+PARTLY = {
+    "<audio> bell , ( 0 4 ) </audio> <visual> drum , ( 6 2 ) </visual>": "<audio>bell,(0 4)</audio>",
+    "<audio> bell , ( 0 4 ) </audio> <visual> drum , ( 3 ) </visual>": "<audio>bell,(0 4)</audio>",
+    "<audio> bell , ( 0 4 5 ) </audio> <visual> drum , ( 0 10 ) </visual>": "<visual>drum,(0 10)</visual>",
+    "<audio>bell,(0 4)</audio> <visual> drum </audio> ) </audio> <visual> drum , ( 0 10 ) </visual>": tasks.answer(
+        "avvp", CLIP
+    ),
+    "<audio>bell,(0 4)</audio> <visual> drum , ( 0": "<audio>bell,(0 4)</audio>",
+    "<audio>bell,(0 4),(9 8)</audio> <visual>drum,(0 10)</visual>": "<visual>drum,(0 10)</visual>",
+}
+
+
+@pytest.mark.parametrize("text", PARTLY)
+def test_a_bad_piece_of_avvp_is_passed_over_and_the_strict_number_is_beside(text):
+    whole, records = tasks.answer("avvp", CLIP), make_records("avvp", [CLIP] * 4)
+    assert tasks.parse("avvp", text) is None  # as a whole it says nothing definite: it is no training answer
+    with pytest.raises(ValueError, match="no answer that can be read"):
+        tasks.target("avvp", records[0] | {"label_content": text}, "bare")
+    as_read = tasks.score("avvp", records, [whole, PARTLY[text], "silence", whole])
+    result = tasks.score("avvp", records, [whole, text, "silence", whole])
+    strict = tasks.score("avvp", records, [whole, "silence", "silence", whole])
+    assert result["per_sample"] == as_read["per_sample"] and result["n_unparsable"] == 1
+    extra = {"segment_type_av_strict": strict["primary"], "partly_read": 1}
+    assert result["metrics"] == as_read["metrics"] | extra and strict["primary"] == 0.5
+    assert result["primary"] == result["metrics"]["segment_type_av"] == np.mean(result["per_sample"])
+
+
+def test_avvp_without_a_piece_that_can_be_read_is_wrong_even_where_nothing_is_there():
+    for text in ("<audio>bell,(5 5)</audio>", "<audio></audio> <visual>drum,(6 2)</visual>", "<audio>bell", ""):
+        result = score("avvp", [HEARD, ()], [text] * 2)
+        assert set(result["metrics"].values()) == {0.0} and result["n_unparsable"] == 2
+
+
+def test_an_answer_that_says_nothing_is_heard_counts_by_the_definition():
+    seen = (("visual", "drum", 0, 10),)
+    for text in ("<audio></audio><visual>drum,(0 10)</visual>", "nothing is heard. <visual>drum,(0 10)</visual>"):
+        assert set(score("avvp", [seen], [text])["metrics"].values()) == {1.0}
+    for text in ("<audio></audio> <visual></visual>", "nothing is heard and nothing is seen."):
+        result = score("avvp", [seen, HEARD, ()], [text] * 3)
+        assert result["n_unparsable"] == 0 and result["per_sample"] == pytest.approx([2 / 3, 2 / 3, 1])
+        assert result["metrics"]["segment_event_av"] == pytest.approx(1 / 3)
+    assert tasks.parse("avvp", tasks.answer("avvp", ())) == ()
+    assert tasks.chance("avvp", make_records("avvp", [()])) == 1
+    assert tasks.chance("avvp", make_records("avvp", [(), (), HEARD])) == pytest.approx(8 / 9)
+
+
 def reference_avvp(truth, answer, runs):
     """The five F of a clip, by sets of seconds."""
 
@@ -195,6 +353,20 @@ def test_avvp_against_a_reference_on_sets(cases):
     actual = [result["metrics"][f"{level}_{kind}"] for level in ("segment", "event") for kind in kinds]
     assert actual == pytest.approx(expected)
     assert result["primary"] == pytest.approx(np.mean(result["per_sample"]))
+
+
+@fast
+@given(st.lists(st.tuples(parsings, parsings, st.integers(0, 2)), min_size=1, max_size=4))
+def test_avvp_partly_bad_answers_against_the_reference(cases):
+    """Bad pieces between good ones: the reference sees the good ones; strict, it sees an answer that is wrong."""
+    bad = ("<visual>bell,(5 5)</visual>", "<audio>bell", "<audio>drum,(2 x)</audio>")
+    texts = [" ".join([tasks.answer("avvp", answer), *bad[:n]]) for _, answer, n in cases]
+    result = score("avvp", [truth for truth, _, _ in cases], texts)
+    rows = np.array([reference_avvp(truth, answer, False) for truth, answer, _ in cases])[:, 3]
+    assert result["per_sample"] == pytest.approx(rows) and result["primary"] == pytest.approx(rows.mean())
+    clean = np.array([n == 0 for _, _, n in cases])
+    assert result["metrics"].get("partly_read", 0) == (~clean).sum()
+    assert result["metrics"].get("segment_type_av_strict", result["primary"]) == pytest.approx((rows * clean).mean())
 
 
 @fast

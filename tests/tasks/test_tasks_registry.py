@@ -44,8 +44,8 @@ def test_a_path_may_not_leave_its_folder(path):
 
 def test_the_number_of_a_frame_is_whole():
     record = {"visual_path": "c/frames/0.jpg", "audio_path": "a.wav"}
-    assert [tasks.media_paths("s4", record | {"idx": number})[1].second for number in (2, 2.0, "02")] == [2, 2, 2]
-    for number in (0.9, -1, "1.0", "\u0663", "1_0", True, "", float("nan")):
+    assert [tasks.media_paths("s4", record | {"idx": number})[1].second for number in (2, 2.0, "02", "2.0")] == [2] * 4
+    for number in (0.9, -1, "1.5", "\u0663", "1_0", True, "", float("nan")):
         for field in ("frame_idx", "idx"):
             with pytest.raises(ValueError, match=f"field '{field}' is .*; give the frame's number"):
                 tasks.media_paths("s4", record | {field: number})
@@ -131,9 +131,39 @@ def test_fields_are_the_published_ones(slots, splits, names):
             assert " ".join(tasks.get_slot(slot).fields(split)) == names
 
 
+@pytest.mark.parametrize(
+    ("value", "result"),
+    [
+        (["a"], ["a"]),
+        ('["a", "b"]', ["a", "b"]),
+        (" ['a', \"b's\"] ", ["a", "b's"]),
+        ("('a', 1)", ["a", 1]),
+        *(
+            (text, text)
+            for text in ("a, b", "[a]", "{'a': 1}", "", "[" * 9_999, "[__import__('os')]", "['a'", "[1]" * 9_000)
+        ),
+        (None, None),
+        (3, 3),
+    ],
+)
+def test_a_list_may_be_given_as_text(value, result):
+    assert fields.listed(value) == result
+
+
+@pytest.mark.parametrize(
+    ("slots", "names"),
+    [("ave", "label_content"), ("avvp", "label_content"), ("ucf", "new_label"), ("avqa", "label"), ("s4 ref_avs", "")]
+    + [("a2v", "label audio_event video1_event video2_event"), ("v2a", "label video_event audio1_event audio2_event")],
+)
+def test_fields_that_a_test_record_need_not_have(slots, names):
+    for slot in slots.split():
+        assert " ".join(tasks.get_slot(slot).optional("test")) == names
+        assert tasks.get_slot(slot).optional("train") == ()
+
+
 def test_the_type_of_a_field():
     assert [fields.wrong_type(*pair) for pair in (("label", "x"), ("vid", 3), ("event", ["x"]))] == [None] * 3
     assert fields.wrong_type("label", 3) == "is a number; give text"
     assert fields.wrong_type("vid", True) == "is true or false; give text or a number"
-    assert fields.wrong_type("multi_choice", "x") == "is text; give a list"
+    assert fields.wrong_type("multi_choice", 3) == "is a number; give text or a list"
     assert fields.wrong_type("answer", None) == "is null; give text or a number"

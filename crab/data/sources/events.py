@@ -25,11 +25,17 @@ LLP_COLUMNS = ("filename", "onset", "offset", "event_labels")
 SECONDS = 10  # length of a clip of AVE and LLP
 
 
-def span(row: Row, first: str, last: str) -> tuple[int, int]:
-    """Whole seconds [start, end) from two fields. AVE has a few events of no length; they are left out."""
+def span(row: Row, first: str, last: str, reverse: bool = False) -> tuple[int, int]:
+    """Whole seconds [start, end) from two fields. AVE has an event of no length; it is left out.
+
+    Args:
+        reverse: leave out events that end before they start, too.
+    """
     start, end = row.whole(first), row.whole(last)
     if start == end:
         raise LeftOut("an event of no length", f"{start} to {end}")
+    if reverse and start > end:
+        raise LeftOut("an event that ends before it starts", f"{start} to {end}")
     if not start < end <= SECONDS:
         row.fail(first, f"seconds {start} to {end} must be 0 <= start < end <= {SECONDS}", "correct them")
     return start, end
@@ -116,9 +122,11 @@ def llp(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
         modality = name.rpartition("_")[2].removesuffix(".csv")
         for row in raw.rows(name, LLP_COLUMNS, "\t"):
             events = dense.setdefault(row["filename"], [])
-            with raw.reading(row):  # an event of no length is left out: the set itself marks no segment for it
+            # For an event of no length, or for "9 to 0", the set's own code marks no segment. It is left out.
+            with raw.reading(row):
                 try:
-                    events.append(ModalEvent(modality, row.one_of("event_labels", LLP), *span(row, "onset", "offset")))
+                    seconds = span(row, "onset", "offset", reverse=True)
+                    events.append(ModalEvent(modality, row.one_of("event_labels", LLP), *seconds))
                 except SourceError as error:  # raised below for the whole clip, which is not fully labelled
                     events.append(error)
     for name in ["AVVP_train.csv", "AVVP_val_pd.csv"] if split == "train" else ["AVVP_test_pd.csv"]:

@@ -75,12 +75,17 @@ def ref_avs(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
     """Ref-AVS labels what an expression means, and its mask in each frame; in the null split, that it means nothing.
 
     For test an expression gives all frames of its clip, for training one frame, in turn. The folder of a clip is its
-    `uid` without object and number, as the set's own loader has it; if there is no such folder, its `vid`.
+    `uid` without object and number, as the set's own loader has it; if there is no such folder, its `vid`. A few rows
+    have the split "TODO": they belong to none, and are left out.
     """
     frames = Counter(p.parent.parent.name for p in raw.paths if p.parent.name == "frames" and p.suffix == ".jpg")
     parts = REF_TESTS if split == "test" else ("train",)
     for number, clip in enumerate(raw.rows("metadata.csv", ("vid", "uid", "split", "fid", "exp"))):
         with raw.reading(clip):
+            if clip["split"] == "TODO":
+                if split == "train":  # so that it is counted once
+                    raise LeftOut("no split", clip["uid"])
+                continue
             if clip.one_of("split", ("train", "val", *REF_TESTS)) not in parts:
                 continue
             vid = clip["uid"].rsplit("_", 2)[0]

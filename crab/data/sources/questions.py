@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from crab.data.sources.raw import Draft, LeftOut, Raw, Row
+from crab.tasks.fields import listed
 
 #: What a question is about, in the words of MUSIC-AVQA and of AVQA -> in the words of the chain.
 MODALITIES = {"Audio": "i listen", "Visual": "i look", "Audio-Visual": "i listen and look"}
@@ -13,12 +14,8 @@ BLANK = re.compile(r"<[^<>]*>")
 
 
 def _words(row: Row, field: str) -> list[str]:
-    """A list of words, as JSON or, in MUSIC-AVQA, as JSON inside a text."""
-    value = row.need(field, (str, list))
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        value = None
+    """A list of words, as JSON or, in MUSIC-AVQA, as text in the form of JSON or of Python."""
+    value = listed(row.need(field, (str, list)))
     words = [str(v).strip() for v in value if type(v) in (str, int, float)] if isinstance(value, list) else None
     if words is None or len(words) != len(value) or not all(words):
         row.fail(field, f"{row[field]!r:.80} is not a list of words")

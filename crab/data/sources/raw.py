@@ -160,6 +160,8 @@ class Raw:
     def rows(self, name: str, columns: Sequence[str], delimiter: str = ",", header: bool = True) -> Iterator[Row]:
         """The rows of a file of delimited fields. Quotes have a meaning only in comma-separated files.
 
+        A delimiter at the end of a row is passed over, as in some copies of AVE's lists.
+
         Args:
             columns: those it must have or, without a header, all of them in order. Lines that repeat them are skipped.
         """
@@ -173,6 +175,8 @@ class Raw:
                 raise SourceError(f"{path}, line 1", f"no column '{absent}' in its header", fix)
             for values in ([value.strip() for value in line] for line in lines):
                 place = f"{path}, line {lines.line_num}"
+                if len(values) == len(names) + 1 and not values[-1]:
+                    values.pop()
                 if len(values) == len(names) and any(values) and values != names:
                     yield Row(place, zip(names, values, strict=True))
                 elif any(values) and values != names:
