@@ -19,6 +19,10 @@ NUMBER = r"([0-9]{1,4}(?:\.[0-9]+)?)"
 Scores = tuple[dict[str, float], list[float]]
 
 
+class Partly(tuple):
+    """What an answer says as far as it can be read. As a whole it cannot be read, and is wrong."""
+
+
 class Span(NamedTuple):
     """A tagged piece of a text."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .answers import NUMBER, Kind, Scores, clean, readable, same, seconds, spans
+from .answers import NUMBER, Kind, Partly, Scores, clean, readable, same, seconds, spans
 from .fields import Record, describe, required, whole
 from .registry import Slot
 
@@ -123,10 +123,6 @@ class Events(Kind):
         return EventRange(clean(name), start, end) if clean(name) and start < end else None
 
 
-class Partly(tuple):
-    """The events of an answer of which other pieces cannot be read."""
-
-
 class Parsing(Kind):
     """LLP, audio-visual video parsing: ``<audio>bell,(2 6)</audio> <visual>bell,(2 8)</visual>``, any number of each.
 
@@ -141,9 +137,9 @@ class Parsing(Kind):
     averaged over the classes in the truth or the answer of a clip (1 if there are none), then over clips. Type@AV is
     the mean of A, V and AV. Event@AV adds the counts of A and V before F. An unreadable answer scores 0 everywhere.
 
-    A script that looks for pieces passes over those that it cannot read, such as ``bell,(6 2)``, and scores the others.
-    So do these metrics, if an event is left. If there are such answers, ``partly_read`` counts them, and
-    ``<primary>_strict`` is the primary metric with each of them wrong.
+    An answer with a piece that cannot be read, such as ``bell,(6 2)``, cannot be read. A script that looks for pieces
+    passes over this one and scores the others. If there are such answers, ``partly_read`` counts them, and
+    ``<primary>_by_piece`` is the primary metric as such a script computes it.
     """
 
     tags = ("audio", "visual")
@@ -198,7 +194,7 @@ class Parsing(Kind):
         raise ValueError(f"{describe(slot, record)}: {fields} must hold {self.example}")
 
     def measure(self, slot: Slot, records: Sequence[Record], answers: Sequence, masks=None) -> Scores:
-        """Ten F, and the strict number if it differs; per sample the segment-level Type@AV."""
+        """Ten F, and the number by pieces if it differs; per sample the segment-level Type@AV."""
         rows = []
         for record, events in zip(records, answers, strict=True):
             truth, events = self.compared(self.truth(slot, record)), self.compared(events)
@@ -208,13 +204,13 @@ class Parsing(Kind):
             classes = sorted({event.event for event in (*truth, *events)})
             grids = _grid(truth, classes), _grid(events, classes)
             rows.append(_clip_scores(_segment_counts(*grids)) + _clip_scores(_run_counts(*grids)))
-        table = np.array(rows)
-        metrics = dict(zip(self.metrics, map(float, table.mean(0)), strict=True))
-        primary = self.metrics.index(slot.metric)
+        by_piece, primary = np.array(rows), self.metrics.index(slot.metric)
         partly = np.array([isinstance(events, Partly) for events in answers])
+        table = np.where(partly[:, None], 0.0, by_piece)
+        metrics = dict(zip(self.metrics, map(float, table.mean(0)), strict=True))
         if partly.any():
-            strict = np.where(partly[:, None], 0.0, table).mean(0)
-            metrics |= {f"{slot.metric}_strict": float(strict[primary]), "partly_read": int(partly.sum())}
+            lenient = float(by_piece[:, primary].mean())
+            metrics |= {f"{slot.metric}_by_piece": lenient, "partly_read": int(partly.sum())}
         return metrics, table[:, primary].tolist()
 
     def chance(self, slot: Slot, records: Sequence[Record], masks=None) -> float:
