@@ -9,5 +9,5 @@ PIECE = r"</?[a-z]+>|\d+|[^\w\s<>/]|[<>/]"
 
 
 def split(text: str) -> list[str]:
-    """The words of a text: ``"<range>2,6</range>"`` gives ``["<range>", "2", ",", "6", "</range>"]``."""
-    return [piece for part in text.split() for piece in re.split(f"({PIECE})", part) if piece]
+    """The words of a text, in lower case: ``"From <range>2,6"`` gives ``["from", "<range>", "2", ",", "6"]``."""
+    return [piece for part in text.lower().split() for piece in re.split(f"({PIECE})", part) if piece]

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from crab.data.words import PIECE
@@ -82,12 +82,16 @@ class FrameOmniProcessor(transformers.Qwen2_5OmniProcessor):
 
 
 def build_tokenizer(words: Sequence[str], tags: Sequence[str] = ()) -> transformers.PreTrainedTokenizerFast:
-    """A word-level tokenizer: one token per word, number, punctuation mark or tag such as ``<answer>``."""
+    """A word-level tokenizer: one token per word, number, punctuation mark or tag such as ``<answer>``.
+
+    It reads English as it is written: capitals and spaces make no difference.
+    """
     special = [PAD, UNKNOWN, START, END, *SPECIAL.values()]
     vocabulary = [*special, *ROLES, *sorted({*words, *tags} - {*special, *ROLES})]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token=UNKNOWN))
     pieces = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pieces])
+    tokenizer.normalizer = normalizers.Lowercase()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -116,7 +120,9 @@ def load_processor(folder: str | Path) -> FrameOmniProcessor:
     """The processor that `crab.models.omni.save` wrote to a folder."""
     images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
     sounds = transformers.WhisperFeatureExtractor.from_pretrained(Path(folder) / "audio")
-    return _processor(images, sounds, transformers.PreTrainedTokenizerFast.from_pretrained(folder))
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # the file of an older base has none
+    return _processor(images, sounds, tokenizer)
 
 
 def _processor(images, sounds, tokenizer) -> FrameOmniProcessor:

@@ -100,7 +100,8 @@ def _file(folder: Path, name: str) -> Path | None:
 def modules(folder: Path, code: str) -> dict[str, str]:
     """Files of `crab` that importing ``code`` may load: paths relative to ``folder``, digests of their `plain` text.
 
-    Python runs the ``__init__.py`` of each package on the way, so these count too.
+    Python runs the ``__init__.py`` of each package on the way, so these count too, and so does a YAML file beside a
+    module that has its name.
     """
     digests: dict[str, str] = {}
     waiting = list(_imports(code, ""))
@@ -114,6 +115,10 @@ def modules(folder: Path, code: str) -> dict[str, str]:
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             digests[key], imports = _read(path, package, path.stat().st_mtime_ns)
             waiting += imports
+            if (data := path.with_suffix(".yaml")).is_file():
+                lines = data.read_text(encoding="utf-8").splitlines()
+                text = "\n".join(line for line in lines if not line.startswith("#"))
+                digests[data.relative_to(folder).as_posix()] = hashlib.sha256(text.encode()).hexdigest()
     return dict(sorted(digests.items()))
 
 

@@ -1,28 +1,30 @@
 """The unified interface of AV-UIE v2: the same functions ask, answer, read and score each of its 19 slots.
 
-This room needs NumPy, no torch, and nothing else of crab. `registry` names the slots. `labels`, `temporal` and
-`segmentation` hold the kinds of answers: grammar, truth and metrics together. `answers` has their base class and reads
-tagged text. `fields` knows what a record holds.
+This room needs NumPy and ruamel.yaml, no torch, and nothing else of crab. `registry` names the slots. `prompts` has the
+words that the model is asked in. `labels`, `temporal` and `segmentation` hold the kinds of answers: grammar, truth and
+metrics together. `answers` has their base class and reads tagged text. `fields` knows what a record holds.
 
-To add a data set, add an entry to `registry.SLOTS`. Its fields are text unless `fields.FIELD_TYPES` names them. If no
-kind of answer fits, write a subclass of `answers.Kind` and add it to :data:`KINDS`.
+To add a data set, add an entry to `registry.SLOTS`, and its question to ``prompts.yaml``. Its fields are text unless
+`fields.FIELD_TYPES` names them. If no kind of answer fits, write a subclass of `answers.Kind` and add it to
+:data:`KINDS`.
 
 To add a metric of labels, write a function of the true and the answered labels, add it to `labels.METRICS`, and name it
 in the slot's entry. For another kind, return it from the `measure` of this kind.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .answers import Kind
+from .answers import Kind, Partly
 from .fields import MediaItem as MediaItem
-from .fields import Record, describe, listed, required
+from .fields import Record, describe, required
 from .fields import json_path as json_path
 from .fields import mask_path as mask_path
 from .fields import media_paths as media_paths
 from .labels import LABELS
+from .prompts import PROMPTS, Prompt
+from .prompts import read_prompts as read_prompts
 from .registry import BENCHMARKS as BENCHMARKS
 from .registry import FOLDER as FOLDER
 from .registry import SLOTS as SLOTS
@@ -52,22 +54,19 @@ def tags() -> list[str]:
     return [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
 
 
-def instruction(slot: str | Slot, record: Record) -> str:
-    """The question about a record."""
+def prompt(slot: str | Slot, record: Record, prompts: Mapping[str, Prompt] = PROMPTS) -> Prompt:
+    """What is said about a record: its question, and what else stands around its media.
+
+    Args:
+        prompts: templates by slot, of :func:`read_prompts`.
+    """
     slot = get_slot(slot)
+    return prompts[slot.name].filled(slot, record)
 
-    def quote(match: re.Match) -> str:
-        names = match[1].split("|")
-        field = next((name for name in names if name in record), None)
-        if field is None:
-            raise ValueError(f"{describe(slot, record)}: no field '{' or '.join(names)}' to ask about")
-        value = listed(record[field]) if field == "multi_choice" else record[field]
-        if not isinstance(value, (list, tuple)):
-            return str(value)
-        words = [str(v) for v in value]
-        return " or ".join(part for part in (" , ".join(words[:-1]), *words[-1:]) if part)
 
-    return re.sub(r"\{([^{}]+)\}", quote, slot.instruction)
+def instruction(slot: str | Slot, record: Record) -> str:
+    """The question about a record, in the words of this package."""
+    return prompt(slot, record).question
 
 
 def answer(slot: str | Slot, truth: Any) -> str:
@@ -161,7 +160,7 @@ def score(
         "n_expected": len(records),
         "n_found": len(texts),
         "n_scored": len(per_sample),
-        "n_unparsable": sum(answer is None for answer in answers),
+        "n_unparsable": sum(answer is None or isinstance(answer, Partly) for answer in answers),
     }
 
 

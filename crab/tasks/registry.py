@@ -1,4 +1,7 @@
-"""The slots of AV-UIE v2, one entry per data set. To add a data set, add a :class:`Slot` to :data:`SLOTS`."""
+"""The slots of AV-UIE v2, one entry per data set.
+
+To add a data set, add a :class:`Slot` to :data:`SLOTS`, and its question to ``prompts.yaml``.
+"""
 
 import difflib
 from dataclasses import KW_ONLY, dataclass
@@ -20,15 +23,10 @@ MEDIA: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 @dataclass(frozen=True)
 class Slot:
-    """One data set in the unified interface. Lists of names are words with spaces between them.
-
-    In an instruction, ``{field}`` quotes the record, ``{one|other}`` the first of these fields that the record has. A
-    list is quoted as "a , b or c".
-    """
+    """One data set in the unified interface. Lists of names are words with spaces between them."""
 
     name: str  # its folder on disk, such as "ave"
     dataset: str  # the published data set
-    instruction: str  # the question to the model
     own_fields: str  # published fields of a train record after its media fields; the last one holds the answer
     truth: str = ""  # fields that hold the truth; none if the truth is read from the answer
     metrics: str = ""  # the primary metric, for labels (crab.tasks.labels) others too; none if for training only
@@ -100,30 +98,21 @@ _emotion = partial(Slot, family="emotion recognition", kind="emotion", frames=4)
 _action = partial(Slot, family="action recognition", kind="action", metrics="accuracy")
 _match = partial(Slot, family="audio-visual matching", kind="matching", metrics="accuracy")
 
-# name, data set, instruction, fields, fields of the truth, metrics
+# name, data set, fields, fields of the truth, metrics
 _ENTRIES = (
     _events(
         "ave",
         "AVE",
-        "which event is both seen and heard , and from when to when ?",
         "vid event start_time end_time label_content",
         "event start_time end_time",
         "segment_accuracy",
         kind="temporal",
     ),
-    _events("unav", "UnAV-100", "which events are both seen and heard , and when ?", "vid label_content", kind="dense"),
-    _events(
-        "avvp",
-        "LLP",
-        "which events are heard and which are seen , and from when to when ?",
-        "filename vid event label_content",
-        metrics="segment_type_av",
-        kind="video_parsing",
-    ),
+    _events("unav", "UnAV-100", "vid label_content", kind="dense"),
+    _events("avvp", "LLP", "filename vid event label_content", metrics="segment_type_av", kind="video_parsing"),
     _frame(
         "arig",
         "AVSBench-S4 frames",
-        "give the box of the thing that makes the sound .",
         "a_obj label_content",
         "top_left bottom_right",
         "ciou",
@@ -132,52 +121,32 @@ _ENTRIES = (
         test_fields="a_obj top_left bottom_right frame_idx",
         media_slot="s4",
     ),
-    _pixels(
-        "s4",
-        "AVSBench single source",
-        "give the box of the thing that makes the sound , and three points on it .",
-        "vid uid a_obj label_content",
-    ),
-    _pixels(
-        "ms3",
-        "AVSBench multi source",
-        "give the box of all the sounding things , and three points on them .",
-        "vid uid a_obj frame_idx label_content",
-    ),
+    _pixels("s4", "AVSBench single source", "vid uid a_obj label_content"),
+    _pixels("ms3", "AVSBench multi source", "vid uid a_obj frame_idx label_content"),
     _pixels(
         "ref_avs",
         "Ref-AVS",
-        "is {description|object} there , true or false ? if true , give its box and three points on it .",
         "vid fid uid idx description output",
         kind="referring",
         test_fields="object split vid uid fid frame_idx",
     ),
-    _question(
-        "avqa",
-        "MUSIC-AVQA",
-        "{question}",
-        "video_id question_id type question answer label",
-        kind="qa",
-        overlap=True,
-    ),
+    _question("avqa", "MUSIC-AVQA", "video_id question_id type question answer label", kind="qa", overlap=True),
     _question(
         "avqa_thu",
         "AVQA",
-        "{question_text} choose {multi_choice} .",
         "id video_name video_id question_relation question_type multi_choice question_text answer label",
         kind="choice",
     ),
-    _emotion("meld", "MELD", "what does the speaker feel ?", "Emotion label", "Emotion", "weighted_f1 accuracy"),
-    _emotion("mer24", "MER2024", "which emotion is both seen and heard ?", "discrete label", "discrete"),
-    _emotion("cremad", "CREMA-D", "which emotion does the person show ?", "emotion label", "emotion", "accuracy"),
-    _emotion("mafw", "MAFW", "which emotion do face and voice show ?", "emotion label", "emotion", "WAR UAR"),
-    _emotion("dfew", "DFEW", "how does the person feel ?", "emotion label", "emotion", "WAR UAR"),
-    _action("ks", "Kinetics-Sounds", "which action takes place in the video ?", "action label", "action"),
-    _action("ucf", "UCF-101 (AV subset)", "what action is seen in the video ?", "label new_label", "label"),
+    _emotion("meld", "MELD", "Emotion label", "Emotion", "weighted_f1 accuracy"),
+    _emotion("mer24", "MER2024", "discrete label", "discrete"),
+    _emotion("cremad", "CREMA-D", "emotion label", "emotion", "accuracy"),
+    _emotion("mafw", "MAFW", "emotion label", "emotion", "WAR UAR"),
+    _emotion("dfew", "DFEW", "emotion label", "emotion", "WAR UAR"),
+    _action("ks", "Kinetics-Sounds", "action label", "action"),
+    _action("ucf", "UCF-101 (AV subset)", "label new_label", "label"),
     _match(
         "a2v",
         "video for a sound",
-        "which of the two videos matches the sound , one or two ?",
         "correct_video audio_event video1_event video2_event label",
         "correct_video",
         media="two_videos_audio",
@@ -185,19 +154,11 @@ _ENTRIES = (
     _match(
         "v2a",
         "sound for a video",
-        "which of the two sounds matches the video , one or two ?",
         "correct_audio video_event audio1_event audio2_event label",
         "correct_audio",
         media="video_two_audios",
     ),
-    Slot(
-        "avcap",
-        "VALOR",
-        "describe what is seen and heard .",
-        "video_id label_content",
-        family="captioning",
-        kind="captioning",
-    ),
+    Slot("avcap", "VALOR", "video_id label_content", family="captioning", kind="captioning"),
 )
 
 SLOTS: dict[str, Slot] = {slot.name: slot for slot in _ENTRIES}

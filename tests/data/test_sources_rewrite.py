@@ -79,7 +79,7 @@ def test_a_reply_is_read_or_refused_for_a_reason(text, reason):
 def test_the_prompt_holds_question_facts_and_answer():
     system, user = messages("ave", BARK)
     assert system == {"role": "system", "content": SYSTEM} and '"chain"' in SYSTEM and '"answer"' in SYSTEM
-    question = tasks.get_slot("ave").instruction
+    question = tasks.PROMPTS["ave"].question
     facts = {"question": question, "facts": BARK.chain, "labels": ["Bark"], "answer": RANGE}
     assert json.loads(user["content"]) == facts
 

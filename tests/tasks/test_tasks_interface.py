@@ -158,13 +158,13 @@ QUESTION = {"question_text": "what ?"}
     ("slot", "record", "text"),
     [
         ("avqa", {"question": "how many {things} sound ?"}, "how many {things} sound ?"),
-        ("avqa_thu", QUESTION | {"multi_choice": ["a bell", "drum", "horn"]}, "what ? choose a bell , drum or horn ."),
-        ("avqa_thu", QUESTION | {"multi_choice": ["bell", "drum"]}, "what ? choose bell or drum ."),
-        ("avqa_thu", QUESTION | {"multi_choice": []}, "what ? choose  ."),
-        ("avqa_thu", QUESTION | {"multi_choice": "['a bell', 'drum']"}, "what ? choose a bell or drum ."),
+        ("avqa_thu", QUESTION | {"multi_choice": ["a bell", "drum", "horn"]}, "what ? Choose a bell, drum or horn."),
+        ("avqa_thu", QUESTION | {"multi_choice": ["bell", "drum"]}, "what ? Choose bell or drum."),
+        ("avqa_thu", QUESTION | {"multi_choice": []}, "what ? Choose ."),
+        ("avqa_thu", QUESTION | {"multi_choice": "['a bell', 'drum']"}, "what ? Choose a bell or drum."),
         ("avqa", {"question": "['a', 'b']"}, "['a', 'b']"),
-        ("ref_avs", {"object": "the red bell"}, "is the red bell there , true or false ?"),
-        ("ref_avs", {"object": "bell", "description": "the blue bell"}, "is the blue bell there , true or false ?"),
+        ("ref_avs", {"object": "the red bell"}, "Is the red bell there, true or false?"),
+        ("ref_avs", {"object": "bell", "description": "the blue bell"}, "Is the blue bell there, true or false?"),
     ],
 )
 def test_a_question_quotes_the_record(slot, record, text):

@@ -86,7 +86,7 @@ def test_a_frame_in_another_folder_has_no_mask(slot, field, values, message):
             lambda: tasks.media_paths("ave", {"video_path": "a.mp4"}),
         ),
         ("no second.*frame_idx", lambda: tasks.media_paths("s4", {"image_path": "first.jpg", "audio_path": "a.wav"})),
-        ("media 'radio' is unknown", lambda: tasks.Slot("x", "", "", "", family="", kind="", media="radio")),
+        ("media 'radio' is unknown", lambda: tasks.Slot("x", "", "", family="", kind="", media="radio")),
     ],
 )
 def test_an_error_names_what_is_wrong(message, call):
