@@ -1,0 +1,98 @@
+"""From a record to a prompt: its media are decoded and laid out as the model reads them. No weights are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import BatchFeature
+
+from crab import tasks
+from crab.data import records
+from crab.data.media import clip_seconds
+from crab.models import omni, published
+
+_LEAST_FRAMES = 3  # of a spectrogram, for one token: the encoder halves their number twice
+#: How media are shown: as they are, or as the published loader shows them (`crab.models.published`).
+COMPATIBILITY = ("none", "published")
+
+
+def check_compatibility(compatibility: str) -> None:
+    """ValueError if ``compatibility`` is unknown."""
+    if compatibility not in COMPATIBILITY:
+        raise ValueError(f"encode.compatibility is {compatibility!r}; choose one of {', '.join(COMPATIBILITY)}")
+
+
+def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compatibility: str = "none") -> BatchFeature:
+    """The prompt of a record that `crab.data.records.read` gave, as `omni.encode` takes it.
+
+    Args:
+        prompt: the words of `tasks.prompt`.
+
+    Raises:
+        ValueError: a sound is too short or too long for the base; naming the file and the record.
+        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    """
+    frames, around = tasks.get_slot(slot).frames, {"system": prompt.system, "lead": prompt.media}
+    if compatibility == "published":
+        inputs = published.prepared(slot, processor, record, frames, prompt.question, **around)
+    else:
+        inputs = prepared(processor, record, frames, prompt.question, **around)
+    _check_heard(processor, record, inputs)
+    return inputs
+
+
+def load_media(record: Mapping, frames: int) -> list[omni.Media]:
+    """Decoded media of a record that `crab.data.records.read` gave, in the order of the prompt.
+
+    The rate of a video is that at which its frames were taken, from their time stamps: a clip of 3 s and one of 60 s
+    that are shown by equally many frames differ in it.
+
+    Raises:
+        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    """
+    items = []
+    for item, data in zip(record["media"], records.load(record, frames), strict=True):
+        if item.kind == "video":
+            pictures, seconds = data
+            step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
+            if len(set(seconds)) < len(seconds):  # a short clip gives some frames twice; each stands for an equal part
+                step = clip_seconds(item.path) / frames
+            items.append(omni.Media("video", pictures, fps=round(float(1 / step), 6) if step > 0 else 1.0))
+        else:
+            items.append(omni.Media(item.kind, data))
+    return items
+
+
+def prepared(processor, record: Mapping, frames: int, instruction: str, **around: str) -> BatchFeature:
+    """The prompt of a record, as `omni.prepare` makes it, in which each video keeps its own seconds per frame.
+
+    ``around`` are ``system`` and ``lead`` of `omni.prompt_text`.
+
+    Raises:
+        ValueError: a sound is longer than the model hears. It would be cut off, while the frames span the whole clip.
+        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    """
+    media = load_media(record, frames)
+    for item, source in zip(media, record["media"], strict=True):
+        if item.kind == "audio" and (problem := published.cut_off(processor, item.data)):
+            raise ValueError(f"encode: {source.path}, a sound of {_named(record)}, {problem}")
+    prompt = omni.prepare(processor, media, instruction, **around)
+    rates = [item.fps for item in media if item.kind == "video"]
+    if len(set(rates)) > 1:  # the processor takes one rate for all videos of a prompt
+        prompt["video_second_per_grid"] = [processor.video_processor.temporal_patch_size / rate for rate in rates]
+    return prompt
+
+
+def _named(record: Mapping) -> str:
+    return f"record {record['id']}" if "id" in record else "a record"
+
+
+def _check_heard(processor, record: Mapping, prompt: Mapping) -> None:
+    """ValueError, naming the record, if a sound of a prompt is so short that no token is made of it."""
+    if "feature_attention_mask" in prompt and int(prompt["feature_attention_mask"].sum(-1).min()) < _LEAST_FRAMES:
+        least = (_LEAST_FRAMES - 1) * processor.feature_extractor.hop_length / omni.SAMPLE_RATE
+        files = " or ".join(item.path for item in record["media"] if item.kind == "audio")
+        raise ValueError(
+            f"encode: {files}, a sound of {_named(record)}, gives at most {least:.3g} s to hear, of which this base "
+            "makes no token; leave the record out of its list, or take a base with a finer spectrogram (hop_length)"
+        )
