@@ -110,7 +110,7 @@ def test_memory_of_a_step(method, hidden, samples, tokens, weights, precision, c
     if not checkpointing:
         kept, loss = kept_by_autograd(forward, fixed)
         work = samples * tokens * 20 * hidden  # of backward, which has not begun
-        assert planned["activations"] - work == pytest.approx(kept, rel=TOLERANCE)
+        assert planned["activations"] - work == pytest.approx(kept, rel=0.05)
         loss.backward()
     forward().backward()  # from now on gradients are there
     peak = peak_memory(lambda: forward().backward(), tmp_path) + batch["inputs_embeds"].nbytes
