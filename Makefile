@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro repro-all smoke tiny study full plan report test lint lab lock
+.PHONY: help repro repro-all smoke tiny study full published plan scale report test lint lab lock
 
 help: ## this list
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -23,7 +23,7 @@ repro-all: $(READY) ## the same, and train the base again
 	paths=$$($(BIN)/python -m crab.pipeline base) && echo "$$paths" | while IFS= read -r path; do rm -rf "$$path"; done
 	$(BIN)/dvc repro
 
-smoke tiny full: $(READY) ## choose this profile in params.yaml and run it
+smoke tiny full published: $(READY) ## choose this profile in params.yaml and run it
 	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro
 
@@ -34,6 +34,10 @@ study: $(READY) ## the same, for hours: first the main result, then the rest; st
 
 plan: $(READY) ## print what training takes in the profile that params.yaml chooses: memory, disk, hours
 	@$(BIN)/python -m crab.pipeline plan
+
+scale: $(READY) ## measure memory, equality and cost of training at the size of full; an hour
+	@mkdir -p reports/scale
+	$(BIN)/papermill --cwd notebooks notebooks/scale.ipynb reports/scale/notebook.ipynb
 
 report: $(READY) ## render the pages from executed notebooks and figures; runs no notebook
 	$(BIN)/python -m crab.pipeline report

@@ -31,7 +31,10 @@ from crab.models.checkpoint import load_base
 from crab.samples.build import assemble
 from crab.samples.encode import Encoder, encode_all
 from crab.samples.reading import read_slot
+from crab.study.cells import Cell
 from crab.study.hardware import Hardware
+from crab.study.launch import launch
+from crab.study.store import Store, run_cell
 from crab.study.train import RECORD, train
 
 SLOT = "ks"
@@ -236,3 +239,16 @@ def loop_costs(base: Path, folder: Path, samples: int, repeats: int, clip: Mappi
     }
     rows = [{"way": name, "seconds": way()} for _ in range(repeats) for name, way in ways.items()]
     return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def losses(base: Path, data: Path, encoded: Path, folder: Path, hardware: Hardware) -> pd.DataFrame:
+    """Losses of one training on ``hardware``: one row per ``step``. It trains, answers and scores like any cell."""
+    answer = {"batch_size": 8, "max_new_tokens": 8, "segmenter": "grabcut"}
+    folders = (encoded, data, base, folder / "cells", folder / "ledger", folder / "adapters")
+    store = Store(*folders, batch_size=8, precision="fp32", answer=answer, hardware=hardware)
+    (cell,) = store.keyed([Cell("scale", "ilora", {"r": 4, "num_heads": 3}, 1e-3, (SLOT,), passes=4)])
+    (launch if hardware.processes > 1 else run_cell)(store, cell)
+    return pd.DataFrame(read_json(store.adapter(cell) / RECORD)["loss"], columns=["step", "loss"])
