@@ -172,14 +172,15 @@ class Plan:
 
     def totals(self) -> dict[str, float]:
         """Of the whole study: cells, hours of GPUs and of the clock, and GB of features, adapters and checkpoints."""
-        rows, side = self.rows(), self.hardware.workers
+        rows = self.rows()
+        side = [1 if row["processes"] > 1 else self.hardware.workers for row in rows]  # cells at the same time
         return {
             "cells": sum(row["seeds"] for row in rows),
             "gpu_hours": sum(row["seeds"] * row["hours"] * row["processes"] for row in rows),
-            "hours": sum(row["seeds"] * row["hours"] / (1 if row["processes"] > 1 else side) for row in rows),
+            "hours": sum(row["seeds"] * row["hours"] / count for row, count in zip(rows, side, strict=True)),
             "features_gb": sum(row["gb"] for row in self.features()) if self.cache else 0.0,
             "adapters_gb": sum(row["seeds"] * row["adapter_gb"] for row in rows),
-            "checkpoints_gb": side * max(row["checkpoints_gb"] for row in rows),
+            "checkpoints_gb": max(row["checkpoints_gb"] * count for row, count in zip(rows, side, strict=True)),
         }
 
     def check(self) -> None:
@@ -189,10 +190,8 @@ class Plan:
         if worst["gib"] > limit:
             fixes = (words for words, plan in self._smaller(worst) if max(r["gib"] for r in plan.rows()) <= limit)
             fix = next(fixes, "set base.checkpoint to a smaller base, or take GPUs with more memory")
-            raise ValueError(
-                f"{worst['family']} ({worst['cell']}) takes {worst['gib']:.1f} GiB of memory per process, and "
-                f"{limit:.1f} are there; {fix}"
-            )
+            name = f"{worst['family']} ({worst['cell']})"
+            raise ValueError(f"{name} takes {worst['gib']:.1f} GiB per process, and {limit:.1f} are there; {fix}")
         need = {name.removesuffix("_gb"): size for name, size in self.totals().items() if name.endswith("_gb")}
         total, free = sum(need.values()), self.machine.disk_gb
         if total > free:

@@ -254,6 +254,9 @@ def test_rows_and_totals(tiny):
         assert row["gib"] == row["gib_without"] > row["gib_with_checkpointing"]
     totals = each.totals()
     assert totals["cells"] == 6
+    assert totals["checkpoints_gb"] == pytest.approx(
+        2 * rows["ks"]["checkpoints_gb"]
+    )  # two single-task cells at a time
     assert totals["gpu_hours"] == pytest.approx(2 * 2 * (101 + 50 + 160) / 10 / 3600)
     assert totals["hours"] == pytest.approx(2 * 2 * ((101 + 50) / 2 + 160 / 2) / 10 / 3600)
 
@@ -308,7 +311,7 @@ FULL = {"ilora": {"r": 128, "num_heads": 3, "lora_alpha": 256, "runs": ["joint-b
     ("memory_gib", "disk_gb", "fields", "words"),
     [
         (79, 5000, {"hardware": Hardware(accumulate=8)}, None),
-        (79, 5000, {}, "120.4 GiB of memory per process, and 79.0 are there; set shared.hardware.accumulate to 2"),
+        (79, 5000, {}, "120.4 GiB per process, and 79.0 are there; set shared.hardware.accumulate to 2"),
         (34, 5000, {"batch_size": 1}, "shared.hardware.checkpointing to true"),
         (34, 5000, {}, "shared.hardware.accumulate to 8 and shared.hardware.checkpointing to true"),
         (22, 5000, {"batch_size": 1, "hardware": Hardware(checkpointing=True)}, "train.methods.ilora.r to 32"),
