@@ -1,8 +1,9 @@
 """Media files probed: does each exist, is it what its record says, and is it whole?
 
-A probe opens a file, decodes the first frame of the stream that is needed, and makes sure that the end is there: a
-clip must reach as far as its index says, a sound must have a sample near its end. Pictures are decoded completely. This
-finds the files that `crab.data.media` refuses, without decoding hundreds of gigabytes. Damage in the middle of a clip
+A probe opens a file as its reader does (`crab.data.media`), by the same functions, decodes the first frame of the
+stream that is needed, and makes sure that the end is there: a clip must reach as far as its index says, a sound must
+have a sample near its end. Pictures are read completely. This finds the files that the reader refuses, and the length
+that it gives, without decoding hundreds of gigabytes. Damage in the middle of a clip
 or sound is only found if they are decoded completely ("whole video", "whole audio").
 """
 
@@ -28,9 +29,20 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from crab.data import media
+from crab.data.containers import (
+    AGAIN,
+    RATE,
+    MediaError,
+    chosen,
+    decoding,
+    existing,
+    open_container,
+    picture_seconds,
+    reason,
+)
 from crab.data.files import atomic_file
-from crab.data.media import AGAIN, MediaError
+from crab.data.pictures import read_image, read_mask
+from crab.data.sounds import read_audio, sound_seconds
 from crab.data.workers import end_with_parent
 
 #: The formats that are read, by their names in FFmpeg, libsndfile or Pillow, and the suffixes of their files.
@@ -40,12 +52,9 @@ SUFFIXES = {
     "rf64": ".wav", "mp3": ".mp3", "flac": ".flac", "ogg": ".ogg .oga .opus", "jpeg": ".jpg .jpeg", "png": ".png",
     "bmp": ".bmp", "webp": ".webp", "gif": ".gif", "tiff": ".tif .tiff",
 }  # fmt: skip
-# FFmpeg opens these alone: it also reads play lists, which can send it to any file or address.
-_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpegts,mpeg,flv,asf,wav,mp3,aac,flac,ogg"
-_OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
-_BOXES = b"ftyp moov mdat free skip wide uuid moof mfra sidx styp udta meta".split()
 _SAVE_EVERY = 60  # seconds between two writes of the results
 WHOLE = "whole "  # stands before a kind if the file is decoded completely
+_THINGS = {"video": "a video", "audio": "sound", "image": "an image", "mask": "an image"}
 
 
 @dataclass(frozen=True)
@@ -65,55 +74,30 @@ def probe(path: str, kind: str) -> Probe:
         kind: what the file must be: video, audio, image or mask; "whole video" or "whole audio" decodes it completely.
     """
     kind, whole = kind.removeprefix(WHOLE), kind.startswith(WHOLE)
-    thing = {"video": "a video", "audio": "sound"}.get(kind, "an image")
     try:
-        if not os.path.getsize(path):
-            raise MediaError(path, "is empty (0 bytes)", AGAIN, "empty")
-        if _box_cut(path):
-            raise _truncated(path, "its last part would end after the file does")
-        if kind == "video":
-            seconds, form = _video(path, whole)
-        elif kind == "audio":
-            seconds, form = _sound(path)
-            if whole:
-                media.read_audio(path)
-        else:
-            with media.opened(path) as image:
-                seconds, form = None, (image.format or "").lower()
+        with decoding(path, _THINGS[kind]):
+            if kind == "video":
+                seconds, form = _video(path, whole)
+            elif kind == "audio":
+                seconds, form = sound_seconds(path)
+                seconds = len(read_audio(path)) / RATE if whole else seconds
+            else:
+                (read_mask if kind == "mask" else read_image)(path)
+                with Image.open(path) as image:
+                    seconds, form = None, image.format.lower()
     except MediaError as error:
         return Probe(error.problem, f"{error.fault}; {error.fix}".replace(path, ""))
-    except Exception as error:  # whatever a decoder raises is a fault of the file
-        fault = f"cannot be decoded as {thing} ({media.reason(error).replace(path, '').strip(': ')[:200]})"
-        return Probe("undecodable", f"{fault}; the file is truncated or not {thing}: {AGAIN}")
     suffixes, suffix = SUFFIXES.get(form, "").split(), Path(path).suffix.lower()
     misnamed = f"holds {form}, is named '{suffix}'; rename it, here and in its records"
     return Probe(seconds=seconds, named=misnamed if suffixes and suffix not in suffixes else "")
 
 
-def _truncated(path: str, what: str) -> MediaError:
-    return MediaError(path, f"is truncated: {what}", AGAIN, "truncated")
-
-
-# ---------------------------------------------------------------- one file
-
-
 def _video(path: str, whole: bool) -> tuple[float, str]:
-    with av.open(path, options=_OPTIONS) as container:
-        if all(s.disposition & av.stream.Disposition.attached_pic for s in container.streams.video):
-            raise MediaError(path, "has no video stream", "give a file with moving pictures", "no video")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        index = list(stream.index_entries)
-        indexed = stream.frames and len(index) >= stream.frames
-        if indexed:
-            _check_index(path, index, "frames")
-        if indexed and not any(entry.is_discard for entry in index):
-            stamps = sorted(entry.timestamp for entry in index)
-            step = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else stream.duration or 0
-            seconds = float((stamps[-1] - stamps[0] + step) * stream.time_base)
-        else:  # the index lacks frames, or has frames that are not shown: walk through the packets, as the reader does
-            seconds = media.length(path, container, stream)
-        frames, done = container.decode(stream), 1
+    path = existing(path)
+    with open_container(path) as container:
+        streams = chosen(path, container, "video")
+        seconds = picture_seconds(path, container, streams, quick=True)
+        frames, done = container.decode(streams.video), 1
         if next(frames, None) is None:
             raise MediaError(path, "has a video stream without frames that decode", AGAIN, "no frames")
         try:
@@ -123,70 +107,6 @@ def _video(path: str, whole: bool) -> tuple[float, str]:
             fault = f"breaks off inside: {done} frames decode, the next does not ({error.strerror})"
             raise MediaError(path, fault, AGAIN) from None
         return seconds, container.format.name.split(",")[0]
-
-
-def _check_index(path: str, index: list, things: str) -> None:
-    size = os.path.getsize(path)
-    there = sum(entry.pos + entry.size <= size for entry in index)
-    if there < len(index):
-        raise _truncated(path, f"{there} of {len(index)} {things} are there")
-
-
-def _box_cut(path: str) -> bool:
-    """Whether an outermost box of an mp4 (ISO 14496-12) reaches beyond the end of the file. False for other formats."""
-    size, at = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
-            head = file.read(16)
-            length, name = int.from_bytes(head[:4], "big"), head[4:8]
-            if name not in _BOXES or length == 0:  # another format, junk at the end, or a box that ends with the file
-                return False
-            at += int.from_bytes(head[8:], "big") if length == 1 else max(length, 8)
-    return at > size
-
-
-def _sound(path: str) -> tuple[float, str]:
-    try:
-        with soundfile.SoundFile(path) as sound:
-            if not sound.frames:
-                raise MediaError(path, "holds no sound (zero length)", "record or build it again", "no sound")
-            sound.read(min(sound.frames, 1024))
-            seconds = sound.frames / sound.samplerate
-            # half a second less is accepted: many headers are a few frames off
-            sound.seek(max(0, sound.frames - sound.samplerate // 2 - 1))
-            missing = 0.0 if len(sound.read(1)) else 0.5
-            form = sound.format.lower()
-    except soundfile.LibsndfileError:
-        return _sound_of_container(path)
-    if max(missing, _riff_missing(path) * seconds) >= 0.5:
-        raise _truncated(path, f"it ends before the {seconds:.1f} s that it promises")
-    return seconds, "mp3" if form == "mpeg" else form  # FFmpeg uses the name mpeg for a kind of video
-
-
-def _riff_missing(path: str) -> float:
-    """The part of a wav that its header promises and that is missing, as a fraction of the part that is there.
-
-    libsndfile reads such a file as a shorter sound.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(12)
-    promised = int.from_bytes(head[4:8], "little") + 8
-    whole = head[:4] != b"RIFF" or promised >= 0xFFFFFF00  # a writer that cannot seek leaves the size open
-    return 0.0 if whole else max(0, promised - size) / size
-
-
-def _sound_of_container(path: str) -> tuple[float, str]:
-    with av.open(path, options=_OPTIONS) as container:
-        if not container.streams.audio:
-            raise MediaError(path, "has no sound stream", "give a file with sound", "no sound")
-        stream = container.streams.audio[0]
-        _check_index(path, list(stream.index_entries), "pieces of sound")
-        if next(container.decode(stream), None) is None:
-            raise MediaError(path, "has a sound stream without sound that decodes", AGAIN, "no sound")
-        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-        return float(seconds), container.format.name.split(",")[0]
 
 
 # ---------------------------------------------------------------- many files
@@ -252,7 +172,7 @@ class Files:
     other versions of the decoders, it begins again. A killed walk loses the results of its last minute.
     """
 
-    _VERSION = f"3 {av.__version__} {soundfile.__libsndfile_version__} {Image.__version__}"
+    _VERSION = f"4 {av.__version__} {soundfile.__libsndfile_version__} {Image.__version__}"
 
     def __init__(self, root: str | os.PathLike, cache: str | os.PathLike | None = None) -> None:
         self.root, self.cache = Path(os.path.realpath(root)), Path(cache) if cache else None
@@ -281,7 +201,7 @@ class Files:
         except (FileNotFoundError, NotADirectoryError):
             return File(Probe("missing", "does not exist; check the path in the record, or copy or build the file"))
         except (OSError, ValueError) as error:
-            fault = f"cannot be reached ({media.reason(error)})"
+            fault = f"cannot be reached ({reason(error)})"
             return File(Probe("missing", f"{fault}; check the path in the record and the file's rights"))
         if not stat.S_ISREG(at.st_mode):
             return File(Probe("not a file", "is a folder or a device; give a file"))

@@ -195,12 +195,12 @@ def test_skipped_frames_change_nothing(tmp_path, name, options, count, frames):
 
 
 def test_frames_that_no_other_needs_are_not_decoded(tmp_path, monkeypatch):
-    decoded, real, stamps = [], media._decoded, media._stamps
+    decoded, real, stamps = [], media._decoded, media.picture_stamps
     monkeypatch.setattr(media, "_decoded", lambda *a: (decoded.append(f.pts) or f for f in real(*a)))
     media.read_video(moving(tmp_path / "v.mp4", 90, bf="3"), 5)
     assert len(decoded) < 60
     # packets without the time stamps of their frames: all frames up to the last one taken are decoded
-    monkeypatch.setattr(media, "_stamps", lambda *a: ([s + 1 for s in stamps(*a)[0]], stamps(*a)[1] + 1))
+    monkeypatch.setattr(media, "picture_stamps", lambda *a: ([s + 1 for s in stamps(*a)[0]], stamps(*a)[1] + 1))
     decoded.clear()
     media.read_video(tmp_path / "v.mp4", 5)
     assert len(set(decoded)) > 80

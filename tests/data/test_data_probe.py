@@ -134,7 +134,7 @@ def test_a_wav_whose_writer_left_its_size_open_is_whole(good, tmp_path):
         ("text.wav", "audio", "undecodable", "as sound"),
         ("text.png", "mask", "undecodable", "as an image"),
         ("list.mp4", "video", "undecodable", "as a video"),
-        ("gone.mp4", "video", "undecodable", "No such file"),
+        ("gone.mp4", "video", "missing", "does not exist"),
         ("bomb.png", "image", "undecodable", "as an image"),
     ],
 )
