@@ -10,7 +10,7 @@ import mimetypes
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def load(paths, base: str | None = None, adapter: str | None = None):
 @torch.no_grad()
 def ask(
     model, processor, record: Mapping[str, Any], slot: str | None, question: str | None = None, frames: int = 10,
-    compatibility: str = "none", max_new_tokens: int = 96,
+    compatibility: str = "none", max_new_tokens: int = 96, prompts: str | PathLike | None = None,
 ) -> Reply:  # fmt: skip
     """Ask about the media of a record, by greedy generation.
 
@@ -174,20 +174,27 @@ def ask(
         question: in place of the slot's own instruction.
         frames: of each video, for a free question. compatibility: with a slot, how media are shown, see
             `crab.samples.inputs.COMPATIBILITY`.
+        prompts: with a slot, a file with the words of its prompt, see `tasks.read_prompts`; None for our own.
 
     Raises:
         ValueError: a field or the question is missing, or a sound is longer than the base hears.
     """
     if not question and slot is None:
         raise ValueError("question and slot are both empty; give a question, a slot, or both")
-    try:
-        instruction = question or tasks.instruction(slot, record)
-    except ValueError as error:
-        raise ValueError(f"{error}; set it in `fields`") from error
+    templates = tasks.read_prompts(prompts, [slot]) if prompts and slot else tasks.PROMPTS
+    words = tasks.Prompt(question or "")
+    if slot:
+        entry = tasks.get_slot(slot)
+        try:
+            around = replace(templates[slot], question="").filled(entry, record)
+            words = replace(around, question=question or templates[slot].filled(entry, record).question)
+        except ValueError as error:
+            raise ValueError(f"{error}; set it in `fields`") from error
+    instruction = words.question
     if slot is None:
         prompt = prepared(processor, record, frames, instruction)
     else:
-        frames, prompt = tasks.get_slot(slot).frames, prompt_of(processor, slot, record, instruction, compatibility)
+        frames, prompt = tasks.get_slot(slot).frames, prompt_of(processor, slot, record, words, compatibility)
     (sample,) = encoded(model, [{"prompt": prompt}])
     (text,) = answer(model, processor.tokenizer, [sample], 1, max_new_tokens)
     entry = tasks.get_slot(slot or next((name for name in READERS if tasks.parse(name, text) is not None), "avcap"))

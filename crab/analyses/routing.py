@@ -26,14 +26,15 @@ def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_to
         each token's, as a share of its maximum (0: one head alone, 1: all alike); and ``tokens``.
     """
     texts = answer(model, tokenizer, samples, batch_size, max_new_tokens)
-    with record_routing_means(model, SEGMENTS, generated=None) as means:
+    language = model.get_base_model().model.language_model  # encoders, if they are adapted, see other tokens
+    with record_routing_means(language, SEGMENTS, generated=None) as means:
         for start in range(0, len(samples), batch_size):
             part = slice(start, start + batch_size)
             inputs = batch(model, tokenizer, samples[part], texts[part])
             means.label(segments(model.config, inputs))
             last_hidden(model, inputs)
     table = pd.DataFrame(means.rows())
-    table["layer"] = table["module"].str.extract(r"\.layers\.(\d+)\.", expand=False)
+    table["layer"] = table["module"].str.extract(r"(?:^|\.)layers\.(\d+)\.", expand=False)
     if table["layer"].isna().any():
         raise ValueError(f"routing: {table['module'][table['layer'].isna()].iloc[0]} lies in no numbered layer")
     table["layer"] = table["layer"].astype(int)

@@ -14,8 +14,8 @@ The differences from `crab.samples.encode`, which shows a clip as it is:
   frames, and the two sounds of v2a to one.
 
 Three things are not copied. A clip that does not decode is an error here, not black frames. Frames that an edit list
-hides are not counted; decord counts them. Resampling is that of `crab.data.media`. The words of the published prompts,
-and how answers are read for scoring, are not part of the media.
+hides are not counted; decord counts them. Resampling is that of `crab.data.media`. The words of the published prompts
+come from a file of the user's (``encode.prompts``); how answers are read for scoring is not part of the media.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ _EMOTION_SECONDS = 4  # seconds that emotion slots hear
 _BLACK_FRAMES = 10  # in place of a clip of one frame, whatever number is asked for
 
 
-def prepared(slot: str, processor, record: Mapping, frames: int, instruction: str):
-    """The prompt of a record, for `omni.encode`, with the media of `load_media`. ValueError if a sound is too long."""
+def prepared(slot: str, processor, record: Mapping, frames: int, instruction: str, **around: str):
+    """The prompt of a record, for `omni.encode`, with the media of `load_media`. ValueError if a sound is too long.
+
+    ``around`` are ``system`` and ``lead`` of `omni.prompt_text`.
+    """
     items = load_media(slot, record, frames)
     heard = processor.feature_extractor.n_samples
     for wave in (item.data for item in items if item.kind == "audio"):
@@ -51,7 +54,7 @@ def prepared(slot: str, processor, record: Mapping, frames: int, instruction: st
             )
         if problem := cut_off(processor, wave):
             raise ValueError(f"encode.compatibility is 'published', and the sound of {record['id']} {problem}")
-    return omni.prepare(processor, items, instruction, turns=False)
+    return omni.prepare(processor, items, instruction, turns=False, **around)
 
 
 def cut_off(processor, wave: np.ndarray) -> str:
@@ -85,27 +88,23 @@ def load_media(slot: str, record: Mapping, frames: int) -> list[omni.Media]:
 
 def read_video(path: str | Path, frames: int) -> np.ndarray:
     """Frames of a clip, uint8 [frames, 224, 224, 3]. The top of this module says which, and when there are fewer."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            # an edit list discards some packets
-            total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-            if total == 1:
-                return np.zeros((_BLACK_FRAMES, media.SIZE, media.SIZE, 3), np.uint8)
-            wanted = torch.linspace(0, total - 1, frames if frames <= total else 2).round().long().tolist()
-            container.seek(0)
-            images, frame = [], None
-            for index, frame in enumerate(container.decode(stream)):
-                if index == wanted[len(images)]:
-                    images.append(_upright(frame))
-                    if len(images) == len(wanted):
-                        break
-            if frame is None:
-                raise media.MediaError(path, "has a video stream without frames that decode", "copy or build it again")
-            images += [_upright(frame)] * (len(wanted) - len(images))  # some packets give no frame
-            return np.stack(images)
-    except (av.error.FFmpegError, EOFError, IndexError) as error:
-        raise media.MediaError(path, f"cannot be decoded as video ({error})", "copy or build it again") from error
+    with media.decoding(path, "a video"), media.open_container(media.existing(path)) as container:
+        stream = media.chosen(path, container, "video").video
+        # an edit list discards some packets
+        total = sum(not packet.hidden for packet in media.packets(container, stream))
+        if total == 1:
+            return np.zeros((_BLACK_FRAMES, media.SIZE, media.SIZE, 3), np.uint8)
+        wanted = torch.linspace(0, total - 1, frames if frames <= total else 2).round().long().tolist()
+        images, frame = [], None
+        for index, frame in enumerate(container.decode(stream)):
+            if index == wanted[len(images)]:
+                images.append(_upright(frame))
+                if len(images) == len(wanted):
+                    break
+        if frame is None:
+            raise media.MediaError(path, "has a video stream without frames that decode", "copy or build it again")
+        images += [_upright(frame)] * (len(wanted) - len(images))  # some packets give no frame
+        return np.stack(images)
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
@@ -113,11 +112,8 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _image(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise media.MediaError(path, f"cannot be decoded as an image ({error})", "copy or build it again") from error
+    with media.opened(path) as image:
+        return image.convert("RGB")
 
 
 def _scaled(image: Image.Image) -> np.ndarray:

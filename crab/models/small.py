@@ -127,7 +127,7 @@ def load_processor(folder: str | Path) -> FrameOmniProcessor:
 
 def _processor(images, sounds, tokenizer) -> FrameOmniProcessor:
     videos = FrameVideoProcessor(math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size)
-    return FrameOmniProcessor(images, videos, sounds, tokenizer)
+    return FrameOmniProcessor(images, videos, sounds, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def tokens_per_second(processor) -> int:

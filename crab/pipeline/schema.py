@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -100,6 +100,9 @@ CELL_RATES = {**RATES, "passes": Count | None}
 class Method(_section("Method", {"r": Count, "lora_alpha": Positive, "runs": some(Run)})):
     """Other keys are options of the method's PEFT config."""
 
+    targets: Literal["language", "published"] = "language"
+    weights: str | None = None
+
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Option]
 
@@ -161,6 +164,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "compatibility": Literal["none", "published"],
         "cache": bool,
         "shard_mib": Positive,
+        "prompts": str | None,
     },
     "train": {
         "passes": Count,
@@ -205,7 +209,23 @@ def faults(values: Any) -> list[tuple[str, str]]:
         _PARAMS.model_validate(values)
     except ValidationError as errors:
         return [_fault(error) for error in errors.errors(include_url=False)]
-    return []
+    return list(_contradictions(values))
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Values that are right by themselves, and not together."""
+    for name, method in values["train"]["methods"].items():
+        place, weights = f"train.methods.{name}", method.get("weights")
+        if weights and (not name.startswith("ilora") or any(run.startswith("single") for run in method["runs"])):
+            yield (
+                f"{place}.weights",
+                "is a published I-LoRA of all slots; name the method ilora..., with joint runs only",
+            )
+        if values["encode"]["cache"] and (weights or method.get("targets") == "published"):
+            yield (
+                "encode.cache",
+                f"is true, but {place} adapts the encoders, so features cannot be kept; set it to false",
+            )
 
 
 def _fault(error: Mapping[str, Any]) -> tuple[str, str]:

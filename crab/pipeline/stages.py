@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from crab import tasks
 from crab.data.files import atomic_folder, clear_unfinished, digest_of, write_json
 from crab.pipeline import params
 from crab.study.code import modules, modules_of, plain
@@ -35,6 +36,9 @@ def resolve(folder: Path) -> None:
             "parameters": params.parameters(path, notebook, stage, values),
         }
         prose[stage] = digest_of([[c.cell_type, c.source, c.metadata.get("tags")] for c in notebook.cells])
+    if prompts := values["encode"]["prompts"]:
+        given = tasks.read_prompts(folder / prompts, values["encode"]["slots"] or values["build"]["slots"] or ())
+        files["encode"]["prompts"] = {slot: vars(prompt) for slot, prompt in given.items()}
     templates = {path.name: digest_of(path.read_text(encoding="utf-8")) for path in sorted(TEMPLATES.rglob("*.*"))}
     files["report"] = {"modules": modules_of(["crab.pipeline.report"]), "templates": templates, "prose": prose}
     clear_unfinished(folder, deep=False)

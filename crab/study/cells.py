@@ -35,8 +35,10 @@ class Cell:
         family: the row of a table that the cell belongs to, e.g. ``joint-ilora-explicit``. Cells of one family differ
             in slots and seed only.
         method: ``lora`` or ``ilora``.
-        options: of the PEFT config (``r``, ``lora_alpha``, ``num_heads``, ...), and ``router_rate``: how much faster
-            the routers of I-LoRA learn.
+        options: of the PEFT config (``r``, ``lora_alpha``, ``num_heads``, ...), and three of our own. ``router_rate``:
+            how much faster the routers of I-LoRA learn. ``targets``: what is adapted, ``language`` (by default) or
+            ``published`` (`crab.study.train.adapter_config`). ``weights``: a published adapter in place of training
+            (`crab.study.imported`).
         learning_rate: peak of the cosine schedule.
         slots: trained on, in this order. Those with a test split are scored.
         passes: over the training samples of every slot.
@@ -112,9 +114,12 @@ class Cell:
     def training(self) -> dict[str, Any]:
         """All fields that decide what is trained, as JSON holds them."""
         values = {name: value for name, value in asdict(self).items() if name not in _LABELS}
+        options = dict(sorted(self.options.items()))
+        if options.get("weights"):
+            options["weights"] = Path(options["weights"]).name  # no path of this machine in a result
         return {
             **values,
-            "options": dict(sorted(self.options.items())),
+            "options": options,
             "slots": list(self.slots),
             "words": list(self.words),
         }

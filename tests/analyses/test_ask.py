@@ -160,7 +160,7 @@ def test_routing_is_the_mean_softmax_of_all_routers_at_each_token(loaded, files)
     model, processor = loaded
     record = ask.own([files / "clip.mp4"], "ks")
     reply = ask.ask(model, processor, record, "ks", question="which action ?", max_new_tokens=4)
-    (sample,) = encoded(model, [{"prompt": prompt_of(processor, "ks", record, "which action ?")}])
+    (sample,) = encoded(model, [{"prompt": prompt_of(processor, "ks", record, tasks.Prompt("which action ?"))}])
     inputs = omni.collate(model, processor.tokenizer, [sample], [reply.text])
     gates = []
 

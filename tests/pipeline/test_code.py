@@ -145,9 +145,18 @@ def test_a_stage_depends_on_code_and_not_on_prose_outputs_or_empty_cells(package
     assert first != resolved("from crab.c import other")
 
 
+def test_data_beside_a_module_count_without_their_comments(package):
+    digests = []
+    for text in ("a: 1", "# why\na: 1", "a: 2"):
+        (package / "crab/a/far.yaml").write_text(text, encoding="utf-8")
+        digests.append(modules(package, "import crab.a.far"))
+        assert {"crab/a/far.py", "crab/a/far.yaml"} <= set(digests[-1])
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_training_depends_on_no_task():
     """A metric, a parser or a slot's words can change, and nothing is trained again."""
-    found = set(modules_of(["crab.study.train", "crab.samples.reading"]))
+    found = set(modules_of(["crab.study.train", "crab.samples.shards", "crab.samples.slots"]))
     assert {"crab/study/train.py", "crab/ilora/layer.py"} <= found
     assert not [name for name in found if name.startswith(("crab/tasks", "crab/world"))]
 

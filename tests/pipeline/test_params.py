@@ -82,6 +82,14 @@ WRONG = [
     ("shared.margin", float("nan"), "shared.margin is nan; it should be a finite number"),
     ("shared.precision", "fp16", "shared.precision is 'fp16'; it should be 'fp32' or 'bf16'"),
     ("shared.answer.segmenter", "grabcat", "shared.answer.segmenter is 'grabcat'; give 'grabcut', or a SAM 2"),
+    (
+        "train.methods.lora.targets",
+        "all",
+        "train.methods.lora.targets is 'all'; it should be 'language' or 'published'",
+    ),
+    ("train.methods.lora.targets", "published", "encode.cache is true, but train.methods.lora adapts the encoders"),
+    ("train.methods.ilora.weights", "/a.bin", "encode.cache is true, but train.methods.ilora adapts the encoders"),
+    ("train.methods.lora_matched.weights", "/a.bin", "train.methods.lora_matched.weights is a published I-LoRA"),
     ("encode.slots", "ave", "encode.slots is 'ave'; it should be a valid list"),
     ("encode.slots", [], "encode.slots is []"),
     ("encode.slots", ["avee"], "encode.slots.0 is 'avee'; it should be 'ave', 'unav'"),
@@ -129,6 +137,26 @@ def test_whole_numbers_stand_for_real_ones_and_checkpoints_have_a_slash(loaded):
     for name in ("grabcut", "facebook/sam2.1-hiera-large", "/data/sam2"):
         change(loaded, "shared.answer.segmenter", name)
         assert resolve()["shared"]["answer"]["segmenter"] == name
+
+
+def test_a_prompts_file_is_checked_before_anything_runs_and_its_words_count(repository):
+    path = repository / "params.yaml"
+    text = path.read_text(encoding="utf-8").replace("prompts: null", "prompts: mine.yaml")
+    path.write_text(text.replace("slots: null\n  compatibility", "slots: [ks]\n  compatibility"), encoding="utf-8")
+    files = []
+    for line in ("", 'ave: {question: "?"}', 'ks: {question: "{colour}?"}', 'ks: {question: "Why?"}'):
+        (repository / "mine.yaml").write_text(line, encoding="utf-8")
+        try:
+            stages.resolve(repository)
+            files.append((repository / ".stage/encode.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            files.append(str(error))
+    messages = (
+        "mine.yaml: holds no slots",
+        "mine.yaml: slot ks: there is no entry",
+        "slot ks: field 'question' quotes",
+    )
+    assert all(message in file for message, file in zip(messages, files, strict=False)) and "Why?" in files[3]
 
 
 def test_choose_changes_one_word(repository, monkeypatch):
