@@ -136,7 +136,7 @@ def packets(container, *streams) -> list[Packet]:
 
 
 def _skipped(packet) -> int:
-    if not packet.has_sidedata("skip_samples"):
+    if packet.stream.type != "audio" or not packet.has_sidedata("skip_samples"):
         return 0
     return struct.unpack_from("<II", packet.get_sidedata("skip_samples"))[1]
 

@@ -82,15 +82,15 @@ def _sample(path: Path, frames: int, way: str) -> tuple[np.ndarray, np.ndarray] 
         if way == "skip" and stream.codec_context.name != "h264":  # other decoders do not say which frames are needed
             way = "own"
         stamps, end = picture_stamps(path, container, stream)
-        lead = streams.lead(stamps[0])
-        times = np.array([float((stamp - stamps[0]) * stream.time_base) + lead for stamp in stamps])
-        middles = (np.arange(frames) + 0.5) * (float((end - stamps[0]) * stream.time_base) + lead) / frames
+        lead, base = streams.lead(stamps[0]), stream.time_base
+        times = np.array([float((stamp - stamps[0]) * base) + lead for stamp in stamps])
+        middles = (np.arange(frames) + 0.5) * (float((end - stamps[0]) * base) + lead) / frames
         places = np.maximum(np.searchsorted(times, middles + _SAME_TIME, "right") - 1, 0)
         decoded = _decoded(container, stream, {stamps[place] for place in places} if way == "skip" else None)
         if way == "counted":
             timed = zip(chain(times, repeat(times[-1])), decoded, strict=False)
         else:
-            timed = ((float((f.pts - stamps[0]) * stream.time_base) + lead, f) for f in decoded if f.pts is not None)
+            timed = ((float((f.pts - stamps[0]) * base) + lead, f) for f in decoded if f.pts is not None)
         pictures, seconds, backwards = _on_display(timed, middles)
     if not pictures:
         raise MediaError(path, "has a video stream without frames that decode", AGAIN, "no frames")

@@ -104,7 +104,8 @@ def _decoded(path: Path) -> tuple[np.ndarray, int, bool]:
                     sound.seek(0)  # as soundfile.read does; without it mpg123 rounds in another way
                 wave = sound.read(dtype="float32", always_2d=True)
                 _check_end(path, sound, len(wave))
-                return wave.mean(axis=1), sound.samplerate, sound.subtype in ("FLOAT", "DOUBLE")
+                mono = wave[:, 0] if sound.channels == 1 else wave.mean(axis=1)
+                return mono, sound.samplerate, sound.subtype in ("FLOAT", "DOUBLE")
         except soundfile.LibsndfileError as fault:
             with decoding(path, "sound", f"{fault}; "), open_container(path) as container:
                 streams = chosen(path, container, "audio")
