@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -16,26 +16,40 @@ PADDING = -1
 Sample = Mapping[str, torch.Tensor]
 
 _INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
+_UNEMBEDDED = ("input_ids", "attention_mask", "position_ids")
 
 
-def batch(model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+def batch(
+    model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | None = None, embed: bool = True
+) -> dict[str, torch.Tensor]:
     """`omni.collate` on the device of the model. Samples that are still a ``prompt`` go through its encoders first.
+
+    Without ``embed`` it is `omni.padded`, which reads no weights; `answer_loss` takes it, too.
 
     ValueError if a base of another width encoded the samples.
     """
     samples = encoded(model, samples)
-    width = model.get_input_embeddings().weight.shape[1]
+    width = model.config.get_text_config().hidden_size
     stored = samples[0]["features"].shape[1]
     if stored != width:
         raise ValueError(f"stored features are {stored} wide, the model {width}; run the encode stage with this base")
-    return {name: value.to(model.device) for name, value in omni.collate(model, tokenizer, samples, answers).items()}
+    together = omni.collate(model, tokenizer, samples, answers) if embed else omni.padded(tokenizer, samples, answers)
+    return {name: value.to(model.device) for name, value in together.items()}
 
 
 def encoded(model, samples: Sequence[Sample]) -> list[Sample]:
-    """The samples, those with a ``prompt`` encoded; their features are rounded to 16 bit, as stored ones are."""
-    results = iter(omni.encode(model, prompts) if (prompts := [s["prompt"] for s in samples if "prompt" in s]) else [])
+    """The samples, those with a ``prompt`` encoded. Features are rounded to 16 bit, as stored ones are.
+
+    Those of adapted encoders cannot be stored. They are not rounded, and have gradients in training.
+    """
+    prompts = [sample["prompt"] for sample in samples if "prompt" in sample]
+    if not prompts:
+        return list(samples)
+    results, exact = iter(omni.encode(model, prompts)), omni.adapts_encoders(model)
     return [
-        {**sample, **(own := next(results)), "features": own["features"].half()} if "prompt" in sample else sample
+        {**sample, **(own := next(results)), "features": own["features"] if exact else own["features"].half()}
+        if "prompt" in sample
+        else sample
         for sample in samples
     ]
 
@@ -79,12 +93,16 @@ def answer_loss(
     """Cross-entropy of the answers, with their end tokens, and the outputs of the model, whose logits are only these.
 
     Args:
+        batch: that `batch` made, with or without ``embed``.
         count: the sum is divided by this number of tokens; None for the number in the batch.
-        unwrapped: the model without the wrapper of DDP, if there is one.
+        unwrapped: the model without the wrapper of DDP or DeepSpeed, if there is one.
     """
+    bare = unwrapped or model
+    shown = omni.features_shown(bare, batch) if "features" in batch else nullcontext()
+    names = _UNEMBEDDED if "features" in batch else _INPUTS
     target = batch["labels"].roll(-1, 1)  # a position predicts the next token; no prompt begins with a label
     chosen = target != omni.IGNORE
-    with instruction_shown(model, batch), omni.logits_at(unwrapped or model, chosen):
-        outputs = model(**{name: batch[name] for name in _INPUTS}, use_cache=False)
+    with instruction_shown(model, batch), shown, omni.logits_at(bare, chosen):
+        outputs = model(**{name: batch[name] for name in names}, use_cache=False)
     total = torch.nn.functional.cross_entropy(outputs.logits.float(), target[chosen], reduction="sum")
     return total / (chosen.sum() if count is None else count), outputs

@@ -6,13 +6,14 @@ language model alone on these features (`collate`, `generate`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoProcessor, BatchFeature, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.utils import is_torchvision_available
 
@@ -72,19 +73,34 @@ def load_processor(path: str | Path):
     return AutoProcessor.from_pretrained(path)
 
 
-def prompt_text(kinds: Sequence[str], instruction: str, turns: bool = True) -> str:
-    """The chat turn up to where the answer begins: one placeholder per item, then the instruction.
+def prompt_text(
+    kinds: Sequence[str], instruction: str, turns: bool = True, system: str = "", lead: str = "", processor=None
+) -> str:
+    """The chat up to where the answer begins: ``lead``, one placeholder per item, then the instruction.
 
     The sound of a `CLIP` has no placeholder: the processor adds its tokens.
+
+    Args:
+        system: the system turn, if there is one. lead: stands before the media.
+        processor: its chat template says how turns are written. Without one they are written as for a small model.
     """
     shown = ("video",) if turns and tuple(kinds) == CLIP else kinds
-    return f"{START} user {''.join(PLACEHOLDER[kind] for kind in shown)} {instruction} {END} {START} assistant"
+    if getattr(processor, "chat_template", None):
+        content = [{"type": kind} for kind in shown]
+        texts = [{"type": "text", "text": text} for text in (lead, instruction)]
+        chat = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+        chat.append({"role": "user", "content": [*texts[:1], *content, *texts[1:]] if lead else [*content, *texts[1:]]})
+        return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    head = (f"{START} system {system} {END} " if system else "") + f"{START} user " + (f"{lead} " if lead else "")
+    return f"{head}{''.join(PLACEHOLDER[kind] for kind in shown)} {instruction} {END} {START} assistant"
 
 
-def prepare(processor, media: Sequence[Media], instruction: str, turns: bool = True) -> BatchFeature:
+def prepare(
+    processor, media: Sequence[Media], instruction: str, turns: bool = True, system: str = "", lead: str = ""
+) -> BatchFeature:
     """Run the processor on one sample, a batch of one. All its videos must have the same fps.
 
-    ``turns=False`` puts the sound of a `CLIP` after its frames.
+    ``turns=False`` puts the sound of a `CLIP` after its frames. See `prompt_text` for the other arguments.
     """
     kinds = tuple(item.kind for item in media)
     data = {kind: [item.data for item in media if item.kind == kind] for kind in PLACEHOLDER}
@@ -101,7 +117,7 @@ def prepare(processor, media: Sequence[Media], instruction: str, turns: bool = T
             "seconds_per_chunk": float(CHUNK_SECONDS),
         }
     return processor(
-        text=[prompt_text(kinds, instruction, turns)],
+        text=[prompt_text(kinds, instruction, turns, system, lead, processor)],
         images=data["image"] or None,
         videos=data["video"] or None,
         audio=data["audio"] or None,
@@ -110,13 +126,24 @@ def prepare(processor, media: Sequence[Media], instruction: str, turns: bool = T
     )
 
 
-@torch.no_grad()
+def adapts_encoders(model) -> bool:
+    """Whether adapters are in the encoders. Features then depend on them."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    towers = core.model.visual, core.model.audio_tower
+    return any(isinstance(module, BaseTunerLayer) for tower in towers for module in tower.modules())
+
+
 def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
-    """Run the frozen encoders on prepared samples, each encoder once for all of them.
+    """Run the encoders on prepared samples, each encoder once for all of them; with gradients only if it is adapted.
 
     Returns for each sample ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden], one row per
     placeholder token in prompt order.
     """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and adapts_encoders(model)):
+        return _encode(model, prompts)
+
+
+def _encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
     config = model.config
     lengths = [p["input_ids"].shape[1] for p in prompts]
     ids = torch.cat([p["input_ids"][0] for p in prompts])
@@ -140,7 +167,8 @@ def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tenso
 
 def media_mask(config, ids: torch.Tensor) -> torch.Tensor:
     """True at placeholder tokens."""
-    return torch.isin(ids, torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id]))
+    tokens = [config.image_token_id, config.video_token_id, config.audio_token_id]
+    return torch.isin(ids, torch.tensor(tokens, device=ids.device))
 
 
 def prompt_positions(model, inputs: BatchFeature) -> torch.Tensor:
@@ -162,11 +190,11 @@ def prompt_positions(model, inputs: BatchFeature) -> torch.Tensor:
     return positions[:, 0]
 
 
-def collate(model, tokenizer, samples: Sequence[dict], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """A left-padded batch of encoded samples for the language model alone. Without answers, for generation.
+def padded(tokenizer, samples: Sequence[dict], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """A left-padded batch of encoded samples. Without answers, for generation.
 
-    Returns ``input_ids`` and ``attention_mask`` [B, L], ``inputs_embeds`` [B, L, hidden], ``position_ids`` [3, B, L]
-    and, with answers, ``labels`` [B, L] (answer and end token only).
+    Returns ``input_ids`` and ``attention_mask`` [B, L], ``position_ids`` [3, B, L], ``features`` [media, hidden] in the
+    order of their tokens and, with answers, ``labels`` [B, L] (answer and end token only).
     """
     tails = [[]] * len(samples)
     if answers is not None:
@@ -185,13 +213,38 @@ def collate(model, tokenizer, samples: Sequence[dict], answers: Sequence[str] | 
         after = prompt.max() + 1 + torch.arange(len(tail))
         positions[:, row, first:] = torch.cat([prompt, after.expand(3, -1)], dim=1)
         labels[row, width - len(tail) :] = tail
-    weight = model.get_input_embeddings().weight
-    with torch.no_grad():
-        embeds = torch.nn.functional.embedding(ids.to(weight.device), weight)
-        at = media_mask(model.config, ids).to(weight.device)
-        embeds[at] = torch.cat([s["features"] for s in samples]).to(embeds)
-    batch = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    features = torch.cat([s["features"] for s in samples])
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "features": features}
     return batch if answers is None else {**batch, "labels": labels}
+
+
+def collate(model, tokenizer, samples: Sequence[dict], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """`padded` for the language model alone: ``inputs_embeds`` [B, L, hidden] in place of ``features``."""
+    batch = padded(tokenizer, samples, answers)
+    grown = torch.is_grad_enabled() and batch["features"].requires_grad  # of adapted encoders
+    with torch.set_grad_enabled(grown), features_shown(model, batch):
+        embed = model.get_input_embeddings()
+        batch["inputs_embeds"] = embed(batch["input_ids"].to(embed.weight.device))
+    del batch["features"]
+    return batch
+
+
+@contextmanager
+def features_shown(model, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the embedding layer puts ``features`` at the placeholders of a batch that `padded` made.
+
+    So they get there within the forward pass of a model whose weights are spread over processes (FSDP, ZeRO-3).
+    """
+
+    def fill(_module, inputs: tuple, embeds: torch.Tensor) -> torch.Tensor:
+        # not in place: with checkpointing, embeddings are leaves that gradients are asked of
+        return embeds.index_put((media_mask(model.config, inputs[0]),), batch["features"].to(embeds))
+
+    hook = model.get_input_embeddings().register_forward_hook(fill)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -24,6 +24,9 @@ import torch
 from accelerate import PartialState
 
 from crab.data.files import read_json, write_json
+from crab.samples.shards import Shards
+from crab.study.hardware import MIXED, Hardware
+from crab.study.loop import last_checkpoint
 
 if TYPE_CHECKING:
     from crab.study.cells import Cell
@@ -33,13 +36,22 @@ JOB, LOG = "job.json", "log.txt"
 _PARENT = "CRAB_PARENT"  # environment variable with the number of the process that started the launch
 
 
+def check(store: Store, cell: Cell, processes: int) -> None:
+    """Check that this machine can train a cell on so many processes. ValueError, naming the parameter, if not."""
+    hardware = store.hardware
+    last_checkpoint(store.folder(cell), hardware.note(store.batch_size, processes))
+    if processes > 1:
+        cached = all(Shards(Path(store.encoded) / slot / "train").cached for slot in cell.slots)
+        hardware.check(store.batch_size, store.precision, cached, torch.cuda.device_count())
+
+
 def launch(store: Store, cell: Cell) -> None:
     """Run a cell on ``store.hardware.processes`` processes, and show what the first of them prints.
 
     RuntimeError if they fail, with the end of what they printed; all of it is in ``log.txt`` of the cell's folder.
     """
     folder = store.folder(cell)
-    write_json(folder / JOB, json.loads(json.dumps({"store": asdict(store), "cell": asdict(cell)}, default=str)))
+    write_job(folder / JOB, store, cell)
     tail: deque[str] = deque(maxlen=20)
     with (
         open(folder / LOG, "a", encoding="utf-8") as log,
@@ -67,8 +79,7 @@ def command(store: Store, job: Path) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={hardware.processes}", *module]
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(hardware.configuration()),
-        "--num_processes", str(hardware.processes), "--mixed_precision", {"fp32": "no"}.get(store.precision, "bf16"),
-        *module,
+        "--num_processes", str(hardware.processes), "--mixed_precision", MIXED[store.precision], *module,
     ]  # fmt: skip
 
 
@@ -77,42 +88,56 @@ def environment(store: Store) -> dict[str, str]:
     if torch.cuda.is_available():
         return {}
     threads = max(1, (os.cpu_count() or 1) // store.hardware.processes)
-    precision = {"fp32": "no"}.get(store.precision, "bf16")
+    precision = MIXED[store.precision]
     return {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": str(threads)}
 
 
 def _end_with(parent: int) -> None:
-    """End this process once the one that started the launch is gone: a killed notebook cannot stop its processes."""
+    """End this process once the launcher, or the process that called `launch`, is gone: killed, they cannot stop it."""
 
     def watch() -> None:
-        while psutil.pid_exists(parent):
-            time.sleep(2)
-        os._exit(1)
+        try:
+            above = [psutil.Process(parent), psutil.Process(os.getppid())]
+            while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in above):
+                time.sleep(0.5)
+        except psutil.NoSuchProcess:
+            pass
+        os._exit(1)  # at once: the main thread works on a result that nobody waits for
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
+def write_job(job: Path, store: Store, cell: Cell) -> None:
+    """Write a store and a cell for `read_job`."""
+    write_json(job, json.loads(json.dumps({"store": asdict(store), "cell": asdict(cell)}, default=str)))
+
+
+def read_job(job: str | Path) -> tuple[Store, Cell]:
+    """The store and the cell that `write_job` wrote to a file."""
+    from crab.study.cells import Cell
+    from crab.study.store import Store
+
+    content = read_json(job)
+    settings, fields = content["store"], content["cell"]
+    for name in ("encoded", "dataset", "base", "cells", "ledger", "published"):
+        settings[name] = Path(settings[name])
+    settings["hardware"] = Hardware(**settings["hardware"])
+    return Store(**settings), Cell(**{**fields, "slots": tuple(fields["slots"]), "words": tuple(fields["words"])})
+
+
 def main(job: str) -> None:
     """What each process runs."""
-    from crab.study.cells import Cell
-    from crab.study.hardware import Hardware
-    from crab.study.store import Store, run_cell
+    from crab.study.store import run_cell
 
     if _PARENT in os.environ:
         _end_with(int(os.environ[_PARENT]))
     state = PartialState(cpu=not torch.cuda.is_available())  # chooses the GPU of this process
-    content = read_json(job)
-    settings, fields = content["store"], content["cell"]
-    if state.num_processes != settings["hardware"]["processes"]:
+    store, cell = read_job(job)
+    if state.num_processes != store.hardware.processes:
         raise ValueError(
-            f"shared.hardware.processes is {settings['hardware']['processes']}, but Accelerate started "
-            f"{state.num_processes}; take num_processes out of {settings['hardware']['accelerate']}"
+            f"shared.hardware.processes is {store.hardware.processes}, but Accelerate started {state.num_processes}"
         )
-    for name in ("encoded", "dataset", "base", "cells", "ledger", "published"):
-        settings[name] = Path(settings[name])
-    settings["hardware"] = Hardware(**settings["hardware"])
-    cell = Cell(**{**fields, "slots": tuple(fields["slots"]), "words": tuple(fields["words"])})
-    run_cell(Store(**settings), cell)
+    run_cell(store, cell)
     state.destroy_process_group()
 
 

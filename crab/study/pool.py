@@ -17,13 +17,24 @@ from crab.data.workers import end_with_parent
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-#: Workers that wait for more jobs, by their number. Importing torch, transformers and peft takes a worker as long as
-#: a short job does, and a study runs dozens of lists of jobs.
-_POOLS: dict[int, ProcessPoolExecutor] = {}
+#: Workers that wait for more jobs, by their number and their GPUs. Importing torch, transformers and peft takes a
+#: worker as long as a short job does, and a study runs dozens of lists of jobs.
+_POOLS: dict[tuple, ProcessPoolExecutor] = {}
 
 
-def _start(threads: int) -> None:
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in named.split(",")][:count] if named else [str(number) for number in range(count)]
+
+
+def _start(threads: int, gpus: Any) -> None:
     end_with_parent()
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()  # before CUDA starts in this process
     # An interrupt also reaches workers whenever a notebook's kernel ends. They end silently.
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     import torch
@@ -44,13 +55,23 @@ def _threads(count: int) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
+def _pool(workers: int, threads: int, gpus: Sequence[str]) -> ProcessPoolExecutor:
+    context, free = get_context("spawn"), None
+    if gpus:
+        free = context.SimpleQueue()
+        for gpu in gpus:
+            free.put(gpu)
+    return ProcessPoolExecutor(workers, context, _start, (threads, free))
+
+
 def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label: str) -> dict[str, Any]:
     """Run named jobs, started in the order given, with a progress bar.
 
     Args:
         jobs: name and picklable callable without arguments.
-        workers: processes, with ``cores // workers`` threads each, so that a job gives the same numbers whatever runs
-            beside it. They stay for the next call and end with this process. One worker is this process.
+        workers: processes, but no more than there are GPUs, if there are any: each has one of its own. They have
+            ``cores // workers`` threads each, so that a job gives the same numbers whatever runs beside it. They stay
+            for the next call and end with this process. One worker is this process.
         label: stands before the progress bar and in errors.
 
     Returns:
@@ -65,6 +86,8 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
         raise ValueError(f"{label}: workers is {workers}; at least 1 is needed")
     if len(set(names)) != len(names):
         raise ValueError(f"{label}: two jobs have one name: {sorted(n for n in set(names) if names.count(n) > 1)}")
+    gpus = visible_gpus()[:workers]
+    workers = len(gpus) or workers
     results: dict[str, Any] = {}
 
     def collect(name: str, job: Callable[[], Any]) -> None:
@@ -82,13 +105,14 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
             return results
         threads = max(1, (os.cpu_count() or 1) // workers)
         with _threads(threads):
-            if workers not in _POOLS:
-                _POOLS[workers] = ProcessPoolExecutor(workers, get_context("spawn"), _start, (threads,))
+            kind = (workers, *gpus)
+            if kind not in _POOLS:
+                _POOLS[kind] = _pool(workers, threads, gpus)
             try:
-                futures = {_POOLS[workers].submit(job): name for name, job in jobs}
+                futures = {_POOLS[kind].submit(job): name for name, job in jobs}
                 for future in as_completed(futures):
                     collect(futures[future], future.result)
             except BaseException:  # an interrupt too: the next call gets fresh workers
-                _POOLS.pop(workers).shutdown(cancel_futures=True)
+                _POOLS.pop(kind).shutdown(cancel_futures=True)
                 raise
     return {name: results[name] for name in names}

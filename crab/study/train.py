@@ -5,34 +5,29 @@ A run works in a folder of its own and resumes there from its last whole checkpo
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from crab.data.files import atomic_folder, read_json, write_json
+from crab.data.files import atomic_folder, write_json
 from crab.ilora import ILoraConfig, parameter_groups
+from crab.ilora.published import PUBLISHED_TARGETS
 from crab.models import omni
-from crab.models.batches import Sample, answer_loss, batch, instruction_shown
+from crab.models.batches import Sample
 from crab.models.checkpoint import load_base
 from crab.study.hardware import Hardware
+from crab.study.loop import AnswerTrainer, Checkpoints, delete_checkpoints, last_checkpoint
 
-WHOLE = "whole.json"  # in a checkpoint, written last: which processes wrote it
 RECORD = "run.json"  # what was trained and what it cost, beside the adapter; written last
 PRECISIONS = ("fp32", "bf16")
 WARMUP = 0.03  # share of the steps over which the learning rate rises, as published
@@ -40,107 +35,31 @@ WARMUP = 0.03  # share of the steps over which the learning rate rises, as publi
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-class AnswerTrainer(Trainer):
-    """HF Trainer on pairs of sample and answer. The loss counts answer tokens only, their end included."""
-
-    def __init__(self, base, tokenizer, lengths: Sequence[int] | None = None, **options: Any) -> None:
-        super().__init__(**options, data_collator=partial(_collate, tokenizer))
-        self.base, self.tokenizer, self.lengths = base, tokenizer, lengths
-        self.loss_is_scaled_for_ga = True  # the loss of a part is divided by the answer tokens of the whole batch
-
-    def _save(self, output_dir=None, state_dict=None):
-        # Without this, PEFT looks the base up on the network to decide about embeddings.
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
-
-    def _get_train_sampler(self, train_dataset=None):
-        if self.lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        return LengthGrouped(self.lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
-
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # the estimate of transformers needs token ids in `inputs`
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        inputs = batch(self.base, self.tokenizer, *zip(*inputs["pairs"].content, strict=True))
-        with instruction_shown(self.model, inputs):  # also while checkpointed layers are computed again
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = answer_loss(model, inputs, num_items_in_batch, self.model)
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
-        return (loss, outputs) if return_outputs else loss
-
-
-@dataclass
-class _Pairs:
-    """Keeps pairs of sample and answer out of sight of code that moves batches to a device."""
-
-    content: list[tuple[Sample, str]]
-
-
-def _collate(tokenizer, pairs: list[tuple]) -> dict[str, Any]:
-    """The pairs, and the tokens that are learned, [samples, longest answer + 1], which Trainer counts."""
-    texts = [tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in pairs]
-    labels = torch.full((len(texts), max(map(len, texts)) + 2), omni.IGNORE)  # Trainer leaves out the first
-    for row, tokens in zip(labels, texts, strict=True):
-        row[1 : len(tokens) + 2] = torch.tensor([*tokens, tokenizer.eos_token_id])
-    return {"pairs": _Pairs(pairs), "labels": labels}
-
-
-class LengthGrouped(Sampler):
-    """Shuffled samples, in batches of similar length. The order follows from seed and pass, so it can be resumed."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class _Checkpoints(TrainerCallback):
-    """Asks for a checkpoint every so many minutes, and marks each once all of it is written.
-
-    In tests it stops there, as a kill would.
-    """
-
-    def __init__(self, minutes: float, note: Mapping[str, int], stop_at: int | None = None):
-        self.minutes, self.note, self.stop_at = minutes, note, stop_at
-        self.saved = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.minutes:
-            due = [time.monotonic() - self.saved > 60 * self.minutes]
-            control.should_save |= broadcast_object_list(due)[0]  # the first process decides
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        PartialState().wait_for_everyone()
-        if PartialState().is_main_process:
-            write_json(folder / WHOLE, self.note)
-        if self.stop_at is not None and state.global_step >= self.stop_at:
-            raise KeyboardInterrupt(f"stopped at step {state.global_step}")
-
-
 def adapter_config(method: str, options: Mapping[str, Any]):
     """PEFT config: I-LoRA for ``ilora``, LoRA for ``lora``.
 
+    With the option ``targets: published``, adapters are also in both encoders, as in the published run: on q, k and v
+    of the audio tower and on the MLPs of the visual one. Otherwise they are in the language model alone.
+
     Raises:
-        ValueError: on an option that the method does not have.
+        ValueError: on an option that the method does not have, or on unknown targets.
     """
-    config = {"lora": LoraConfig, "ilora": ILoraConfig}[method]
+    config, targets = {"lora": LoraConfig, "ilora": ILoraConfig}[method], options.get("targets", "language")
+    known = {"language": omni.LANGUAGE_TARGETS, "published": PUBLISHED_TARGETS}
+    if targets not in known:
+        raise ValueError(f"{method}: targets is {targets!r}; use one of {', '.join(known)}")
+    if adapts_encoders(options) and options.get("router_input", "token") != "token":
+        raise ValueError(f"{method}: routers in the encoders see no instruction; set router_input to token")
+    own = ("router_rate", "targets", "weights")
     try:
-        return config(target_modules=omni.LANGUAGE_TARGETS, **{k: v for k, v in options.items() if k != "router_rate"})
+        return config(target_modules=known[targets], **{k: v for k, v in options.items() if k not in own})
     except TypeError as error:
         raise ValueError(f"{method}: {error}; see {config.__name__} for the options it has") from None
+
+
+def adapts_encoders(options: Mapping[str, Any]) -> bool:
+    """Whether a method with these options changes the features of media."""
+    return options.get("targets") == "published" or bool(options.get("weights"))
 
 
 def adapted(model, method: str, options: Mapping[str, Any]):
@@ -165,25 +84,6 @@ def warn_of_emulation(precision: str) -> None:
             "fp32 trains faster here, with slightly different results",
             stacklevel=3,
         )
-
-
-def last_checkpoint(folder: Path, note: Mapping[str, int]) -> str | None:
-    """The latest checkpoint that was written to its end.
-
-    Raises:
-        ValueError: it was written by another number of processes; their order of samples is another.
-    """
-    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / WHOLE).exists()]
-    if not whole:
-        return None
-    path = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    if different := [name for name, value in read_json(path / WHOLE).items() if note[name] != value]:
-        name, value = different[0], read_json(path / WHOLE)[different[0]]
-        raise ValueError(
-            f"{path}: {name.replace('_', ' ')} was {value} when this checkpoint was written, and is {note[name]} now; "
-            f"set shared.hardware back, or delete {folder} to train anew"
-        )
-    return str(path)
 
 
 def train(
@@ -227,8 +127,11 @@ def train(
         raise ValueError(f"shared.precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     state, hardware = PartialState(), hardware or Hardware()
     micro_batch = hardware.micro_batch(batch_size)
-    note = {"processes": state.num_processes, "micro_batch": micro_batch}
+    note = hardware.note(batch_size, state.num_processes)
     checkpoint = last_checkpoint(folder, note)
+    state.wait_for_everyone()  # all have looked
+    if state.is_main_process:
+        delete_checkpoints(folder, but=checkpoint)  # half written, they would count as the newest
 
     disable_progress_bar()  # a bar for each model loaded would hide the one of the cells
     set_seed(seed)  # before the adapter draws its initial weights
@@ -250,12 +153,13 @@ def train(
         args=_arguments(folder, learning_rate, passes, micro_batch, accumulate, seed, steps, precision, hardware),
         train_dataset=pairs,
         optimizers=(optimizer, None),
-        callbacks=[_Checkpoints(hardware.save_minutes, note, stop_at)],
+        callbacks=[Checkpoints(hardware.save_minutes, note, stop_at)],
     )
     trainer.remove_callback(PrinterCallback)
     start = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
+    unset_hf_deepspeed_config()  # with it, transformers would spread out whatever model is loaded next
     seconds = time.perf_counter() - began
     with atomic_folder(final) if state.is_main_process else nullcontext(final) as temporary:
         for config in peft_model.peft_config.values():
@@ -274,8 +178,7 @@ def train(
             })  # fmt: skip
     state.wait_for_everyone()
     if state.is_main_process:
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(path)
+        delete_checkpoints(folder)
     return final
 
 

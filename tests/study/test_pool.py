@@ -20,6 +20,39 @@ def test_results_by_name_from_other_processes():
     assert run_pool([("a", os.getpid)], 1, "count") == {"a": os.getpid()}
 
 
+@pytest.mark.parametrize(
+    ("there", "visible", "workers", "given"),
+    [
+        (4, None, 2, ["0", "1"]),
+        (2, None, 4, ["0", "1"]),  # never more workers than GPUs
+        (2, "5, GPU-7a", 2, ["5", "GPU-7a"]),  # those that were chosen for this process
+    ],
+)
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch, there, visible, workers, given):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = {}
+    for number in range(12):  # until both workers got a job
+        names |= run_pool([(f"{number}", gpu_of_worker), (f"{number} too", gpu_of_worker)], workers, "count")
+    assert sorted(set(names.values())) == [(name, 1) for name in given]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+
+
+def gpu_of_worker():
+    """The GPU of this process, and how many it had in its life."""
+    global _gpus
+    _gpus = {*globals().get("_gpus", ()), os.environ["CUDA_VISIBLE_DEVICES"]}
+    time.sleep(0.05)
+    return os.environ["CUDA_VISIBLE_DEVICES"], len(_gpus)
+
+
+def test_one_gpu_means_no_other_process(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert set(run_pool([("a", os.getpid), ("b", os.getpid)], 4, "count").values()) == {os.getpid()}
+
+
 def test_results_are_in_the_order_of_the_jobs():
     assert list(run_pool([("slow", partial(time.sleep, 1.0)), ("quick", os.getpid)], 2, "count")) == ["slow", "quick"]
 

@@ -5,14 +5,20 @@ import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from crab.data import records
 from crab.models import batches, omni
 from crab.models.checkpoint import load_base
+from crab.samples.encode import encode_all
 from crab.samples.reading import read_slot
 from crab.study import train as module
 from crab.study.answer import WEIGHTS, answer, load_adapter
-from crab.study.train import RECORD, WHOLE, adapter_config, train, warn_of_emulation
+from crab.study.hardware import Hardware
+from crab.study.loop import WHOLE, LengthGrouped
+from crab.study.train import RECORD, adapter_config, train, warn_of_emulation
+from crab.world import generate
 
 ILORA = {"r": 2, "lora_alpha": 4, "num_heads": 2, "lora_dropout": 0.1}
 LORA = {"r": 2, "lora_alpha": 4}
@@ -57,6 +63,115 @@ def test_killed_run_resumes_to_the_same_adapter(go, precision):
     assert json.loads((resumed / RECORD).read_text(encoding="utf-8"))["resumed_from"] == 4
     assert same(whole, weights(resumed))
     assert not list(resumed.parent.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("router", ["token", "instruction"])
+@pytest.mark.parametrize("change", [{"loaders": 2}, {"checkpointing": True}, {"save_minutes": 1e-9}], ids=str)
+def test_what_a_machine_does_changes_no_weight(go, change, router):
+    options = ILORA | {"router_input": router}
+    assert same(weights(go("a", options=options)), weights(go("b", options=options, hardware=Hardware(**change))))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_computed_again_if_activations_are_not_kept(go, monkeypatch, checkpointing):
+    calls = []
+
+    class Spy(module.AnswerTrainer):
+        def training_step(self, model, *args, **kwargs):
+            layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+            handle = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+            loss = super().training_step(model, *args, **kwargs)
+            handle.remove()
+            return loss
+
+    monkeypatch.setattr(module, "AnswerTrainer", Spy)
+    go(passes=1, hardware=Hardware(checkpointing=checkpointing))
+    assert len(calls) == 4 * (2 if checkpointing else 1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"loaders": 2}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_killed_within_a_pass_it_resumes_at_the_step(go, pairs, grouped, fields):
+    """Four steps a pass, a checkpoint at each; stopped after the sixth."""
+    lengths = [len(sample["input_ids"]) for sample, _ in pairs] if grouped else None
+    settings = {"passes": 3, "lengths": lengths, "hardware": Hardware(save_minutes=1e-9, **fields)}
+    whole = weights(go("a", **settings))
+    with pytest.raises(KeyboardInterrupt):
+        go("b", **settings, stop_at=6)
+    resumed = go("b", **settings)
+    assert json.loads((resumed / RECORD).read_text(encoding="utf-8"))["resumed_from"] == 6
+    assert same(whole, weights(resumed))
+
+
+def test_batches_hold_samples_of_similar_length_in_an_order_that_follows_from_the_pass(go, pairs):
+    lengths = [(7 * i) % 40 + 1 for i in range(400)]
+    sampler = LengthGrouped(lengths, 8, 3)
+    first = list(sampler)
+    assert sorted(first) == list(range(400)) and first == list(LengthGrouped(lengths, 8, 3))
+    spans = [max(part) - min(part) for part in ([lengths[i] for i in first[n : n + 8]] for n in range(0, 400, 8))]
+    assert sorted(spans)[40] <= 4  # of 39
+    sampler.set_epoch(1)
+    assert sorted(sampler) == sorted(first) and list(sampler) != first != list(LengthGrouped(lengths, 8, 4))
+    # the order is that of whole batches, also if a process takes them in parts
+    settings = {"lengths": [len(sample["input_ids"]) for sample, _ in pairs], "options": {**ILORA, "lora_dropout": 0.0}}
+    one, parts = (weights(go(str(n), **settings, hardware=Hardware(accumulate=n))) for n in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def uncached(base, tmp_path_factory):
+    """Pairs whose media are decoded as they are read, and the same with cached features."""
+    world, folders = tmp_path_factory.mktemp("world"), {}
+    generate.build(world, 0, train=8, test=1, caption=1, workers=1, slots=["cremad"], progress=False)
+    records.write_manifest(world)
+    for cache in (False, True):
+        folders[cache] = tmp_path_factory.mktemp("encoded")
+        encode_all(world, ["cremad"], base, folders[cache], 1, cache=cache)
+    return [read_slot(folders[cache], "cremad", "train", base).answered("bare") for cache in (False, True)]
+
+
+def test_media_decoded_in_two_loaders_train_as_cached_features_do(uncached, base, tmp_path):
+    settings = {"learning_rate": 1e-2, "passes": 2, "batch_size": 4, "seed": 0}
+    live, cached = uncached
+    results = [
+        weights(train(pairs, "ilora", ILORA, base, tmp_path / str(n), **settings, hardware=Hardware(loaders=loaders)))
+        for n, (pairs, loaders) in enumerate([(live, 0), (live, 2), (cached, 0)])
+    ]
+    assert same(*results[:2])
+    for name, tensor in results[2].items():  # encoded in other batches, hence rounded differently
+        torch.testing.assert_close(results[0][name], tensor, atol=2e-3, rtol=2e-2)
+
+
+def test_several_gpus_never_reach_data_parallel(go, monkeypatch):
+    """DataParallel would take batches times the GPUs, and split positions [3, B, L] along the 3."""
+    seen = []
+
+    class FourGpus(module.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4
+
+    class Spy(module.AnswerTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            seen.append((self.args.train_batch_size, type(model)))
+            return super().compute_loss(model, *args, **kwargs)
+
+    monkeypatch.setattr(module, "TrainingArguments", FourGpus)
+    monkeypatch.setattr(module, "AnswerTrainer", Spy)
+    go(passes=1)
+    assert seen == [(8, PeftModel)] * 4
+
+
+def test_checkpoint_of_another_layout_is_refused(go, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        go(stop_at=4)
+    with pytest.raises(ValueError, match="micro batch was 8 .* and is 4 now; set shared.hardware back, or delete"):
+        go(hardware=Hardware(accumulate=2))
+    path = tmp_path / "run" / "checkpoint-4" / WHOLE
+    path.write_text(json.dumps({"processes": 2, "micro_batch": 4, "accelerate": "FSDP 3"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="checkpoint-4: processes was 2 .* and is 1 now"):
+        go()
 
 
 def test_half_written_checkpoint_is_not_taken(go, tmp_path):
@@ -152,8 +267,8 @@ def test_loss_is_the_models_own_and_prompts_get_no_logits(go, monkeypatch):
 
     class Spy(module.AnswerTrainer):
         def compute_loss(self, model, inputs, **kwargs):
-            with torch.no_grad():
-                whole = model(**{k: v for k, v in inputs.items() if k != "input_ids"}, use_cache=False)
+            with torch.no_grad(), omni.features_shown(model, inputs):
+                whole = model(**{k: v for k, v in inputs.items() if k != "features"}, use_cache=False)
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             answer_tokens = (inputs["labels"] != omni.IGNORE).sum().item()
             seen.append((loss.item(), whole.loss.item(), len(outputs.logits), answer_tokens))
