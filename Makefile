@@ -23,9 +23,13 @@ repro-all: $(READY) ## the same, and train the base again
 	paths=$$($(BIN)/python -m crab.pipeline base) && echo "$$paths" | while IFS= read -r path; do rm -rf "$$path"; done
 	$(BIN)/dvc repro
 
-smoke tiny full published: $(READY) ## choose this profile in params.yaml and run it
+smoke tiny full: $(READY) ## choose this profile in params.yaml and run it
 	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro
+
+published: $(READY) ## the same for the recipe of the release, one method: up to its scores and its routing
+	@$(BIN)/python -m crab.pipeline choose $@
+	$(BIN)/dvc repro evaluate@published routing@published
 
 study: $(READY) ## the same, for hours: first the main result, then the rest; stopped, it goes on where it was
 	@$(BIN)/python -m crab.pipeline choose $@

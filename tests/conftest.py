@@ -7,7 +7,7 @@ import torch
 from encoded_samples import store_samples
 
 from crab import tasks
-from crab.data.files import write_json
+from crab.core.files import write_json
 from crab.models import omni, small
 from crab.samples.reading import MANIFEST
 from crab.study.cells import Cell

@@ -9,7 +9,7 @@ import pytest
 import crab
 
 ROOT = Path(crab.__file__).parent
-ORDER = ["tasks", "data", "world", "models", "samples", "study", "analyses", "pipeline"]
+ORDER = ["core", "tasks", "data", "world", "models", "samples", "study", "analyses", "pipeline"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

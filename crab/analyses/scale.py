@@ -24,8 +24,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from crab import tasks
 from crab.analyses.model_costs import filmed
+from crab.core.files import read_json, write_json
 from crab.data import records
-from crab.data.files import read_json, write_json
 from crab.models import omni
 from crab.models.checkpoint import load_base
 from crab.samples.build import assemble
@@ -34,7 +34,8 @@ from crab.samples.reading import read_slot
 from crab.study.cells import Cell
 from crab.study.hardware import Hardware
 from crab.study.launch import launch
-from crab.study.store import Store, run_cell
+from crab.study.run import run_cell
+from crab.study.store import Store
 from crab.study.train import RECORD, train
 
 SLOT = "ks"

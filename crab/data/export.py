@@ -39,8 +39,8 @@ from typing import Any
 from tqdm import tqdm
 
 from crab import tasks
+from crab.core.files import atomic_file, write_json
 from crab.data import media, records
-from crab.data.files import atomic_file, write_json
 from crab.tasks.registry import MEDIA
 
 INFO = "dataset_info.json"

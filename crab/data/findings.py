@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from crab.data.files import atomic_file
+from crab.core.files import atomic_file
 
 #: All problems, and what they mean.
 PROBLEMS = {

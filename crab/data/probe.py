@@ -29,6 +29,8 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
+from crab.core.files import atomic_file
+from crab.core.workers import end_with_parent
 from crab.data.containers import (
     AGAIN,
     RATE,
@@ -40,10 +42,8 @@ from crab.data.containers import (
     picture_seconds,
     reason,
 )
-from crab.data.files import atomic_file
 from crab.data.pictures import read_image, read_mask
 from crab.data.sounds import read_audio, sound_seconds
-from crab.data.workers import end_with_parent
 
 #: The formats that are read, by their names in FFmpeg, libsndfile or Pillow, and the suffixes of their files.
 SUFFIXES = {

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from crab import tasks
+from crab.core.files import atomic_file, file_digest, read_json, write_json
 from crab.data import media
-from crab.data.files import atomic_file, file_digest, read_json, write_json
 from crab.tasks.fields import describe, wrong_type
 from crab.tasks.registry import MEDIA
 

@@ -17,8 +17,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from crab.core.files import atomic_file
 from crab.data.containers import RATE
-from crab.data.files import atomic_file
 
 # On 10 s clips of the generated world at 2 frames/s this takes 9 kB and 20 ms, at the PSNR (37 dB and more) that 4:2:0
 # chroma leaves at any preset. veryfast takes 6.6 kB and 26 ms, ultrafast 14 kB and 17 ms.

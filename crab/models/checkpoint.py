@@ -10,7 +10,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from crab.data.files import read_json, write_json
+from crab.core.files import read_json, write_json
 
 POINTER = "checkpoint.json"
 #: The file of a base that says how it was trained. It is not part of the digest.
@@ -43,7 +43,8 @@ def resolve(folder: str | Path) -> str | None:
 
 
 def load_base(path: str | Path):
-    """(model, processor): the frozen base of a folder, on the GPU if there is one. PEFT changes it, so load it anew.
+    """(model, processor): the frozen base of a folder or name, on the GPU if there is one. PEFT changes it: load it
+    anew.
 
     A published checkpoint is loaded in bfloat16 on a GPU, for half the memory; everything else in float32.
     """
@@ -52,7 +53,7 @@ def load_base(path: str | Path):
     from crab.models import omni
 
     gpu = torch.cuda.is_available()
-    published = resolve(path)
+    published = resolve(path) or (None if (Path(path) / "audio").is_dir() else path)  # `omni.save` writes this folder
     model, processor = omni.load(published or path, torch.bfloat16 if published and gpu else torch.float32)
     model.requires_grad_(False)
     return model.eval().to("cuda" if gpu else "cpu"), processor

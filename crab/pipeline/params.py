@@ -14,7 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from crab.data.files import atomic_file
+from crab.core.files import atomic_file
 from crab.pipeline.schema import SECTIONS, faults, nearest
 
 # nbformat imports jsonschema, which takes a second to compile a grammar of internet addresses that no notebook has;

@@ -16,11 +16,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from crab.data.files import atomic_file, read_json, write_json
+from crab.core.code import plain
+from crab.core.files import atomic_file, read_json, write_json
 from crab.pipeline import params
 from crab.pipeline.params import nbformat
 from crab.pipeline.stages import TEMPLATES, code_cells
-from crab.study.code import plain
 
 #: In the order a reader wants them: the result, what it rests on, why, and how it was made.
 ORDER = (

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from crab.data.files import atomic_file, clear_unfinished, read_json, temporary_folder
+from crab.core.files import atomic_file, clear_unfinished, read_json, temporary_folder
 from crab.pipeline import params, report
 from crab.pipeline.params import nbformat
 from crab.pipeline.stages import FOLDER

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from crab import tasks
-from crab.data.files import atomic_folder, clear_unfinished, digest_of, write_json
+from crab.core.code import modules, modules_of, plain
+from crab.core.files import atomic_folder, clear_unfinished, digest_of, write_json
 from crab.pipeline import params
-from crab.study.code import modules, modules_of, plain
 
 FOLDER = ".stage"
 TEMPLATES = Path(__file__).parent / "templates"

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from crab import tasks
+from crab.core.files import atomic_folder, write_json
 from crab.data import records
-from crab.data.files import atomic_folder, write_json
 from crab.data.findings import Report
 from crab.data.validate import validate
 from crab.world import generate, vocabulary

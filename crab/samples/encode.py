@@ -15,8 +15,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from crab import tasks
+from crab.core.code import code_digest
+from crab.core.files import digest_of, write_json
+from crab.core.pool import run_pool
 from crab.data import records
-from crab.data.files import digest_of, write_json
 from crab.data.media import MediaError
 from crab.data.probe import Files
 from crab.models import omni, published
@@ -24,8 +26,6 @@ from crab.models.checkpoint import base_digest, load_base, resolve
 from crab.samples.inputs import check_compatibility, prompt_of
 from crab.samples.reading import MANIFEST
 from crab.samples.shards import about, write_shard
-from crab.study.code import code_digest
-from crab.study.pool import run_pool
 
 #: Samples that go through the encoders together. Their decoded media are in memory at once.
 BATCH = 16
@@ -47,6 +47,7 @@ def encode_all(
     on_problem: str = "error",
     shard_mib: float = 256,
     probes: str | Path | None = None,
+    prompts: str | Path | None = None,
 ) -> dict[str, dict]:
     """Write the shards of all splits of every slot, and the manifest. Whole shards of an earlier run are kept.
 
@@ -61,6 +62,7 @@ def encode_all(
         shard_mib: size of a shard with features.
         probes: the file in which the build stage keeps what it knows of media files. Without features, the lengths of
             sounds are taken from there, since nothing is decoded.
+        prompts: a file with the words of the prompts of these slots, see `tasks.read_prompts`. None for our own words.
 
     Returns:
         By ``slot/split``: ``samples``, ``skipped`` and ``digest``.
@@ -75,6 +77,7 @@ def encode_all(
     built = records.read_manifest(root)
     slots = list(dict.fromkeys(key.partition("/")[0] for key in built)) if slots is None else list(slots)
     parts = [(slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
+    words = tasks.read_prompts(prompts, slots) if prompts else tasks.PROMPTS
     if absent := [f"{slot}/{split}" for slot, split in parts if f"{slot}/{split}" not in built]:
         raise ValueError(
             f"{root}: {absent[0]} was not built; take its slot out of encode.slots, or run the build stage"
@@ -83,8 +86,9 @@ def encode_all(
     if refused and on_problem == "error":
         name, problem = next(iter(refused.items()))
         raise ValueError(f"encode: {len(refused)} records cannot be used; the first is {name}: {problem}")
-    encoder = Encoder(root, base, compatibility, cache, on_problem == "skip", refused)
+    encoder = Encoder(root, base, compatibility, cache, on_problem == "skip", refused, words)
     settings = [base_digest(base), code_digest(*ENCODING), compatibility, cache]
+    settings += [{slot: vars(words[slot]) for slot in slots}] if prompts else []
     jobs, paths = {}, {}
     for slot, split in sorted(parts, key=lambda part: tasks.SPLITS.index(part[1])):
         name, size = f"{slot}/{split}", encoder.shard_size(slot, split, shard_mib)
@@ -112,7 +116,9 @@ def encode_all(
 
 @dataclass(frozen=True)
 class Encoder:
-    """Writes shards. The arguments are those of `encode_all`; ``refused`` has the problem of records by their id."""
+    """Writes shards. The arguments are those of `encode_all`; ``refused`` has the problem of records by their id, and
+    ``words`` the templates of prompts by slot.
+    """
 
     root: str | Path
     base: str | Path
@@ -120,6 +126,7 @@ class Encoder:
     cache: bool = True
     skip: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, tasks.Prompt] = field(default_factory=lambda: tasks.PROMPTS)
 
     def write(self, slot: str, split: str, path: Path, chosen: range, key: str = "") -> None:
         """Write the shard of the records with these indices.
@@ -135,7 +142,8 @@ class Encoder:
         ]
         rows = [rows[i] for i in chosen if not self._refuses(rows[i])]
         samples = self._encoded(slot, split, rows, skipped) if self.cache else self._listed(slot, split, rows)
-        write_shard(path, samples, skipped, {"key": key, "compatibility": self.compatibility})
+        about = {"key": key, "compatibility": self.compatibility, "base": base_digest(self.base)}
+        write_shard(path, samples, skipped, about)
 
     def shard_size(self, slot: str, split: str, mib: float) -> int:
         """Records of a shard, if all prompts are as long as that of the first one that can be read."""
@@ -152,7 +160,12 @@ class Encoder:
         return row["id"] in self.refused
 
     def _prompt(self, slot: str, row: Mapping):
-        return prompt_of(_processor(self.base), slot, row, tasks.instruction(slot, row), self.compatibility)
+        return prompt_of(_processor(self.base), slot, row, tasks.prompt(slot, row, self.words), self.compatibility)
+
+    def _text(self, slot: str, split: str, row: Mapping) -> dict[str, str]:
+        # Test records may hold their truth outside the answer, which then is not there to be learned.
+        answers = {form: tasks.target(slot, row, form) for form in tasks.FORMS} if split == "train" else {}
+        return {"id": row["id"], "instruction": tasks.prompt(slot, row, self.words).question, **answers}
 
     def _tokens(self, slot: str, rows: Sequence[Mapping]) -> int:
         """Length of the first prompt whose media can be read; 1 if there is none."""
@@ -184,18 +197,15 @@ class Encoder:
                     f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}: {error}"
                 ) from error
             for row, sample in zip(part, encoded, strict=True):
-                yield {**sample, "text": _text(slot, split, row), "tokens": len(sample["input_ids"])}
+                yield {**sample, "text": self._text(slot, split, row), "tokens": len(sample["input_ids"])}
 
     def _listed(self, slot: str, split: str, rows: Sequence[Mapping]) -> Iterator[dict[str, Any]]:
         tokens = self._tokens(slot, rows)
         for row in rows:
-            yield {"text": {**_text(slot, split, row), "record": row}, "tokens": tokens}
-
-
-def _text(slot: str, split: str, row: Mapping) -> dict[str, str]:
-    # Test records may hold their truth outside the answer, which then is not there to be learned.
-    answers = {form: tasks.target(slot, row, form) for form in tasks.FORMS} if split == "train" else {}
-    return {"id": row["id"], "instruction": tasks.instruction(slot, row), **answers}
+            words = vars(tasks.prompt(slot, row, self.words))
+            around = {name: text for name, text in words.items() if name != "question" and text}
+            around = {"around": around} if around else {}
+            yield {"text": {**self._text(slot, split, row), "record": row, **around}, "tokens": tokens}
 
 
 @lru_cache(maxsize=2)  # the shards of a list follow each other

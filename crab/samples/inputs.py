@@ -33,10 +33,9 @@ def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compa
         crab.data.media.MediaError: naming the file that is missing or cannot be read.
     """
     frames, around = tasks.get_slot(slot).frames, {"system": prompt.system, "lead": prompt.media}
-    if compatibility == "published":
-        inputs = published.prepared(slot, processor, record, frames, prompt.question, **around)
-    else:
-        inputs = prepared(processor, record, frames, prompt.question, **around)
+    if compatibility != "published":
+        return prepared(processor, record, frames, prompt.question, **around)
+    inputs = published.prepared(slot, processor, record, frames, prompt.question, **around)
     _check_heard(processor, record, inputs)
     return inputs
 
@@ -69,7 +68,8 @@ def prepared(processor, record: Mapping, frames: int, instruction: str, **around
     ``around`` are ``system`` and ``lead`` of `omni.prompt_text`.
 
     Raises:
-        ValueError: a sound is longer than the model hears. It would be cut off, while the frames span the whole clip.
+        ValueError: a sound is too short to be heard, or longer than the model hears. It would be cut off, while the
+            frames span the whole clip.
         crab.data.media.MediaError: naming the file that is missing or cannot be read.
     """
     media = load_media(record, frames)
@@ -80,6 +80,7 @@ def prepared(processor, record: Mapping, frames: int, instruction: str, **around
     rates = [item.fps for item in media if item.kind == "video"]
     if len(set(rates)) > 1:  # the processor takes one rate for all videos of a prompt
         prompt["video_second_per_grid"] = [processor.video_processor.temporal_patch_size / rate for rate in rates]
+    _check_heard(processor, record, prompt)
     return prompt
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from crab import tasks
-from crab.data.files import read_json
+from crab.core.files import read_json
 from crab.data.media import MediaError
 from crab.models import omni
 from crab.models.batches import Sample
-from crab.models.checkpoint import resolve
+from crab.models.checkpoint import base_digest, resolve
 from crab.samples.inputs import prompt_of
 from crab.samples.shards import Shards, about
 from crab.samples.slots import SlotData
@@ -44,10 +44,11 @@ class _Live:
     def __call__(self, index: int) -> Sample:
         for other in range(len(self.shards)):
             text = dict(self.shards[(index + other) % len(self.shards)]["text"])
-            record = text.pop("record")
+            record, around = text.pop("record"), text.pop("around", {})
             record["media"] = [tasks.MediaItem(*item) for item in record["media"]]
             try:
-                prompt = prompt_of(self._processor, self.slot, record, text["instruction"], self.compatibility)
+                words = tasks.Prompt(text["instruction"], **around)
+                prompt = prompt_of(self._processor, self.slot, record, words, self.compatibility)
                 return {"prompt": prompt, "text": text}
             except (MediaError, ValueError) as error:
                 if self.on_problem == "error":
@@ -67,9 +68,12 @@ def read_slot(
             with a warning.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        ValueError: a file is missing or damaged, or follows from another base.
     """
     shards = Shards(Path(root) / slot / split)
+    for path in shards.paths if base is not None else ():
+        if about(path).get("base") not in (None, base_digest(base)):
+            raise ValueError(f"{path}: encoded by another base than {base}; run the encode stage again")
     read: Callable[[int], Sample] = shards.__getitem__
     if not shards.cached:
         if base is None:

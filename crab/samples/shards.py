@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from crab.data.files import atomic_file
+from crab.core.files import atomic_file
 
 _HEADER = 4096  # bytes at the start of a shard, filled in once the sizes are known
 _TYPES = {"float16": "F16", "int32": "I32", "uint8": "U8"}

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
-from crab.data.files import read_json, write_json
+from crab.core.files import read_json, write_json
 from crab.models import omni
 from crab.models.batches import Sample, batch, instruction_shown
 from crab.samples.slots import SlotData
@@ -67,7 +67,8 @@ def answer(
     Args:
         tokens: length of each prompt, if it is known without reading the sample.
     """
-    tokens = [len(sample["input_ids"]) for sample in samples] if tokens is None else tokens
+    if tokens is None:
+        tokens = [sample.get("prompt", sample)["input_ids"].shape[-1] for sample in samples]
     order = sorted(range(len(samples)), key=tokens.__getitem__)
     texts = [""] * len(samples)
     for start in range(0, len(order), batch_size):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crab import tasks
-from crab.data.files import read_json, write_json
+from crab.core.files import read_json, write_json
 
 SETTINGS = ("single", "joint")
 FORMS = ("bare", "explicit")

@@ -14,7 +14,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from crab.data.files import atomic_file
+from crab.core.files import atomic_file
 
 #: Colour of what happens to a slot under joint training.
 VERDICTS = {"gain": "#2b8a4b", "tie": "#9a9a9a", "loss": "#c0392b", "at chance": "#dcdcdc"}

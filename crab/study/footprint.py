@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from crab import tasks
-from crab.data.files import read_json
+from crab.core.files import read_json
 from crab.models import checkpoint
 from crab.study.train import adapted
 from crab.tasks.registry import MEDIA

@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from crab.data.files import read_json
+from crab.core.files import read_json
 
 #: Accelerate configurations that come with the package, by name.
 CONFIGURATIONS = files("crab.study") / "accelerate"

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from crab.data.files import atomic_folder, file_digest, write_json
+from crab.core.files import atomic_folder, file_digest, write_json
 from crab.ilora import published
 from crab.models.checkpoint import resolve
 from crab.study.answer import WEIGHTS

@@ -23,7 +23,7 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from crab.data.files import read_json, write_json
+from crab.core.files import read_json, write_json
 from crab.samples.shards import Shards
 from crab.study.hardware import MIXED, Hardware
 from crab.study.loop import last_checkpoint
@@ -127,7 +127,7 @@ def read_job(job: str | Path) -> tuple[Store, Cell]:
 
 def main(job: str) -> None:
     """What each process runs."""
-    from crab.study.store import run_cell
+    from crab.study.run import run_cell
 
     if _PARENT in os.environ:
         _end_with(int(os.environ[_PARENT]))

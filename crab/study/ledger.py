@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from crab import tasks
-from crab.data.files import atomic_file
+from crab.core.files import atomic_file
 from crab.study.cells import Cell
 from crab.study.statements import COUNTS
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from crab.data.files import read_json, write_json
+from crab.core.files import read_json, write_json
 from crab.models import omni
 from crab.models.batches import Sample, answer_loss, batch, instruction_shown
 

@@ -21,28 +21,26 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from torch.utils.data import ConcatDataset
 from transformers import AutoTokenizer
 
 from crab import tasks
-from crab.data.files import atomic_folder, digest_of, read_json, write_json
-from crab.models.checkpoint import base_digest, load_base, resolve
+from crab.core.code import code_digest
+from crab.core.files import atomic_folder, digest_of, read_json, write_json
+from crab.core.pool import run_pool
+from crab.models.checkpoint import base_digest, resolve
 from crab.samples.reading import read_manifest, read_slot
-from crab.samples.slots import Answered, SlotData
+from crab.samples.shards import Shards
+from crab.samples.slots import SlotData
 from crab.study import prompts
-from crab.study.answer import answer_slot, answered_slot, load_adapter
 from crab.study.cells import Cell
-from crab.study.code import code_digest
 from crab.study.hardware import Hardware
-from crab.study.launch import launch
+from crab.study.imported import import_published, weights_digest
+from crab.study.launch import check, launch
 from crab.study.ledger import Ledger
-from crab.study.pool import run_pool
-from crab.study.score import reference, score_slot, truths
-from crab.study.statements import statement_counts
-from crab.study.train import RECORD, WARMUP, adapter_config, train, warn_of_emulation
+from crab.study.run import ANSWERS, SCORES, run_cell
+from crab.study.score import reference, truths
+from crab.study.train import RECORD, WARMUP, adapter_config, adapts_encoders, warn_of_emulation
 
-ANSWERS, SHARDS, SCORES = "answers.json", "answers", "scores.json"
 #: Modules that decide the weights of an adapter, its answers, and what these are worth.
 TRAINING = ("crab.study.train", "crab.samples.shards", "crab.samples.slots")
 ANSWERING = ("crab.study.answer", "crab.samples.shards")
@@ -114,6 +112,7 @@ class Store:
             "data": [self._data(slot, "train") for slot in cell.slots],
             "base": self._base,
             "code": code_digest(*TRAINING, *(PROMPTS if changed else ())),
+            **({"weights": weights_digest(cell.options["weights"])} if cell.options.get("weights") else {}),
         })  # fmt: skip
 
     def answer_key(self, cell: Cell) -> str:
@@ -158,6 +157,8 @@ class Store:
         """
         for cell in cells:
             adapter_config(cell.method, cell.options)
+            if adapts_encoders(cell.options):
+                self._check_uncached(cell)
             if cell.words:
                 prompts.check_conventions(cell.slots, cell.words)
         cells = self.keyed(cells)
@@ -172,6 +173,12 @@ class Store:
         self.hardware.micro_batch(self.batch_size)  # an error, if it does not divide
         together = [cell for cell in missing.values() if self.hardware.processes > 1 and len(cell.slots) > 1]
         alone = [cell for cell in missing.values() if cell not in together]
+        for cell in missing.values():
+            if self.adapter(cell) is None:
+                check(self, cell, self.hardware.processes if cell in together else 1)
+        for cell in missing.values():
+            if cell.options.get("weights") and self.adapter(cell) is None:
+                import_published(cell.options, self.base, self.folder(cell))
         jobs = [
             (f"{number}: {cell.name}", partial(run_cell, self, cell))
             for number, cell in enumerate(sorted(alone, key=cost), 1)
@@ -186,6 +193,14 @@ class Store:
             ledger.add({key: entry for key, entry in entries.items() if entry})
         return cells
 
+    def _check_uncached(self, cell: Cell) -> None:
+        for slot in cell.slots:
+            if Shards(Path(self.encoded) / slot / "train").cached:
+                raise ValueError(
+                    f"{cell.name}: its adapter changes the encoders, but features of {slot} are cached in "
+                    f"{self.encoded}; set encode.cache to false, and run the encode stage again"
+                )
+
     def _local(self, cell: Cell) -> dict | None:
         """The ledger entry of a cell whose scores are on this machine and still hold."""
         path = self.folder(cell) / SCORES
@@ -195,12 +210,13 @@ class Store:
     def _finished(self, cell: Cell, ledger: Ledger, need: str) -> bool:
         if need == "adapter" and self.adapter(cell) is None:
             return False
-        if need == "answers" and self._answers(cell) is None:
+        if need == "answers" and self.kept_answers(cell) is None:
             return False
         entry = ledger.cells.get(cell.key)
         return (entry is not None and entry["score_key"] == self.score_key(cell)) or self._local(cell) is not None
 
-    def _answers(self, cell: Cell) -> dict[str, dict[str, str]] | None:
+    def kept_answers(self, cell: Cell) -> dict[str, dict[str, str]] | None:
+        """Raw answers by slot and sample id, if they are on this machine and still hold."""
         path = self.folder(cell) / ANSWERS
         content = read_json(path) if path.is_file() else None
         return content["texts"] if content and content["key"] == self.answer_key(cell) else None
@@ -209,7 +225,7 @@ class Store:
 
     def answers(self, cell: Cell, slot: str) -> dict[str, str]:
         """Raw answers by sample id. Raises ValueError unless the cell was run with ``need="answers"``."""
-        texts = self._answers(cell)
+        texts = self.kept_answers(cell)
         if texts is None:
             raise ValueError(f"{cell.name}: no answers here; run it with need='answers'")
         return texts[slot]
@@ -268,72 +284,6 @@ class Store:
     def versions(self, cell: Cell) -> int:
         """Samples that stand for each clip: one per convention."""
         return len(cell.words) if cell.words and cell.convention is None else 1
-
-
-def run_cell(store: Store, cell: Cell) -> None:
-    """Do what is missing of one cell: train, answer, score. Runs in a worker, or in all processes of a launch."""
-    folder, adapter, state = store.folder(cell), store.adapter(cell), PartialState()
-    if adapter is None:
-        parts = [training_pairs(store, cell, slot) for slot in cell.slots]
-        lengths = [length for part in parts for length in part.lengths()] if store.group_by_length else None
-        adapter = train(
-            ConcatDataset(parts), cell.method, cell.options, store.base, folder, learning_rate=cell.learning_rate,
-            passes=cell.passes, batch_size=store.batch_size, seed=cell.seed, precision=store.precision,
-            lengths=lengths, hardware=store.hardware,
-        )  # fmt: skip
-    parts = {slot: _scored_part(store, cell, slot) for slot in cell.scored_slots}
-    texts, key, size = store._answers(cell), store.answer_key(cell), store.answer["batch_size"]
-    if texts is None:
-        model, processor = load_base(store.base)
-        model = load_adapter(model, adapter)
-        for part, _ in parts.values():
-            answer_slot(model, processor.tokenizer, part, folder / SHARDS, key, size, store.answer["max_new_tokens"])
-        state.wait_for_everyone()
-    if not state.is_main_process:
-        return
-    if texts is None:
-        texts = {slot: answered_slot(part, folder / SHARDS, key, size) for slot, (part, _) in parts.items()}
-        write_json(folder / ANSWERS, {"key": key, "texts": texts})
-        shutil.rmtree(folder / SHARDS)
-    slots = {}
-    for slot, (part, rows) in parts.items():
-        rows = rows or truths(store.dataset, slot, cell.split, part.ids)
-        slots[slot] = score_slot(slot, rows, texts[slot], store.answer["segmenter"])
-        if cell.form == "explicit" and not cell.held_out:
-            counts = statement_counts(store.dataset, slot, rows, texts[slot])
-            slots[slot] |= {"statements": counts} if counts else {}
-    record = read_json(adapter / RECORD)
-    path = folder / "adapter" / RECORD  # the record of a published adapter is without costs
-    cost = read_json(path) if path.is_file() else record
-    names = ("samples", "trainable_parameters", "steps", "seconds", "samples_per_second", "resumed_from", "loss")
-    write_json(folder / SCORES, {
-        "cell": cell.training, "score_key": store.score_key(cell), "cost": {n: cost[n] for n in names if n in cost},
-        "slots": slots,
-    })  # fmt: skip
-
-
-def training_pairs(store: Store, cell: Cell, slot: str) -> Answered:
-    """Pairs of sample and answer of a slot, without those held out, and no more than the cell asks for.
-
-    Raises:
-        ValueError: too few training samples.
-    """
-    data, _ = store.data(cell, slot, "train")
-    versions = store.versions(cell)
-    left = len(data) // versions - cell.held_out
-    if left < 1 or (cell.samples is not None and cell.samples > left):
-        raise ValueError(
-            f"{slot}: of {len(data) // versions} training samples {cell.held_out} are held out and "
-            f"{cell.samples or 1} are wanted; hold out fewer, or build more (build.train_samples)"
-        )
-    return data[: (cell.samples or left) * versions].answered(cell.form)
-
-
-def _scored_part(store: Store, cell: Cell, slot: str) -> tuple[SlotData, list[dict]]:
-    """The samples that a cell is scored on, and their records where these differ from the ones on disk."""
-    data, rows = store.data(cell, slot, cell.split)
-    first = -cell.held_out * store.versions(cell)  # 0 means all
-    return data[first:], rows[first:]
 
 
 def _reference(store: Store, slot: str, split: str, held_out: int) -> dict:

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from crab.data.files import atomic_folder, write_json
+from crab.core.files import atomic_folder, write_json
 from crab.ilora import ILoraConfig, parameter_groups
 from crab.ilora.published import PUBLISHED_TARGETS
 from crab.models import omni

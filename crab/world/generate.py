@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from crab import tasks
+from crab.core.files import atomic_folder, write_json
+from crab.core.workers import end_with_parent
 from crab.data import media, records
-from crab.data.files import atomic_folder, write_json
-from crab.data.workers import end_with_parent
 from crab.world import render, vocabulary
 from crab.world.scene import SECONDS
 from crab.world.views import VIEWS, view

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crab import tasks
-from crab.data.files import read_json
+from crab.core.files import read_json
 from crab.data.records import ADDED, RecordError
 from crab.tasks.answers import LONGEST
 from crab.world import chains

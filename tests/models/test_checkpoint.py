@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from crab.data.files import read_json
+from crab.core.files import read_json
 from crab.models import checkpoint, omni
 from crab.models.base import train
 

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
 from toys import REPOSITORY, code, commit, sh
 
-from crab.data.files import read_json
+from crab.core.files import read_json
 from crab.pipeline import params
 from crab.pipeline.params import STAGES
 

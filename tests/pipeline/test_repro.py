@@ -16,7 +16,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_output
 from toys import clone, code, commit, environment, ran, sh, toy_clone
 
-from crab.data.files import read_json, write_json
+from crab.core.files import read_json, write_json
 from crab.pipeline import params
 from crab.pipeline.params import STAGES
 from crab.world.vocabulary import vocabulary
@@ -67,7 +67,7 @@ def test_outputs_prose_comments_and_strangers_retrain_nothing(settled):
     notebook.cells[-1].outputs = [new_output("stream", text="saved in JupyterLab")]
     nbformat.write(notebook, path)
     (settled / "crab/study/stranger.py").write_text("x = 1\n", encoding="utf-8")
-    edit(settled / "crab/data/files.py", '"""Files that', '"""In other words: files that')
+    edit(settled / "crab/core/files.py", '"""Files that', '"""In other words: files that')
     edit(settled / "params.yaml", "# how many", "# the number of them")
     assert ran(sh(settled, "dvc", "repro")) == ["resolve"]
 
@@ -162,7 +162,7 @@ def test_a_failing_cell_fails_the_stage_and_shows_why(settled):
 
 LONG = """
 import os, subprocess, sys, time
-from crab.data.files import atomic_folder
+from crab.core.files import atomic_folder
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"])
 with atomic_folder(paths.report("half")) as part:
     print("processes", os.getppid(), os.getpid(), worker.pid, flush=True)

@@ -14,7 +14,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from toys import PIXEL, REPOSITORY, code, environment, write_notebook
 
-from crab.data import files
+from crab.core import files
 from crab.pipeline import report, stage, stages
 from crab.pipeline.__main__ import main
 from crab.pipeline.paths import Paths, root
@@ -114,7 +114,7 @@ def test_an_8_bit_locale_changes_nothing(repository, eight_bits):
 
 FULL = """
 from pathlib import Path
-from crab.data.files import atomic_file
+from crab.core.files import atomic_file
 with atomic_file("table.csv") as path:
     path.symlink_to("/dev/full")
     path.write_text("x", encoding="utf-8")

@@ -26,7 +26,7 @@ FILES = {
     "evaluate": "paths.ledger,",
 }
 WORK = """
-from crab.data.files import write_json
+from crab.core.files import write_json
 from crab.models.checkpoint import write_pointer
 from crab.pipeline.paths import Paths
 paths = Paths(profile)

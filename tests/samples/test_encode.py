@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from crab import tasks
+from crab.core.files import write_json
 from crab.data import records
-from crab.data.files import write_json
 from crab.data.media import MediaError, write_audio, write_video
 from crab.models import omni, published
 from crab.models.batches import encoded

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from crab.data.files import read_json, write_json
+from crab.core.files import read_json, write_json
 from crab.samples.shards import Shards, write_shard
 from crab.study import launch as module
 from crab.study.answer import WEIGHTS

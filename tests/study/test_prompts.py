@@ -9,8 +9,8 @@ import torch
 from encoded_samples import store_samples
 
 from crab import tasks
+from crab.core.files import write_json
 from crab.data import records
-from crab.data.files import write_json
 from crab.models import omni, small
 from crab.models.base import probes
 from crab.samples.reading import MANIFEST, read_slot
@@ -24,7 +24,8 @@ from crab.study.prompts import (
     prefixed,
     word_token,
 )
-from crab.study.store import Store, training_pairs
+from crab.study.run import training_pairs
+from crab.study.store import Store
 
 SIZE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

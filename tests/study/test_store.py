@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from crab import tasks
-from crab.data.files import read_json
+from crab.core.code import modules_of
+from crab.core.files import read_json
 from crab.study import store as module
 from crab.study import train
 from crab.study.cells import Cell, cells_of, families_of, joint, read_cells, write_cells
-from crab.study.code import modules_of
 from crab.study.hardware import Hardware
 from crab.study.ledger import Ledger, cost_table, metric_table, sample_scores
+from crab.study.run import training_pairs
 from crab.study.score import truths
-from crab.study.store import training_pairs
 
 HELD = 4
 
@@ -23,13 +23,13 @@ HELD = 4
 @pytest.fixture
 def trained(monkeypatch):
     """Number of samples of every adapter that was really trained."""
-    counts, real = [], module.train
+    counts, real = [], train.train
 
     def spy(pairs, *args, **kwargs):
         counts.append(len(pairs))
         return real(pairs, *args, **kwargs)
 
-    monkeypatch.setattr(module, "train", spy)
+    monkeypatch.setattr("crab.study.run.train", spy)
     return counts
 
 
@@ -131,11 +131,11 @@ def test_other_data_base_or_code_train_anew_and_other_scoring_scores_anew(store,
     other.__dict__["manifest"] = {key: {**part, "digest": "new"} for key, part in store.manifest.items()}
     assert other.key(cell()) != keyed[0].key
     with monkeypatch.context() as context:
-        context.setattr(module, "TRAINING", ("crab.study.pool",))
+        context.setattr(module, "TRAINING", ("crab.core.pool",))
         assert store.key(cell()) != keyed[0].key
     calls = []
-    monkeypatch.setattr(module, "SCORING", ("crab.study.pool",))
-    monkeypatch.setattr(module, "answer_slot", lambda *args: calls.append(args))
+    monkeypatch.setattr(module, "SCORING", ("crab.core.pool",))
+    monkeypatch.setattr("crab.study.run.answer_slot", lambda *args: calls.append(args))
     store.run([cell()], "test")  # the answers still hold
     assert len(trained) == 1 and not calls
     assert Ledger(store.ledger).cells[keyed[0].key]["score_key"] == store.score_key(cell())
@@ -144,7 +144,7 @@ def test_other_data_base_or_code_train_anew_and_other_scoring_scores_anew(store,
 
 def test_an_entry_with_another_key_replaces_the_old_one(store, cell, monkeypatch):
     store.run([cell(), cell(seed=1)], "test")
-    monkeypatch.setattr(module, "TRAINING", ("crab.study.pool",))
+    monkeypatch.setattr(module, "TRAINING", ("crab.core.pool",))
     keyed = store.run([cell()], "test")
     assert len(Ledger(store.ledger).cells) == 2 and keyed[0].key in Ledger(store.ledger).cells
 
@@ -153,7 +153,7 @@ def test_training_key_sees_the_code_that_trains_and_no_other():
     names = set(modules_of(module.TRAINING))
     assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/samples/slots.py"} <= names
     assert not [name for name in names if name.startswith(("crab/tasks", "crab/world", "crab/pipeline"))]
-    assert not {"crab/ilora/published.py", "crab/study/pool.py", "crab/study/score.py"} & names
+    assert not {"crab/ilora/published.py", "crab/core/pool.py", "crab/study/score.py"} & names
 
 
 def test_killed_while_training_resumes(store, cell, monkeypatch, tmp_path):
@@ -161,7 +161,7 @@ def test_killed_while_training_resumes(store, cell, monkeypatch, tmp_path):
     whole = sample_scores(store.ledger, keyed)["score"].tolist()
     fresh = replace(store, ledger=tmp_path / "other.json.xz")
     with monkeypatch.context() as context:
-        context.setattr(module, "train", lambda *args, **kwargs: train.train(*args, stop_at=3, **kwargs))
+        context.setattr("crab.study.run.train", lambda *args, **kwargs: train.train(*args, stop_at=3, **kwargs))
         with pytest.raises(KeyboardInterrupt):
             fresh.run([cell(passes=2), cell()], "test")
     keyed = fresh.run([cell(passes=2), cell()], "test")

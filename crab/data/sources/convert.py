@@ -12,9 +12,9 @@ from typing import Any
 from tqdm.contrib.concurrent import thread_map
 
 from crab import tasks
+from crab.core.files import atomic_file, write_json
 from crab.data import media
 from crab.data import records as layout
-from crab.data.files import atomic_file, write_json
 from crab.data.findings import CONVERSION
 from crab.data.sources import classes, events, masks, questions
 from crab.data.sources.raw import AUDIO, Draft, LeftOut, Raw, SourceError

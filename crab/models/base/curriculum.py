@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crab.data.files import atomic_file
+from crab.core.files import atomic_file
 from crab.models.base import probes
 from crab.models.base.bank import Bank
 from crab.models.base.optimize import MuonAdamW, warm_up_then_decay

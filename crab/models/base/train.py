@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crab.data.files import atomic_file, atomic_folder, digest_of, read_json, write_json
+from crab.core.files import atomic_file, atomic_folder, digest_of, read_json, write_json
 from crab.models import omni, small
 from crab.models.base import curriculum, perception, probes
 from crab.models.base.bank import Bank
@@ -40,7 +40,7 @@ def make_base(
         section: of params.yaml: seed, scenes (to learn from), held_out (further scenes, for the gates, which go
             through media files as the data does), size, encoders and language.
         checkpoint: name of a published checkpoint, in place of training.
-        code: gives the digest of a module and of all that it imports, such as `crab.study.code.code_digest`.
+        code: gives the digest of a module and of all that it imports, such as `crab.core.code.code_digest`.
         phases: a folder for finished phases and for the last check. A killed run repeats only what is not there.
         workers: processes that render.
 

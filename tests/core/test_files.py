@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from crab.data import files
-from crab.data.files import DiskFullError, atomic_file, atomic_folder, clear_unfinished
+from crab.core import files
+from crab.core.files import DiskFullError, atomic_file, atomic_folder, clear_unfinished
 
 KILLED = """
 import os, signal, sys
-from crab.data.files import atomic_file, atomic_folder
+from crab.core.files import atomic_file, atomic_folder
 with atomic_folder(sys.argv[1] + "/made") as folder, atomic_file(sys.argv[1] + "/deep/down/table.csv.xz") as file:
     for path in (folder / "inside.txt", file):
         path.write_text("half", encoding="utf-8")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_markdown_cell, new_output
 from toys import REPOSITORY, code, environment, write_notebook
 
+from crab.core.code import code_digest, modules, modules_of, plain
 from crab.pipeline import params, stages
-from crab.study.code import code_digest, modules, modules_of, plain
 
 FILES = {
     "crab/__init__.py": "",
@@ -117,7 +117,7 @@ def test_a_string_that_a_cell_shows_counts():
 
 
 def test_a_digest_of_an_unknown_module_is_refused():
-    assert code_digest("crab.tasks") != code_digest("crab.data.files")
+    assert code_digest("crab.tasks") != code_digest("crab.core.files")
     with pytest.raises(ValueError, match="crab.tasksy: no such module"):
         code_digest("crab.tasksy")
 

@@ -9,8 +9,8 @@ from functools import partial
 import psutil
 import pytest
 
-from crab.data.workers import end_with_parent
-from crab.study.pool import run_pool
+from crab.core.pool import run_pool
+from crab.core.workers import end_with_parent
 
 
 def test_results_by_name_from_other_processes():
@@ -92,7 +92,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Timer
-from crab.study.pool import run_pool
+from crab.core.pool import run_pool
 
 def job(folder):
     with ExitStack() as stack:
@@ -139,7 +139,7 @@ PARENTS = {
     "pool": """
 import sys
 from functools import partial
-from crab.study.pool import run_pool
+from crab.core.pool import run_pool
 work = "open(%r, 'w')\\nfor _ in iter(int, 1): pass"
 run_pool([(n, partial(exec, work % f"{sys.argv[1]}/{n}", {})) for n in "ab"], 2, "work")
 """,

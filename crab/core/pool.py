@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from crab.data.workers import end_with_parent
+from crab.core.workers import end_with_parent
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

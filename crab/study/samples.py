@@ -1,1 +1,0 @@
-from crab.samples.reading import *  # noqa
