@@ -153,7 +153,7 @@ def test_training_key_sees_the_code_that_trains_and_no_other():
     names = set(modules_of(module.TRAINING))
     assert {"crab/ilora/layer.py", "crab/ilora/model.py", "crab/models/omni.py", "crab/samples/slots.py"} <= names
     assert not [name for name in names if name.startswith(("crab/tasks", "crab/world", "crab/pipeline"))]
-    assert not {"crab/ilora/published.py", "crab/core/pool.py", "crab/study/score.py"} & names
+    assert not {"crab/core/pool.py", "crab/study/score.py"} & names
 
 
 def test_killed_while_training_resumes(store, cell, monkeypatch, tmp_path):
