@@ -28,7 +28,7 @@ class Paths:
         self.dataset = self.root / "data" / profile / "dataset"
         #: Words and tags of the base's tokenizer; the same for any seed and sample counts.
         self.vocabulary = self.dataset / "vocabulary.json"
-        #: Output of the frozen encoders: one file per slot and split, and manifest.json.
+        #: Samples as a model reads them: shards by slot and split, and manifest.json.
         self.encoded = self.root / "data" / profile / "encoded"
         #: All models. The base stage writes to its ``folder`` in here.
         self.models = self.root / "models"

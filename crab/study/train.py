@@ -150,7 +150,18 @@ def train(
         processor.tokenizer,
         lengths,
         model=peft_model,
-        args=_arguments(folder, learning_rate, passes, micro_batch, accumulate, seed, steps, precision, hardware),
+        args=_arguments(
+            folder,
+            learning_rate,
+            passes,
+            micro_batch,
+            accumulate,
+            seed,
+            steps,
+            precision,
+            hardware,
+            adapts_encoders(options),
+        ),
         train_dataset=pairs,
         optimizers=(optimizer, None),
         callbacks=[Checkpoints(hardware.save_minutes, note, stop_at)],
@@ -184,7 +195,7 @@ def train(
 
 def _arguments(
     folder: Path, learning_rate: float, passes: int, micro_batch: int, accumulate: int, seed: int, steps: int,
-    precision: str, hardware: Hardware,
+    precision: str, hardware: Hardware, unused: bool,
 ) -> TrainingArguments:  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -213,7 +224,7 @@ def _arguments(
         disable_tqdm=PartialState().num_processes == 1,  # one of many adapters: the bar counts these
         dataloader_num_workers=hardware.loaders,
         dataloader_pin_memory=False,  # batches are made on the model's device
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=unused,  # a batch without pictures or sound leaves adapters of that encoder out
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # with several GPUs Trainer would take torch's DataParallel
     if (
