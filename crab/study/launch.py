@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,8 @@ def main(job: str) -> None:
 
     if _PARENT in os.environ:
         _end_with(int(os.environ[_PARENT]))
-    state = PartialState(cpu=not torch.cuda.is_available())  # chooses the GPU of this process
+    # It chooses the GPU of this process. Processes wait for each other until the last has answered its share.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
     store, cell = read_job(job)
     if state.num_processes != store.hardware.processes:
         raise ValueError(

@@ -126,7 +126,7 @@ if __name__ == "__main__":
 def test_an_interrupt_ends_workers_silently_and_lets_their_jobs_tidy_up(tmp_path, state):
     (tmp_path / "script.py").write_text(INTERRUPTED, encoding="utf-8")
     command = [sys.executable, "script.py", str(tmp_path), state]
-    options = {"cwd": tmp_path, "capture_output": True, "text": True, "start_new_session": True, "timeout": 60}
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "start_new_session": True, "timeout": 180}
     run = subprocess.run(command, **options)
     assert "Traceback" not in run.stderr
     if state == "busy":

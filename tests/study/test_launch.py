@@ -106,13 +106,7 @@ store, cell = read_job(sys.argv[1])
 store.run([cell], "killed", need="answers")
 """
 #: Whom to kill, when, and how many seconds later.
-KILLS = [
-    ("rank 1", "training", 0.31),
-    ("rank 0", "writing a checkpoint", 0.0),
-    ("launcher", "training", 0.77),
-    ("loader", "training", 0.12),
-    ("parent", "answering", 0.05),
-]
+KILLS = [("rank 0", "writing a checkpoint", 0.0), ("launcher", "training", 0.3), ("parent", "answering", 0.05)]
 
 
 def running(process):
@@ -142,10 +136,15 @@ def kill(job, folder, victim, when, later):
 
     Returns whether it was done before the command ended.
     """
-    before, victims, seen = newest(folder), [], {}
+    before, began, victims, seen = newest(folder), time.time(), [], {}
+
+    def writing():
+        paths = [path for path in folder.glob("checkpoint-*") if not (path / WHOLE).exists()]
+        return any(path.stat().st_mtime > began for path in paths)  # others are of an earlier run
+
     moments = {
         "training": lambda: newest(folder) > before,
-        "writing a checkpoint": lambda: any(not (path / WHOLE).exists() for path in folder.glob("checkpoint-*")),
+        "writing a checkpoint": writing,
         "answering": (folder / "adapter" / RECORD).exists,
     }
     run = subprocess.Popen([sys.executable, "-c", COMMAND, str(job)], stderr=subprocess.DEVNULL)
@@ -158,9 +157,9 @@ def kill(job, folder, victim, when, later):
                 if due and time.monotonic() >= due and (process := member(parent, victim)):
                     process.kill()
                     victims.append(process)
-            except psutil.NoSuchProcess:
+            except (psutil.NoSuchProcess, FileNotFoundError):
                 pass
-        run.wait(90)
+        run.wait(180)
         end = time.monotonic() + 15
         while (left := [process for process in seen.values() if running(process)]) and time.monotonic() < end:
             time.sleep(0.1)
