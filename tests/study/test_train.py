@@ -281,6 +281,21 @@ def test_loss_is_the_models_own_and_prompts_get_no_logits(go, monkeypatch):
         assert loss == pytest.approx(whole, rel=1e-5) and logits == answer_tokens
 
 
+def test_features_that_get_in_within_the_forward_pass_change_no_bit(pairs, base):
+    model, processor = load_base(base)
+    peft_model = module.adapted(model, "ilora", ILORA | {"lora_dropout": 0.0})
+    samples, answers = zip(*pairs[:8], strict=True)
+    results = []
+    for embed in (True, False):
+        inputs = batches.batch(model, processor.tokenizer, samples, answers, embed)
+        assert ("inputs_embeds" in inputs, "features" in inputs) == (embed, not embed)
+        peft_model.zero_grad()
+        loss, _ = batches.answer_loss(peft_model, inputs)
+        loss.backward()
+        results.append({"loss": loss} | {n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad})
+    assert same(*results)
+
+
 def test_unknown_option_is_named():
     with pytest.raises(ValueError, match="lora: .*rank.*see LoraConfig"):
         adapter_config("lora", {"rank": 3})
