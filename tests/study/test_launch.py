@@ -151,6 +151,7 @@ def kill(job, folder, victim, when, later):
     parent, due = psutil.Process(run.pid), None
     try:
         while run.poll() is None and not victims:
+            time.sleep(0.005)
             try:
                 seen |= {process.pid: process for process in parent.children(recursive=True)}
                 due = due or (moments[when]() and time.monotonic() + later) or None
