@@ -79,8 +79,11 @@ def as_gpus(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp", "zero2", "zero3"])
-def test_spread_weights_do_what_one_process_does(name, store, cell, tmp_path, as_gpus):
-    """The configurations of the package, by two processes: the same losses, an adapter that loads, the same answers."""
+def test_spread_weights_do_what_one_process_does(name, store, cell, tmp_path, as_gpus, monkeypatch):
+    """The configurations of the package, by two processes: the same losses, an adapter that loads, the same answers.
+
+    Stopped after the second of five passes, the same command goes on to the same adapter.
+    """
     if name != "fsdp":
         pytest.importorskip("deepspeed")
     results = {}
@@ -97,6 +100,15 @@ def test_spread_weights_do_what_one_process_does(name, store, cell, tmp_path, as
     assert len(losses) == 20 and ours == pytest.approx(losses, abs=1e-5) and same == answers
     for key, tensor in tensors.items():
         torch.testing.assert_close(spread[key], tensor, atol=1e-4, rtol=1e-3)
+    stopped = replace(here, cells=tmp_path / "stopped", ledger=tmp_path / "stopped.xz")
+    monkeypatch.setenv("STOP_AT", "8")
+    with pytest.raises(RuntimeError, match="joint-ilora-bare: its processes failed"):
+        stopped.run([keyed], "test")
+    monkeypatch.delenv("STOP_AT")
+    stopped.run([keyed], "test")
+    resumed = weights(stopped, keyed)
+    assert read_json(stopped.adapter(keyed) / RECORD)["resumed_from"] == 8
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in spread.items())
 
 
 COMMAND = """
