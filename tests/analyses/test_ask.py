@@ -185,7 +185,7 @@ def test_routing_is_the_mean_softmax_of_all_routers_at_each_token(loaded, files)
 def test_words_that_the_base_does_not_know_are_named(loaded, files, says):
     says("i see red")
     reply = ask.ask(*loaded, ask.own(files / "tone.wav"), None, "which zebra , i see a Red zebra ?")
-    assert reply.unknown == ["zebra", ",", "a", "Red"]
+    assert reply.unknown == ["zebra", ",", "a"]  # words are read in lower case
 
 
 @pytest.mark.parametrize(

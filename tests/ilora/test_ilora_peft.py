@@ -173,7 +173,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         assert all(len(passes) == 1 for passes in routing.values())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
 
 
 # ---- refusals

@@ -291,7 +291,7 @@ def shard_of_another_base(path, base):
 def test_shards_are_checked_before_training(store, cell, tmp_path, monkeypatch, split, change, message):
     shutil.copytree(store.encoded, tmp_path / "encoded")
     change(tmp_path / "encoded" / "ks" / split / "00000.safetensors", store.base)
-    monkeypatch.setattr("crab.study.store.train", lambda *args, **kwargs: pytest.fail("training started"))
+    monkeypatch.setattr("crab.study.run.train", lambda *args, **kwargs: pytest.fail("training started"))
     with pytest.raises((ValueError, RuntimeError), match=message):
         replace(store, encoded=tmp_path / "encoded").run([cell()], "test")
 
