@@ -66,12 +66,12 @@ def run_cell(store: Store, cell: Cell) -> None:
 
 
 def training_pairs(store: Store, cell: Cell, slot: str) -> Answered:
-    """Pairs of sample and answer of a slot, without those held out, and no more than the cell asks for.
+    """Pairs of sample and answer of a slot, without those held out, and at most as many as the cell asks for.
 
     Raises:
         ValueError: too few training samples.
     """
-    data, _ = store.data(cell, slot, "train")
+    data, _ = store.data(cell, slot, "train", store.on_problem)
     versions = store.versions(cell)
     left = len(data) // versions - cell.held_out
     if left < 1 or (cell.samples is not None and cell.samples > left):

@@ -59,7 +59,8 @@ class Store:
         batch_size: samples per training step. precision: ``fp32`` or ``bf16``.
         answer: ``batch_size`` and ``max_new_tokens`` of generation, and ``segmenter``, which cuts predicted masks.
         group_by_length: batches hold samples of similar length, which saves padding and changes what is learned.
-        on_problem: where features are not cached, ``skip`` replaces a sample that cannot be decoded by the next one.
+        on_problem: where features are not cached, ``skip`` replaces a sample that cannot be decoded by the next one in
+            training. A sample that is scored is never replaced.
         hardware: processes, memory and checkpoints.
     """
 
@@ -262,9 +263,13 @@ class Store:
             ledger.add({}, {keys[slot]: {"slot": slot, **result} for slot, result in results.items()})
         return {slot: ledger.references[keys[slot]] for slot in slots}
 
-    def data(self, cell: Cell, slot: str, split: str) -> tuple[SlotData, list[dict]]:
-        """Samples of a slot as the cell sees them, and their records where these are needed (else an empty list)."""
-        samples = read_slot(self.encoded, slot, split, self.base, self.on_problem)
+    def data(self, cell: Cell, slot: str, split: str, on_problem: str = "error") -> tuple[SlotData, list[dict]]:
+        """Samples of a slot as the cell sees them, and their records where these are needed (else an empty list).
+
+        ``on_problem`` is that of `read_slot`. It is ``error`` for samples that are scored: the answer to another
+        sample would count as theirs.
+        """
+        samples = read_slot(self.encoded, slot, split, self.base, on_problem)
         if not cell.words and cell.order == "media":
             return samples, []
         if "prompt" in samples[0]:

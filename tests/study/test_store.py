@@ -14,7 +14,7 @@ from crab.study import train
 from crab.study.cells import Cell, cells_of, families_of, joint, read_cells, write_cells
 from crab.study.hardware import Hardware
 from crab.study.ledger import Ledger, cost_table, metric_table, sample_scores
-from crab.study.run import training_pairs
+from crab.study.run import scored_part, training_pairs
 from crab.study.score import truths
 
 HELD = 4
@@ -222,6 +222,22 @@ def test_training_pairs_leave_out_what_is_held_out(store, cell):
     for fields in ({"held_out": 16}, {"held_out": HELD, "samples": 13}):
         with pytest.raises(ValueError, match="ks: of 16 training samples .* hold out fewer"):
             numbers(**fields)
+
+
+def test_only_training_may_replace_a_sample_that_cannot_be_read(store, cell, monkeypatch):
+    """The answer to another sample would count as that of the one that is scored."""
+    asked, real = [], module.read_slot
+
+    def spy(root, slot, split, base, on_problem="error"):
+        asked.append((split, on_problem))
+        return real(root, slot, split, base, on_problem)
+
+    monkeypatch.setattr(module, "read_slot", spy)
+    lenient = replace(store, on_problem="skip")
+    training_pairs(lenient, cell(), "ks")
+    scored_part(lenient, cell(), "ks")
+    scored_part(lenient, cell(held_out=HELD), "ks")
+    assert asked == [("train", "skip"), ("test", "error"), ("train", "error")]
 
 
 def test_errors_name_what_is_missing(store, cell, tmp_path):
