@@ -176,13 +176,6 @@ def _ours(base: Path, folder: Path, pairs: Sequence, loaders: int) -> float:
     return record["seconds"] / record["steps"]
 
 
-class _Plain(Trainer):
-    """HF Trainer as anybody would use it: the model's own forward, encoders included, and its own loss."""
-
-    def floating_point_ops(self, inputs) -> int:
-        return 0
-
-
 def _plain(base: Path, folder: Path, pairs: Sequence) -> float:
     """Seconds per step of plain Trainer and PEFT LoRA on prompts that are held in memory."""
     model, processor = load_base(base)
@@ -211,7 +204,7 @@ def _plain(base: Path, folder: Path, pairs: Sequence) -> float:
         dataloader_pin_memory=False, logging_strategy="no", label_names=["labels"],
     )  # fmt: skip
     lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=omni.LANGUAGE_TARGETS))
-    trainer = _Plain(model=lora, args=arguments, train_dataset=items, data_collator=collate)
+    trainer = Trainer(model=lora, args=arguments, train_dataset=items, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
     steps = trainer.train().global_step

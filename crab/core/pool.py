@@ -69,7 +69,7 @@ def run_pool(jobs: Sequence[tuple[str, Callable[[], Any]]], workers: int, label:
 
     Args:
         jobs: name and picklable callable without arguments.
-        workers: processes, but no more than there are GPUs, if there are any: each has one of its own. They have
+        workers: processes. With GPUs, at most one for each: each has one of its own. They have
             ``cores // workers`` threads each, so that a job gives the same numbers whatever runs beside it. They stay
             for the next call and end with this process. One worker is this process.
         label: stands before the progress bar and in errors.

@@ -44,9 +44,9 @@ def plan_of(
         "batch_size": shared["batch_size"],
         "precision": shared["precision"],
         "answer": shared["answer"],
-        "hardware": Hardware(**shared.get("hardware", {})),
+        "hardware": Hardware(**shared["hardware"]),
         "slots": encode["slots"],
-        "cache": encode.get("cache", True),
+        "cache": encode["cache"],
         "compatibility": encode["compatibility"],
         "real": build["source"] != "generated",
     } | changes

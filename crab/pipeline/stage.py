@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from crab.core.files import atomic_file, clear_unfinished, read_json, temporary_folder
+from crab.core.watch import when_ended
 from crab.pipeline import params, report
 from crab.pipeline.params import nbformat
 from crab.pipeline.stages import FOLDER
@@ -65,17 +66,14 @@ def end_with_dvc() -> None:
 
     dvc = next((process for process in psutil.Process().parents() if not inside(process)), None)
 
-    def watch() -> None:
-        with suppress(psutil.NoSuchProcess):
-            while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(1)
+    def end() -> None:
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 process.kill()
         os._exit(1)
 
     if dvc is not None:
-        threading.Thread(target=watch, name="end-with-dvc", daemon=True).start()
+        when_ended([dvc], end, "end-with-dvc")
 
 
 @contextmanager

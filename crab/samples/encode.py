@@ -1,7 +1,7 @@
 """The encode stage: list the samples of every slot in shards, with the features of the frozen encoders or without.
 
-With cached features, media are decoded and encoded once. Without, the shards hold the texts and where the media lie;
-whoever reads a sample decodes it, and the model that trains or answers encodes it in the step.
+With cached features, media are decoded and encoded once. Without, the shards hold the texts and where the media lie.
+A sample is then decoded when it is read, and encoded in the step by the model that trains or answers.
 """
 
 from __future__ import annotations

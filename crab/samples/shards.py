@@ -31,7 +31,7 @@ _TYPES = {"float16": "F16", "int32": "I32", "uint8": "U8"}
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], skipped: list, about: Mapping[str, str]) -> None:
-    """Write samples as they come, so that memory holds no more than their texts and token ids.
+    """Write samples as they come, so that memory holds only their texts and token ids.
 
     Args:
         samples: each has ``text`` (a JSON object), ``tokens`` (how many to expect) and, if its features are cached,

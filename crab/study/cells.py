@@ -7,7 +7,7 @@ description, whatever they are called, are trained once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,12 @@ def read_cells(path: str | Path) -> list[Cell]:
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == names for row in rows):
         raise ValueError(f"{path}: not a list of cells; run the train stage again")
-    return [replace(Cell(**row), slots=tuple(row["slots"]), words=tuple(row["words"])) for row in rows]
+    return [cell_of(row) for row in rows]
+
+
+def cell_of(fields: Mapping[str, Any]) -> Cell:
+    """The cell with these fields, as JSON holds them."""
+    return Cell(**{**fields, "slots": tuple(fields["slots"]), "words": tuple(fields["words"])})
 
 
 def joint(cells: Sequence[Cell], method: str, form: str) -> Cell:

@@ -12,11 +12,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections import deque
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ import torch
 from accelerate import PartialState
 
 from crab.core.files import read_json, write_json
+from crab.core.watch import when_ended
 from crab.samples.shards import Shards
 from crab.study.hardware import MIXED, Hardware
 from crab.study.loop import last_checkpoint
@@ -38,7 +38,7 @@ _PARENT = "CRAB_PARENT"  # environment variable with the number of the process t
 
 
 def check(store: Store, cell: Cell, processes: int) -> None:
-    """Check that this machine can train a cell on so many processes. ValueError, naming the parameter, if not."""
+    """ValueError, naming the parameter, if this machine cannot train a cell on this number of processes."""
     hardware = store.hardware
     last_checkpoint(store.folder(cell), hardware.note(store.batch_size, processes))
     if processes > 1:
@@ -95,17 +95,12 @@ def environment(store: Store) -> dict[str, str]:
 
 def _end_with(parent: int) -> None:
     """End this process once the launcher, or the process that called `launch`, is gone: killed, they cannot stop it."""
-
-    def watch() -> None:
-        try:
-            above = [psutil.Process(parent), psutil.Process(os.getppid())]
-            while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in above):
-                time.sleep(0.5)
-        except psutil.NoSuchProcess:
-            pass
-        os._exit(1)  # at once: the main thread works on a result that nobody waits for
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+    end = partial(os._exit, 1)  # at once: the main thread works on a result that nobody waits for
+    try:
+        above = [psutil.Process(parent), psutil.Process(os.getppid())]
+    except psutil.NoSuchProcess:
+        end()
+    when_ended(above, end, "end-with-parent")
 
 
 def write_job(job: Path, store: Store, cell: Cell) -> None:
@@ -115,15 +110,15 @@ def write_job(job: Path, store: Store, cell: Cell) -> None:
 
 def read_job(job: str | Path) -> tuple[Store, Cell]:
     """The store and the cell that `write_job` wrote to a file."""
-    from crab.study.cells import Cell
+    from crab.study.cells import cell_of
     from crab.study.store import Store
 
     content = read_json(job)
-    settings, fields = content["store"], content["cell"]
+    settings = content["store"]
     for name in ("encoded", "dataset", "base", "cells", "ledger", "published"):
         settings[name] = Path(settings[name])
     settings["hardware"] = Hardware(**settings["hardware"])
-    return Store(**settings), Cell(**{**fields, "slots": tuple(fields["slots"]), "words": tuple(fields["words"])})
+    return Store(**settings), cell_of(content["cell"])
 
 
 def main(job: str) -> None:

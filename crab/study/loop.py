@@ -127,7 +127,7 @@ class LengthGrouped(Sampler):
 
 
 class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint every so many minutes, and marks each once all of it is written.
+    """Asks for a checkpoint each time that ``minutes`` have passed, and marks each once all of it is written.
 
     In tests it stops there, as a kill would.
     """

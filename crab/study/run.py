@@ -55,9 +55,8 @@ def run_cell(store: Store, cell: Cell) -> None:
         if cell.form == "explicit" and not cell.held_out:
             counts = statement_counts(store.dataset, slot, rows, texts[slot])
             slots[slot] |= {"statements": counts} if counts else {}
-    record = read_json(adapter / RECORD)
-    path = folder / "adapter" / RECORD  # the record of a published adapter is without costs
-    cost = read_json(path) if path.is_file() else record
+    own = folder / "adapter" / RECORD  # the record of a published adapter is without costs
+    cost = read_json(own if own.is_file() else adapter / RECORD)
     names = ("samples", "trainable_parameters", "steps", "seconds", "samples_per_second", "resumed_from", "loss")
     write_json(folder / SCORES, {
         "cell": cell.training, "score_key": store.score_key(cell), "cost": {n: cost[n] for n in names if n in cost},

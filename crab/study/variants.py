@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from crab.models import checkpoint
 from crab.study.cells import Cell, cells_of
 from crab.study.compare import judge
+from crab.study.footprint import read_base
 from crab.study.ledger import cost_table, sample_scores
 from crab.study.rates import Grid, Rates, choose_rates
 from crab.study.store import Store
-from crab.study.train import adapted
 from crab.tasks import BENCHMARKS
 
 #: Fields of a variant that are no options of its adapter.
@@ -112,10 +109,7 @@ def expand(variants: Mapping[str, Mapping[str, Any]], passes: int, seeds: int) -
 
 def adapter_parameters(base: str | Path, method: str, options: Mapping[str, Any]) -> int:
     """Trainable parameters of an adapter on a base, counted without loading a weight."""
-    config = Qwen2_5OmniThinkerConfig.from_pretrained(checkpoint.resolve(base) or base)
-    with torch.device("meta"):
-        model = adapted(Qwen2_5OmniThinkerForConditionalGeneration(config), method, options)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return read_base(base).adapter(method, options).parameters
 
 
 def plain_rank(size: Size, method: str, options: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Questions about clips of one's own: which files are seen and heard, what the answer says, and the picture of it."""
+"""Questions about clips of your own: which files are seen and heard, what the answer says, and the picture of it."""
 
 from pathlib import Path
 from types import SimpleNamespace

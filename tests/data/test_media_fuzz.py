@@ -305,7 +305,7 @@ def check_damaged(path, kind):
                 int
             )
         far = [np.abs(every - picture[::8, ::8]).mean((1, 2, 3)).min() for picture in result[0]]
-        assert np.median(far) < 8 and max(far) < 32, far  # a decoder may still mend a frame that it has given
+        assert np.median(far) < 8 and max(far) < 32, far  # a decoder may still correct a frame that it has given out
     return result is not None
 
 

@@ -200,7 +200,7 @@ def long(store, cell, tmp_path):
 
 @pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_adapter(long, tmp_path):
-    """Any process, at any time; the same command goes on, and loses no more than what came after a checkpoint."""
+    """Any process, at any time; the same command goes on, and loses only what came after a checkpoint."""
     whole, keyed = long("whole")
     whole.run([keyed], "test", need="answers")
     here, keyed = long("killed")
