@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -171,7 +171,15 @@ def probe_accuracy(packer: Packer, sampler: Sampler, contexts: int, batch: int =
 
 
 def train_language_model(
-    model, processor, train: Bank, held_out: Bank, plan: Mapping[str, Any], seed: int, unfinished: Path | None = None
+    model,
+    processor,
+    train: Bank,
+    held_out: Bank,
+    plan: Mapping[str, Any],
+    seed: int,
+    unfinished: Path | None = None,
+    keep: Callable[[int, list[dict]], None] | None = None,
+    until: int | None = None,
 ) -> list[dict]:
     """Run the staged curriculum; returns one record per check: step, stage, loss, and the accuracy of each skill.
 
@@ -181,6 +189,8 @@ def train_language_model(
             ``precision`` is fp32 or bf16 (autocast), which takes half the time on a CPU with native bfloat16.
         unfinished: a file that keeps the training as it was at the last check. If it exists, training goes on from
             there, to the same weights as without an interruption.
+        keep: called after each check, with the number of steps and the records so far, to keep the model as it is.
+        until: stop after this many of the steps.
     """
     if plan["precision"] not in ("bf16", "fp32"):
         raise ValueError(f"base.language.precision: {plan['precision']!r} is unknown; use bf16 or fp32")
@@ -193,8 +203,8 @@ def train_language_model(
     if model.device.type == "cpu" and plan["precision"] == "bf16":
         core.set_attn_implementation("eager")  # the backward of fused attention is slow in bfloat16
     rest = [*core.embed_tokens.parameters(), *core.norm.parameters(), *head.parameters()]
-    steps, gate = plan["steps"], plan["gate"]
-    optimizer = MuonAdamW(core.layers, rest, plan["learning_rate"], warm_up_then_decay(steps))
+    steps, gate = until or plan["steps"], plan["gate"]
+    optimizer = MuonAdamW(core.layers, rest, plan["learning_rate"], warm_up_then_decay(plan["steps"]))
     learning = (model, *optimizer.optimizers, *optimizer.schedules)
     state = {"done": 0, "stage": 0, "since": 0, "accuracy": {}, "history": []}
     if unfinished is not None and unfinished.exists():
@@ -233,6 +243,8 @@ def train_language_model(
         ready = all(accuracy.get(skill, 0) >= gate for skill in STAGES[stage])
         if stage != stages[-1] and (ready or state["since"] >= plan["stage_steps"]):
             state |= {"stage": state["stage"] + 1, "since": 0}
+        if keep is not None:
+            keep(step + 1, state["history"])
         if unfinished is not None:
             draws = [part.rng.bit_generator.state for part in (sampler, checker)]
             with atomic_file(unfinished) as path:

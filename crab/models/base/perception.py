@@ -211,13 +211,19 @@ class _LinearPatches(nn.Module):
         return F.linear(x.flatten(1), self.weight.flatten(1))
 
 
+def unit_words(model) -> nn.Embedding:
+    """The embedding layer of a model, once all its words are of length 1: the space in which the encoders learn."""
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight.div_(embedding.weight.norm(dim=1, keepdim=True).clamp_min(1e-6))
+    return embedding
+
+
 def train_encoders(
     model, processor, scene_of: Callable[[int], Scene], count: int, plan: Mapping[str, Any], seed: int, workers: int = 1
 ) -> dict[str, list[dict[str, float]]]:
     """Train both encoders by ``plan`` (``base.encoders`` of params.yaml). Returns the losses of each step."""
-    embedding = model.get_input_embeddings()
-    with torch.no_grad():
-        embedding.weight.div_(embedding.weight.norm(dim=1, keepdim=True).clamp_min(1e-6))
+    embedding = unit_words(model)
     heads = DenseHeads(embedding, processor.tokenizer.convert_tokens_to_ids).to(model.device)
     readers = [p for p in heads.parameters() if p is not embedding.weight]
     patches, curves = model.model.visual.patch_embed, {}

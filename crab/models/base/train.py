@@ -87,9 +87,9 @@ def make_base(
         return curriculum.train_language_model(model, processor, seen, held_out(), language, seed, unfinished)
 
     curves, encoder_seconds = _phase(model, phases, f"encoders-{encoders_key}", see_and_hear)
-    _round(model)  # the language model learns from what the stored encoders give
+    round_weights(model)  # the language model learns from what the stored encoders give
     history, language_seconds = _phase(model, phases, f"language-{key}", speak)
-    _round(model)
+    round_weights(model)
     report = {
         "key": key,
         "encoders": curves,
@@ -133,7 +133,7 @@ def _phase(model, folder: str | Path | None, name: str, train: Callable[[Path | 
     return result, seconds
 
 
-def _round(model) -> None:
+def round_weights(model) -> None:
     """Freeze the weights, and round them to the precision on disk, so that the gates measure what is stored."""
     with torch.no_grad():
         for weight in model.requires_grad_(False).parameters():
