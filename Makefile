@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro repro-all smoke tiny study full published plan scale report test lint lab lock
+.PHONY: help repro repro-all smoke tiny study full published strength plan scale report test lint lab lock
 
 help: ## this list
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -35,6 +35,11 @@ study: $(READY) ## the same, for hours: first the main result, then the rest; st
 	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro transfer@study
 	$(BIN)/dvc repro
+
+strength: $(READY) ## bases of four strengths, three ranks: a day on two cores; stopped, it goes on where it was
+	@$(BIN)/python -m crab.pipeline choose $@
+	$(BIN)/dvc repro strength@strength
+	$(BIN)/python -m crab.pipeline report --profile strength
 
 plan: $(READY) ## print what training takes in the profile that params.yaml chooses: memory, disk, hours
 	@$(BIN)/python -m crab.pipeline plan

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def resolve(folder: str | Path) -> str | None:
     """The published checkpoint that ``folder`` stands for; None if the folder holds the weights itself."""
     path = Path(folder) / POINTER
     return read_json(path)["checkpoint"] if path.exists() else None
+
+
+def weaker_folder(base: str | Path, steps: int) -> Path:
+    """Where the weaker base of so many steps lies: beside the finished one."""
+    return Path(base).with_name(f"{Path(base).name}-{steps}")
+
+
+def base_name(steps: int | None) -> str:
+    """The name for readers of a base by the steps of its training; None stands for the finished one."""
+    return f"{steps:,} steps" if steps else "finished"
 
 
 def load_base(path: str | Path):
@@ -76,10 +87,16 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def write_pointer(path: str | Path, folder: str | Path) -> None:
-    """Write ``path``, a JSON file with the ``folder`` of a base, relative to the file, and the digest of the base."""
+def write_pointer(path: str | Path, folder: str | Path, weaker: Sequence[int] = ()) -> None:
+    """Write ``path``, a JSON file with the ``folder`` of a base, relative to the file, and the digest of the base.
+
+    ``weaker`` are the steps of the weaker bases beside it (`crab.models.base.weaker`), whose digests are written too.
+    """
     relative = Path(os.path.relpath(folder, Path(path).parent))
-    write_json(path, {"folder": relative.as_posix(), "digest": base_digest(folder)})
+    content = {"folder": relative.as_posix(), "digest": base_digest(folder)}
+    if weaker:
+        content["weaker"] = {str(steps): base_digest(weaker_folder(folder, steps)) for steps in weaker}
+    write_json(path, content)
 
 
 def read_pointer(path: str | Path) -> Path:

@@ -158,6 +158,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
             "precision": Precision,
         },
         "gates": dict[str, Real],
+        "weaker": list[Count],
     },
     "encode": {
         "slots": some(Slot) | None,
@@ -185,6 +186,17 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "words": some(str),
         "rates": CELL_RATES,
         "map_rates": CELL_RATES,
+    },
+    "strength": {
+        "steps": list[Count | None],
+        "ranks": some(Count),
+        "slots": some(Slot) | None,
+        "forms": some(Form),
+        **same(Count, "num_heads passes seeds"),
+        "rates": CELL_RATES,
+        "tuned_at": Count | None,
+        "as_many_steps": list[_section("Point", {"steps": Count | None, "rank": Count})],
+        "minutes": Positive | None,
     },
     "mechanism": same(Count, "samples swap_samples gradient_samples chunk"),
     "routing": {"samples": Count},
@@ -214,6 +226,10 @@ def faults(values: Any) -> list[tuple[str, str]]:
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Values that are right by themselves, and not together."""
+    known = [*values["base"]["weaker"], None]
+    for steps in [*values["strength"]["steps"], values["strength"]["tuned_at"]]:
+        if steps not in known:
+            yield "base.weaker", f"has no base of {steps} steps, which strength asks for; add it"
     for name, method in values["train"]["methods"].items():
         place, weights = f"train.methods.{name}", method.get("weights")
         if weights and (not name.startswith("ilora") or any(run.startswith("single") for run in method["runs"])):

@@ -50,6 +50,8 @@ class Cell:
         order: ``media`` before the instruction, as the base has learned it, or ``instruction`` first.
         words: one word per labelling convention (:mod:`crab.study.prompts`); empty for the slots as they are.
         convention: train and score on this one of ``words`` alone; None for all of them.
+        base_steps: train on the base whose language training was stopped after so many steps
+            (`crab.models.base.weaker`); None for the finished base.
         key: digest of all that decides the training, once a store has computed it.
 
     Raises:
@@ -69,6 +71,7 @@ class Cell:
     order: str = "media"
     words: tuple[str, ...] = ()
     convention: int | None = None
+    base_steps: int | None = None
     key: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -80,9 +83,9 @@ class Cell:
                 )
         if not is_rate(self.learning_rate):
             raise ValueError(f"cell {self.family}: learning_rate is {self.learning_rate!r}; give a number above 0")
-        for name, least in (("passes", 1), ("held_out", 0), ("seed", 0), ("samples", 1)):
+        for name, least in (("passes", 1), ("held_out", 0), ("seed", 0), ("samples", 1), ("base_steps", 1)):
             value = getattr(self, name)
-            if name == "samples" and value is None:
+            if name in ("samples", "base_steps") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"cell {self.family}: {name} is {value!r}; give a whole number of at least {least}")
@@ -114,6 +117,8 @@ class Cell:
     def training(self) -> dict[str, Any]:
         """All fields that decide what is trained, as JSON holds them."""
         values = {name: value for name, value in asdict(self).items() if name not in _LABELS}
+        if self.base_steps is None:  # so that cells from before there were weaker bases keep their keys
+            del values["base_steps"]
         options = dict(sorted(self.options.items()))
         if options.get("weights"):
             options["weights"] = Path(options["weights"]).name  # no path of this machine in a result

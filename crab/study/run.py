@@ -31,13 +31,13 @@ def run_cell(store: Store, cell: Cell) -> None:
         pairs = [training_pairs(store, cell, slot) for slot in cell.slots]
         lengths = [length for part in pairs for length in part.lengths()] if store.group_by_length else None
         adapter = train(
-            ConcatDataset(pairs), cell.method, cell.options, store.base, folder, learning_rate=cell.learning_rate,
-            passes=cell.passes, batch_size=store.batch_size, seed=cell.seed, precision=store.precision,
-            lengths=lengths, hardware=store.hardware,
+            ConcatDataset(pairs), cell.method, cell.options, store.base_of(cell), folder,
+            learning_rate=cell.learning_rate, passes=cell.passes, batch_size=store.batch_size, seed=cell.seed,
+            precision=store.precision, lengths=lengths, hardware=store.hardware,
         )  # fmt: skip
     texts, key, size = store.kept_answers(cell), store.answer_key(cell), store.answer["batch_size"]
     if texts is None:
-        model, processor = load_base(store.base)
+        model, processor = load_base(store.base_of(cell))
         model = load_adapter(model, adapter)
         for part, _ in parts.values():
             answer_slot(model, processor.tokenizer, part, folder / SHARDS, key, size, store.answer["max_new_tokens"])

@@ -27,7 +27,7 @@ from crab import tasks
 from crab.core.code import code_digest
 from crab.core.files import atomic_folder, digest_of, read_json, write_json
 from crab.core.pool import run_pool
-from crab.models.checkpoint import base_digest, resolve
+from crab.models.checkpoint import base_digest, resolve, weaker_folder
 from crab.samples.reading import read_manifest, read_slot
 from crab.samples.shards import Shards
 from crab.samples.slots import SlotData
@@ -87,9 +87,14 @@ class Store:
     def manifest(self) -> dict[str, dict]:
         return read_manifest(self.encoded)
 
-    @cached_property
-    def _base(self) -> str:
-        return base_digest(self.base)
+    def base_of(self, cell: Cell) -> Path:
+        """The base that the cell trains on. ValueError if it is a weaker one that is not there."""
+        if cell.base_steps is None:
+            return self.base
+        folder = weaker_folder(self.base, cell.base_steps)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such base; add {cell.base_steps} to base.weaker and run the base stage")
+        return folder
 
     # ---- keys
 
@@ -111,7 +116,7 @@ class Store:
             "group_by_length": self.group_by_length,
             "warmup": WARMUP,
             "data": [self._data(slot, "train") for slot in cell.slots],
-            "base": self._base,
+            "base": base_digest(self.base_of(cell)),
             "code": code_digest(*TRAINING, *(PROMPTS if changed else ())),
             **({"weights": weights_digest(cell.options["weights"])} if cell.options.get("weights") else {}),
         })  # fmt: skip

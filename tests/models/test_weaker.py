@@ -39,11 +39,11 @@ def test_they_are_the_states_of_the_finished_training(base, section):  # noqa: F
     folder, on_the_way = base
     reports = make(folder, section, [2, 6])
     for number, report in reports.items():
-        model, _ = omni.load(weaker.weaker_folder(folder, number))
+        model, _ = omni.load(checkpoint.weaker_folder(folder, number))
         assert all(torch.equal(value, on_the_way[number][name]) for name, value in model.state_dict().items())
         assert [record["step"] for record in report["history"]] == list(range(2, number + 1, 2))
         assert set(report["gates"]) and report["steps"] == number
-    assert checkpoint.base_digest(weaker.weaker_folder(folder, 2)) != checkpoint.base_digest(folder)
+    assert checkpoint.base_digest(checkpoint.weaker_folder(folder, 2)) != checkpoint.base_digest(folder)
     with mock.patch.object(curriculum, "train_language_model", side_effect=AssertionError("trained again")):
         assert make(folder, section, [2, 6]) == reports
     again = make(folder, section, [2], code=lambda name: f"new {name}")
@@ -55,16 +55,16 @@ def test_a_killed_one_goes_on(base, section):  # noqa: F811
     killed = mock.Mock(wraps=curriculum.probe_accuracy, side_effect=[mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt])
     with mock.patch.object(curriculum, "probe_accuracy", killed), pytest.raises(KeyboardInterrupt):
         make(folder, section, [2, 6])  # at 2, the second look is that of its gates
-    assert read_json(weaker.weaker_folder(folder, 2) / checkpoint.RECORD)["steps"] == 2
+    assert read_json(checkpoint.weaker_folder(folder, 2) / checkpoint.RECORD)["steps"] == 2
     make(folder, section, [2, 6])
-    model, _ = omni.load(weaker.weaker_folder(folder, 6))
+    model, _ = omni.load(checkpoint.weaker_folder(folder, 6))
     assert all(torch.equal(value, on_the_way[6][name]) for name, value in model.state_dict().items())
     assert not list((folder.parent / "weaker").iterdir())
 
 
 @pytest.mark.parametrize("number", [3, 8, 0])
 def test_a_number_of_steps_at_which_nothing_can_be_kept_is_named(base, section, number):  # noqa: F811
-    with pytest.raises(ValueError, match=rf"strength.steps: {number} cannot be kept; give multiples of .*\(2\)"):
+    with pytest.raises(ValueError, match=rf"base.weaker: {number} cannot be kept; give multiples of .*\(2\)"):
         make(base[0], section, [number])
 
 

@@ -12,13 +12,8 @@ from crab.models import omni, small
 from crab.models.base import curriculum, perception
 from crab.models.base.bank import Bank
 from crab.models.base.train import STORED_AS, final_gates, round_weights
-from crab.models.checkpoint import RECORD, base_digest
+from crab.models.checkpoint import RECORD, base_digest, weaker_folder
 from crab.world.scene import sample_scene
-
-
-def weaker_folder(base: str | Path, steps: int) -> Path:
-    """Where the weaker base of so many steps lies: beside the finished one."""
-    return Path(base).with_name(f"{Path(base).name}-{steps}")
 
 
 def make_weaker(
@@ -53,7 +48,7 @@ def make_weaker(
     for number in steps:
         if number % plan["check_every"] or not 0 < number < plan["steps"]:
             raise ValueError(
-                f"strength.steps: {number} cannot be kept; give multiples of base.language.check_every "
+                f"base.weaker: {number} cannot be kept; give multiples of base.language.check_every "
                 f"({plan['check_every']}) below base.language.steps ({plan['steps']})"
             )
     decides = [base_digest(base), seed, section["scenes"], section["held_out"], plan, code(__name__)]

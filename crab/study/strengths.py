@@ -1,0 +1,254 @@
+"""The study's comparison on bases of different strength, at several ranks: where does joint training hurt?
+
+A *point* is a base and a rank. At each point the same samples train an adapter for each task alone, joint LoRA of the
+same rank, joint LoRA of I-LoRA's size, and I-LoRA, with bare answers and with reasoning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import pandas as pd
+from tqdm import tqdm
+
+from crab.models.checkpoint import base_name
+from crab.study.cells import Cell, cells_of
+from crab.study.compare import judge
+from crab.study.ledger import Ledger, cost_table, sample_scores
+from crab.study.rates import Grid, Rates, choose_rates
+from crab.study.store import Store
+from crab.study.variants import adapter_parameters, plain_rank
+
+SINGLE, JOINT, SIZED, ROUTED = "single-task LoRA", "joint LoRA", "joint LoRA, I-LoRA's size", "I-LoRA"
+LONG = "single-task LoRA, joint LoRA's steps"
+REASONING = " + reasoning"
+
+
+class Point(NamedTuple):
+    """``steps`` of the base's language training (None: the finished base), and the ``rank`` of the adapters."""
+
+    steps: int | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """Cells that differ in slots and seed only: a method, with a form of answer, at a point."""
+
+    method: str
+    form: str
+    point: Point
+    cells: Callable[..., list[Cell]]  # of a learning rate, seeds, held-out samples and passes (None: the design's)
+
+    @property
+    def name(self) -> str:
+        """For readers: the method, and whether it reasons."""
+        return self.method + (REASONING if self.form == "explicit" else "")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is compared.
+
+    Args:
+        steps, ranks: of the points, which are all their combinations.
+        slots: of the joint cells. Those with a test split are scored.
+        forms: of the answers.
+        num_heads: of I-LoRA. passes: over the training samples of every slot. seeds: how many.
+        as_many_steps: points at which single-task LoRA is also trained for as many optimizer steps as joint LoRA.
+    """
+
+    steps: Sequence[int | None]
+    ranks: Sequence[int]
+    slots: Sequence[str]
+    forms: Sequence[str]
+    num_heads: int
+    passes: int
+    seeds: int
+    as_many_steps: Sequence[Point] = ()
+
+    @property
+    def points(self) -> list[Point]:
+        return [Point(*place) for place in product(self.steps, self.ranks)]
+
+    def families(self, point: Point, base: Any) -> list[Family]:
+        """All families at a point. ``base`` is the folder of a base, which gives the sizes of adapters."""
+        plain = {"r": point.rank, "lora_alpha": 2 * point.rank}
+        routed = {**plain, "num_heads": self.num_heads}
+        rank = plain_rank(partial(adapter_parameters, base), "ilora", routed)
+        methods = {
+            SINGLE: ("single", "lora", plain),
+            JOINT: ("joint", "lora", plain),
+            SIZED: ("joint", "lora", {"r": rank, "lora_alpha": 2 * rank}),
+            ROUTED: ("joint", "ilora", routed),
+        }
+        rows = [
+            Family(method, form, point, partial(self._cells, method, form, point, options, 1))
+            for form in self.forms
+            for method, options in methods.items()
+        ]
+        if point in self.as_many_steps:
+            own = partial(self._cells, LONG, "bare", point, methods[SINGLE], len(self.slots))
+            rows.append(Family(LONG, "bare", point, own))
+        return rows
+
+    def _cells(
+        self, method: str, form: str, point: Point, options: tuple, times: int, rate: float,
+        seeds: Sequence[int] | None, held_out: int, passes: int | None,
+    ) -> list[Cell]:  # fmt: skip
+        setting, kind, options = options
+        label = f"{method}{REASONING if form == 'explicit' else ''} ({place(point)})"
+        return cells_of(
+            label, setting, kind, options, rate, self.slots, times * (passes or self.passes),
+            range(self.seeds) if seeds is None else seeds, form=form, held_out=held_out, base_steps=point.steps,
+        )  # fmt: skip
+
+
+def place(point: Point) -> str:
+    """A point, for readers."""
+    return f"base {base_name(point.steps)}, rank {point.rank}"
+
+
+def tune(design: Design, at: int | None, grid: Grid, store: Store, resamples: int) -> Rates:
+    """The learning rate of each method at each rank, chosen alike for all on one base with bare answers.
+
+    `LONG` starts from half of `SINGLE`'s rate and that rate, since longer trainings like lower ones.
+
+    Args:
+        at: steps of the base that it is chosen on; None for the finished one.
+
+    Returns:
+        By the method's `at_rank`.
+    """
+    bare = replace(design, forms=["bare"], as_many_steps=[])
+    families = {
+        at_rank(family.method, rank): family.cells
+        for rank in design.ranks
+        for family in bare.families(Point(at, rank), store.base)
+    }
+    rates = choose_rates(families, grid, store, resamples, "rates")
+    for rank in {point.rank for point in design.as_many_steps}:
+        own, point = rates.chosen[at_rank(SINGLE, rank)], Point(at, rank)
+        family = replace(bare, as_many_steps=[point]).families(point, store.base)[-1]
+        tried = [own / 2, own] if grid.swept else [own]
+        longer = {at_rank(LONG, rank): family.cells}
+        long = choose_rates(longer, replace(grid, tried=tried, extend=0), store, resamples, "rate of long runs")
+        points = pd.concat([rates.points, long.points]) if grid.swept else rates.points
+        rates = Rates(rates.chosen | long.chosen, points, rates.extended | long.extended)
+    return rates
+
+
+def at_rank(method: str, rank: int) -> str:
+    """The name under which the learning rate of a method is chosen."""
+    return f"{method}, rank {rank}"
+
+
+def train_points(design: Design, rates: Rates, store: Store, minutes: float | None = None) -> pd.DataFrame:
+    """Train and score all points, one seed after the other, so that all points are there early.
+
+    Args:
+        minutes: begin no further point once so many have passed. The next call goes on.
+
+    Returns:
+        One row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and ``cells``, a
+        list of keyed cells; empty where it was not begun.
+    """
+    began, finished = time.monotonic(), Ledger(store.ledger).cells
+    rows = []
+    for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
+        cells = [family.cells(rates.chosen[at_rank(family.method, point.rank)], [seed], 0, None) for family in families]
+        keyed = [store.keyed(part) for part in cells]
+        there = all(cell.key in finished for part in keyed for cell in part)
+        if there or minutes is None or time.monotonic() - began < 60 * minutes:
+            done = iter(store.run([cell for part in keyed for cell in part], f"{place(point)}, seed {seed}"))
+            keyed = [[next(done) for _ in part] for part in keyed]
+        else:
+            keyed = [[] for _ in keyed]
+        for family, part in zip(families, keyed, strict=True):
+            rows.append([base_name(point.steps), point.rank, family.name, seed, part])
+    return pd.DataFrame(rows, columns=["base", "rank", "family", "seed", "cells"])
+
+
+def _parts(design: Design, store: Store) -> Iterator[tuple[int, Point, list[Family]]]:
+    """Each seed and point with its families. The long trainings of `LONG` come last."""
+    later = []
+    for seed in range(design.seeds):
+        for point in design.points:
+            families = design.families(point, store.base)
+            yield seed, point, [family for family in families if family.method != LONG]
+            later += [(seed, point, [family]) for family in families if family.method == LONG]
+    yield from later
+
+
+def compare_points(
+    trained: pd.DataFrame, store: Store, slots: Sequence[str], margin: float, resamples: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Compare the methods at each point, on the seeds that are finished for all that is compared.
+
+    Args:
+        trained: of `train_points`.
+
+    Returns:
+        Two tables. One row per point and pair (``one`` minus ``other``): seeds, slots that single-task LoRA lifts above
+        chance, ``gain``, ``tie`` and ``loss`` among them, the shares of gains and losses with exact intervals over
+        slots (``gains_low`` ...), and the mean difference with its interval over samples and seeds. And one row per
+        point, pair and slot (`crab.study.compare.COLUMNS`).
+    """
+    chance = {slot: entry["chance"] for slot, entry in store.references(slots).items()} if len(trained) else {}
+    rows, tables = [], []
+    for point, part in trained.groupby(["base", "rank"], sort=False):
+        part = part[part["cells"].map(len) > 0]
+        if part.empty:
+            continue
+        samples = sample_scores(store.ledger, part["cells"].sum())
+        samples["family"] = samples["family"].str.partition(" (")[0]
+        known = set(samples["family"])
+        for others in _pairs(known):
+            table, summaries = judge(samples, chance, others, SINGLE, margin, resamples)
+            tables.append(table.assign(base=point[0], rank=point[1]))
+            rows += [_row(point, one, other, summaries[one]) for one, other in others.items()]
+    return pd.DataFrame(rows), pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _pairs(known: set[str]) -> Iterator[dict[str, str]]:
+    """What is compared with what: all with single-task LoRA; I-LoRA with its size; reasoning with none; long runs."""
+    forms = ["", REASONING]
+    pairs = [
+        {method + form: SINGLE for form in forms for method in (JOINT, SIZED, ROUTED)},
+        {ROUTED + form: SIZED + form for form in forms} | {SIZED + form: JOINT + form for form in forms},
+        {method + REASONING: method for method in (SINGLE, JOINT, SIZED, ROUTED)},
+        {JOINT: LONG, SIZED: LONG, ROUTED: LONG} if LONG in known else {},
+    ]
+    for others in pairs:
+        if others := {one: other for one, other in others.items() if {one, other} <= known}:
+            yield others
+
+
+def _row(point: tuple[str, int], one: str, other: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    nothing = (None, None)
+    row = {"base": point[0], "rank": point[1], "one": one, "other": other, "seeds": summary["seeds"]}
+    row |= {"slots": summary["slots_counted"], **{name: summary[name] for name in ("gain", "tie", "loss")}}
+    for name, key in (("gains", "positive_rate"), ("losses", "negative_rate"), ("mean", "mean_difference")):
+        low, high = summary.get(f"{key}_interval", nothing)
+        row |= {name: summary[key], f"{name}_low": low, f"{name}_high": high}
+    return row
+
+
+def costs(trained: pd.DataFrame, store: Store) -> pd.DataFrame:
+    """One row per family and point: trainable parameters of one adapter, optimizer steps per seed, training seconds."""
+    rows = []
+    for (base, rank, family), part in trained.groupby(["base", "rank", "family"], sort=False):
+        cells = part["cells"].sum()
+        if cells:
+            cost = cost_table(store.ledger, cells)
+            seeds = cost["seed"].nunique()
+            rows.append([
+                base, rank, family, int(cost["trainable_parameters"].iloc[0]), int(cost["steps"].sum() / seeds),
+                float(cost["seconds"].sum() / seeds),
+            ])  # fmt: skip
+    return pd.DataFrame(rows, columns=["base", "rank", "family", "parameters", "optimizer steps", "seconds"])
