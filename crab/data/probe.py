@@ -212,7 +212,10 @@ class Files:
         return File(None, at.st_size, at.st_mtime_ns, (at.st_dev, at.st_ino) if at.st_ino else full, outside)
 
     def probe(self, jobs: Iterable[tuple[str, str]], decode: bool, limit: float, workers: int, progress: bool):
-        """Probe each (path, kind), with ``decode`` completely. Returns the number of files opened, and known."""
+        """Probe each (path, kind), with ``decode`` completely. Returns the number of files opened, and known.
+
+        A file with several names is opened once.
+        """
         waiting, known = {}, 0
         for path, kind in jobs:
             at, full = self.stat(path), str(self.root / path)
@@ -225,18 +228,19 @@ class Files:
                 self.probes[path, kind] = Probe(*result[2:])
                 known += 1
             else:
-                waiting[full, asked] = path, kind
-        results = probe_all(waiting, workers, limit)
-        for (full, asked), result in tqdm(results, "probe", len(waiting), unit="file", disable=not progress):
-            path, kind = waiting[full, asked]
-            self.probes[path, kind] = result
-            # a decoder that hangs or crashes is tried again next time: the machine may have been busy
-            if result.problem not in ("hangs", "crashes"):
-                self._results[f"{asked} {full}"] = [*self.files[path][1:3], *astuple(result)]
+                waiting.setdefault((at.same, asked, Path(path).suffix), {})[path, kind] = full
+        opened = {(next(iter(names.values())), asked): names for (_, asked, _), names in waiting.items()}
+        results = probe_all(opened, workers, limit)
+        for (full, asked), result in tqdm(results, "probe", len(opened), unit="file", disable=not progress):
+            for (path, kind), name in opened[full, asked].items():
+                self.probes[path, kind] = result
+                # a decoder that hangs or crashes is tried again next time: the machine may have been busy
+                if result.problem not in ("hangs", "crashes"):
+                    self._results[f"{asked} {name}"] = [*self.files[path][1:3], *astuple(result)]
             if time.monotonic() - self._saved > _SAVE_EVERY:
                 self._save()
         self._save()
-        return len(waiting), known
+        return len(opened), known
 
     def _save(self) -> None:
         if self.cache:

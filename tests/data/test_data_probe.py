@@ -245,6 +245,21 @@ def test_a_file_is_known_until_it_changes(counted, tmp_path):
     assert counted(decode=True) == (2, 0) and counted(decode=True) == (0, 2) and counted() == (0, 2)
 
 
+def test_a_file_with_several_names_is_opened_once(good, tmp_path, probed_here):
+    (tmp_path / "one.mp4").write_bytes((good / "v.mp4").read_bytes())
+    (tmp_path / "broken.mp4").write_bytes(b"no clip")
+    for old, new in (("one.mp4", "two.mp4"), ("one.mp4", "one.avi"), ("broken.mp4", "broken too.mp4")):
+        os.link(tmp_path / old, tmp_path / new)
+    jobs = [(path.name, "video") for path in sorted(tmp_path.iterdir())]
+    files = probe.Files(tmp_path, tmp_path / "folder/cache.json")
+    assert files.probe(jobs, False, 9, 1, False) == (3, 0)  # the wrong suffix is a finding of its own
+    assert files.probes["two.mp4", "video"] == files.probes["one.mp4", "video"] == probe.Probe(seconds=10.0)
+    assert files.probes["one.avi", "video"].named and not files.probes["one.mp4", "video"].named
+    assert files.probes["broken too.mp4", "video"] == files.probes["broken.mp4", "video"]
+    assert files.probes["broken.mp4", "video"].problem
+    assert probe.Files(tmp_path, tmp_path / "folder/cache.json").probe(jobs, False, 9, 1, False) == (0, 5)
+
+
 def test_a_decoder_that_failed_is_tried_again(counted, monkeypatch):
     for problem in ("hangs", "crashes"):
         result = probe.Probe(problem)
