@@ -243,6 +243,6 @@ def losses(base: Path, data: Path, encoded: Path, folder: Path, hardware: Hardwa
     answer = {"batch_size": 8, "max_new_tokens": 8, "segmenter": "grabcut"}
     folders = (encoded, data, base, folder / "cells", folder / "ledger", folder / "adapters")
     store = Store(*folders, batch_size=8, precision="fp32", answer=answer, hardware=hardware)
-    (cell,) = store.keyed([Cell("scale", "ilora", {"r": 4, "num_heads": 3}, 1e-3, (SLOT,), passes=4)])
+    (cell,) = store.keyed([Cell("scale", "ilora", {"r": 4, "lora_alpha": 8, "num_heads": 3}, 1e-3, (SLOT,), passes=4)])
     (launch if hardware.processes > 1 else run_cell)(store, cell)
     return pd.DataFrame(read_json(store.adapter(cell) / RECORD)["loss"], columns=["step", "loss"])
