@@ -16,12 +16,14 @@ from typing import Any
 
 import psutil
 
-from crab.core.files import atomic_file, clear_unfinished, read_json, temporary_folder
+from crab.core.files import atomic_file, clear_unfinished, digest_of, read_json, temporary_folder
 from crab.core.watch import when_ended
 from crab.pipeline import params, report
 from crab.pipeline.params import nbformat
 from crab.pipeline.stages import FOLDER
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
+_TABLE = re.compile(r'<table id="(T_[0-9a-f]+)"')
 _PROGRESS = re.compile(r"\d+%\||\d+(it)? \[\d+:\d+")
 
 
@@ -109,6 +111,14 @@ def _tidy(notebook: Any, folder: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"  # papermill draws one at random, and pandas draws the names of tables
+        for data in (output.data for output in cell.get("outputs", []) if "data" in output):
+            if "text/plain" in data:
+                data["text/plain"] = _ADDRESS.sub(">", data["text/plain"])
+            for table in dict.fromkeys(_TABLE.findall(data.get("text/html", ""))):
+                name = f"T_{digest_of(data['text/html'].replace(table, ''))[:8]}"
+                data["text/html"] = data["text/html"].replace(table, name)
         for output in [o for o in cell.get("outputs", []) if o.output_type == "stream"]:
             output.text = output.text.replace(f"{folder}/", "")  # warnings name the file they come from
             if output.name == "stderr":

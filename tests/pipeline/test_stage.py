@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -229,3 +230,14 @@ def test_the_headline_is_what_joint_training_adds_by_run():
         "joint-ilora-bare": {"mean_difference": None}, "against_rival": {"joint-lora-bare": {"mean_difference": -0.01}},
     }  # fmt: skip
     assert report.headline(transfer) == {"joint-lora-bare": 0.0256}
+
+
+def test_two_runs_with_equal_results_give_equal_notebooks(repository):
+    table = "import pandas as pd\nframe = pd.DataFrame({'a': [1, 2]}).style.format(precision=1)\nframe"
+    once = nbformat.read(run(repository, code(table), code("frame.hide()")), as_version=4)
+    twice = nbformat.read(stage.run(repository, "routing"), as_version=4)
+    assert once.cells == twice.cells
+    html = [cell.outputs[0].data["text/html"] for cell in once.cells[-2:]]
+    names = [re.search(r'<table id="(\w+)"', text)[1] for text in html]
+    assert len(set(names)) == 2  # the front page shows tables of many notebooks, and their styles go by name
+    assert all(f"{name}_row1_col0" in text for name, text in zip(names, html, strict=True))
