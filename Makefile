@@ -8,11 +8,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # a package of the same name elsewhere on the path would shadow this one
 unexport PYTHONPATH
 
+# one line for what a newcomer can repair
+comma := ,
+stop = { echo "make: $(1)" >&2; exit 1; }
+offline := pip could not install the packages (see above); it needs a network and 3 GB; behind a proxy set HTTPS_PROXY
+
 .DEFAULT_GOAL := help
-.PHONY: help repro repro-all smoke tiny study full published strength plan scale report test lint lab lock
+.PHONY: help setup repro repro-all smoke tiny study full published strength plan scale report test lint lab lock
 
 help: ## this list
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+setup: $(READY) ## set up .venv with pinned packages; the other targets do it by themselves
 
 repro: $(READY) ## run what is out of date in the profile that params.yaml chooses
 	@$(BIN)/python -m crab.pipeline show
@@ -69,10 +76,13 @@ lock: $(READY) ## write what .venv holds to constraints.txt
 # The stamp makes set-up a no-op once done. It is written last, so an interrupted set-up is done again.
 # The filter lets git commit notebooks without outputs (.gitattributes); .venv is found from the top of the clone.
 $(READY): pyproject.toml constraints.txt
-	@test -e .git || { echo "make: this folder is no git repository, and DVC needs one; clone the project, or run here: git init && git add -A && git commit -m start" >&2; exit 1; }
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; install one, or give one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -e .git || $(call stop,this folder is no git repository$(comma) and DVC needs one; clone the project$(comma) or run here: git init && git add -A && git commit -m start)
+	@command -v git > /dev/null || $(call stop,git is not installed$(comma) and DVC needs it; install it$(comma) and run make again)
+	@test -n "$(PYTHON)" || $(call stop,no Python 3.11$(comma) 3.12 or 3.13 found; install one$(comma) or give one: make PYTHON=/path/to/python)
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || $(call stop,$(PYTHON) is not Python 3.11$(comma) 3.12 or 3.13; give one: make PYTHON=/path/to/python)
+	@df -Pk . | awk 'NR == 2 { exit $$4 < 4000000 }' || $(call stop,less than 4 GB are free here; packages and the data of the default run need them (more where torch brings CUDA))
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade 'pip>=24' # older ones cannot resolve the constraints
-	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade 'pip>=24' || $(call stop,$(offline)) # older ones cannot resolve the constraints
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]' || $(call stop,$(offline))
 	git config filter.nbstripout.clean '.venv/bin/python -m nbstripout --keep-id --extra-keys metadata.language_info' || true
 	touch $@

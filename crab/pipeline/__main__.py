@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 
-from crab.pipeline import params, stages
-from crab.pipeline.paths import Paths, root
+try:
+    from crab.pipeline import params, stages
+    from crab.pipeline.paths import Paths, root
+except ModuleNotFoundError as error:  # the usual slip: the environment is not active
+    fix = "run `make setup`, then `source .venv/bin/activate`"
+    sys.exit(f"error: {error.name} is not installed for {sys.executable}; {fix}")
 
 #: Options of `plan`, in place of what is found on this machine.
 MACHINE = {

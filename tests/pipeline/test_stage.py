@@ -184,6 +184,7 @@ def test_a_page_refers_to_figures_names_them_and_shows_no_bars_and_no_defaults(r
     target = run(repository, heading, code("print(profile)"), code(bars), odd, code(SHOW))
     html = read_page(repository)
     assert '<img alt="Loss by step" loading="lazy" src="../routing/figures/dot.png"/>' in html and "base64," not in html
+    assert '<a class="figure" href="../routing/figures/dot.png">' in html  # it opens at its full size
     assert "odd" in html and "50%|" not in html and "0it" not in html
     assert html.count("samples") == 1  # the default that was replaced is not shown
     assert len(html) < 10_000 and "50%|" not in target.read_text(encoding="utf-8").replace("{50}%|", "")
@@ -193,19 +194,6 @@ def test_a_page_refers_to_figures_names_them_and_shows_no_bars_and_no_defaults(r
     assert "data:image/png;base64," in read_page(repository)
 
 
-def test_the_front_page_shows_results_alone(repository):
-    target = run(repository, code("print('details')"), code("'the **result**'", "result"), code(SHOW, "result"))
-    half = target.parents[1] / ".x.partial" / target.name  # as a killed stage leaves it
-    half.parent.mkdir()
-    half.write_bytes(b"not a notebook")
-    html = report.write(repository, "tiny").read_text(encoding="utf-8")
-    assert (
-        "the **result**" in html and "pages/routing.html" in html and "<summary>" not in html and "details" not in html
-    )
-    assert report.write(repository, "tiny").read_text(encoding="utf-8") == html
-    assert 'href="pages/style.css"' in html and 'href="../pages/style.css"' in read_page(repository)
-
-
 def test_a_page_shows_the_prose_of_now_around_recorded_outputs():
     def notebook(*cells):
         return new_notebook(cells=[code("a = 1", "parameters"), *cells])
@@ -213,12 +201,18 @@ def test_a_page_shows_the_prose_of_now_around_recorded_outputs():
     run = notebook(new_markdown_cell("old words"), code("2 + 2  # old"))
     run.cells[-1].outputs = [new_output("execute_result", {"text/plain": "4"})]
     run.cells.insert(1, code("a = 3", "injected-parameters"))
-    empty, result = code("# an empty cell"), code("2 + 2  # new", "result")
+    empty, result = code("# an empty cell"), code("2 + 2  # new", "answer")
     now = notebook(new_markdown_cell("new words"), empty, result, new_markdown_cell("end"))
     page = report.refreshed(run, now)
     assert [c.source for c in page.cells] == ["a = 1", "a = 3", "new words", "# an empty cell", "2 + 2  # new", "end"]
-    assert page.cells[4].outputs[0].data["text/plain"] == "4" and page.cells[4].metadata.tags == ["result"]
+    assert page.cells[4].outputs[0].data["text/plain"] == "4" and page.cells[4].metadata.tags == ["answer"]
     assert page.cells[3].outputs == []
+
+    run.cells[-1].source, now.cells[3].source = (
+        "from a import b\n2 + 2",
+        "from c import b\n2 + 2",
+    )  # a module that moved
+    assert report.refreshed(run, now).cells[4].source == now.cells[3].source
 
     now.cells[3].source = "2 + 3"
     assert report.refreshed(run, now) == run

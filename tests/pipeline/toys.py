@@ -66,8 +66,8 @@ def write_notebooks(folder: Path) -> None:
     for stage in STAGES:
         values = dict.fromkeys(["profile", *SECTIONS[stage], *(["resamples"] if stage == "evaluate" else [])])
         work = code(WORK.format(stage=stage, files=FILES.get(stage, "")))
-        results = [FIGURE.format(stage=stage, pixel=PIXEL), RESULT]
-        write_notebook(folder, stage, values, work, *(code(result, "result") for result in results))
+        results = [code(FIGURE.format(stage=stage, pixel=PIXEL), "leading"), code(RESULT, "answer")]
+        write_notebook(folder, stage, values, work, *results)
     params.write_defaults(folder)
 
 

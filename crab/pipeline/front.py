@@ -1,0 +1,148 @@
+"""The front page of a report: the finding, the leading figure, four cards, and a line about each page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crab.core.files import atomic_file, read_json
+from crab.pipeline.stages import TEMPLATES
+
+#: Pixels of a card's picture: twice its width on the page.
+WIDTH = 560
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the front page says about a notebook: its texts as Markdown, and what its last execution took.
+
+    Attributes:
+        leading: path of the figure that the front page shows, from the report's folder; of the cell tagged ``leading``.
+            The first notebook that has one is taken.
+    """
+
+    stage: str
+    title: str
+    question: str
+    answer: str
+    leading: str | None
+    seconds: float
+    peak_gib: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card: a number with its unit and a sentence, a picture and the page that says more.
+
+    Attributes:
+        picture: path of a figure from the report's folder. part: left, top, right and bottom of the part of it that is
+            shown, in pixels; all of it if the figure is smaller.
+    """
+
+    name: str
+    stage: str
+    number: str
+    text: str
+    picture: str
+    alt: str
+    part: tuple[int, int, int, int] | None = None
+
+
+def _data(reports: Path, models: Path) -> Card:
+    records = read_json(reports / "build" / "metrics.json")["records"]
+    text = "samples in the layout of AV-UIE v2. Each one, and each media file, is checked."
+    alt = "Frames of one clip, in which things of two colours come and go"
+    return Card("Data", "build", f"{records:,}", text, "build/figures/samples.png", alt, (36, 405, 715, 598))
+
+
+def _model(reports: Path, models: Path) -> Card:
+    pointer = models / reports.name / "base.json"
+    record = pointer.parent / read_json(pointer)["folder"] / "training.json"
+    number = f"{read_json(record)['parameters'] / 1e6:.1f} M"
+    text = "parameters of the frozen base, a Qwen2.5-Omni trained from random weights."
+    alt = "Accuracy of the base on nine skills of space and time, growing over its training"
+    return Card("Model", "base", number, text, "base/figures/stages.png", alt, (600, 310, 1210, 585))
+
+
+def _study(reports: Path, models: Path) -> Card:
+    cells = read_json(reports / "train" / "cells.json")
+    seeds, slots = len({cell["seed"] for cell in cells}), len({slot for cell in cells for slot in cell["slots"]})
+    text = f"adapters: single-task and joint ones, {slots} slots, {seeds} seed{'s' * (seeds > 1)}."
+    return Card(
+        "Study", "evaluate", str(len(cells)), text, "evaluate/figures/scores.png", "Scores of each method by slot"
+    )
+
+
+def _method(reports: Path, models: Path) -> Card:
+    row = read_json(reports / "transfer" / "metrics.json")["against_rival"]["joint-ilora-bare"]
+    text = "mean score of I-LoRA minus plain LoRA with as many parameters."
+    alt = "Routing weight of each head, by slot and layer"
+    return Card("Method", "routing", f"{row['mean_difference']:+.3f}", text, "routing/figures/heads.png", alt)
+
+
+CARDS: tuple[Callable[[Path, Path], Card], ...] = (_data, _model, _study, _method)
+
+
+def _cards(reports: Path, models: Path) -> list[Card]:
+    """The cards whose stages have run."""
+    cards = []
+    for make in CARDS:
+        try:
+            card = make(reports, models)
+        except (OSError, KeyError, TypeError, ValueError):
+            continue  # a profile need not have run every stage, nor every method
+        if (reports / card.picture).is_file():
+            cards.append(card)
+    return cards
+
+
+def _thumbnail(card: Card, reports: Path) -> tuple[str, int, int]:
+    """Write a card's picture, small; returns its path from the report's folder, its width and its height."""
+    from PIL import Image
+
+    with Image.open(reports / card.picture) as whole:
+        part = card.part if card.part and card.part[2] <= whole.width and card.part[3] <= whole.height else None
+        picture = whole.convert("RGB").crop(part or (0, 0, *whole.size))
+    picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    path = reports / "pages" / f"card-{card.name.lower()}.png"
+    with atomic_file(path) as temporary:
+        picture.quantize(128).save(temporary, format="PNG", optimize=True)
+    return path.relative_to(reports).as_posix(), *picture.size
+
+
+def sentences(text: str, number: int = 2) -> str:
+    """The first sentences of a text in Markdown, those of its first item if it is a list."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.rstrip().endswith(":")]
+    first = lines[0].removeprefix("- ") if lines else ""
+    return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z*`])", first)[:number])
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def page(entries: Sequence[Entry], reports: Path, models: Path) -> str:
+    """The front page as HTML; writes the cards' pictures beside the pages.
+
+    Args:
+        entries: in the order of the page; the first one gives the finding.
+        reports: the folder of the profile's report. models: that of the models of all profiles.
+    """
+    from jinja2 import Environment, FileSystemLoader
+    from nbconvert.filters import markdown2html
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES / "page"), autoescape=True, trim_blocks=True)
+    environment.filters["markdown"] = lambda text: environment.filters["safe"](markdown2html(text))
+    environment.filters |= {"sentences": sentences, "span": _span}
+    words: dict[str, Any] = {
+        "title": "The Crab+ study on a laptop",
+        "profile": reports.name,
+        "entries": entries,
+        "leading": next((entry for entry in entries if entry.leading), None),
+        "cards": [(card, *_thumbnail(card, reports)) for card in _cards(reports, models)],
+        "words": (TEMPLATES / "words.md").read_text(encoding="utf-8"),
+    }
+    return environment.get_template("front.html.j2").render(**words)

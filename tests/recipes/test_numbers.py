@@ -1,0 +1,121 @@
+"""The numbers of the front page and of the findings are those of the files that they come from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+REPORTS = REPOSITORY / "reports"
+#: "+.026 (+.005 to +.049)" and "+.026, +.005 to +.049", with an interval.
+INTERVAL = re.compile(r"([+-]\.\d{3}),? \(?([+-]\.\d{3}) to ([+-]\.\d{3})\)?")
+#: Of runs whose files are not in git: another processor's, and options that are no longer in the package.
+ELSEWHERE = {
+    ("+.041", "+.018", "+.065"), ("-.003", "-.010", "+.004"),  # without its router
+    ("+.001", "-.014", "+.015"), ("+.012", "-.002", "+.026"), ("+.012", "-.002", "+.025"),  # tiny on an Intel Xeon
+    ("+.017", "+.001", "+.032"),
+}  # fmt: skip
+
+
+def text_of(name: str) -> str:
+    return re.sub(r"\s+", " ", (REPOSITORY / name).read_text(encoding="utf-8").replace("\n> ", " "))
+
+
+def short(value: float, digits: int = 3) -> str:
+    """As the findings write it: +.026."""
+    return f"{value:+.{digits}f}".replace("0.", ".", 1)
+
+
+def triples(value) -> Iterator[tuple[float, float, float]]:
+    """Every mean with its interval, anywhere in a metrics file."""
+    if isinstance(value, dict):
+        if (interval := value.get("mean_difference_interval")) is not None:
+            yield (value["mean_difference"], *interval)
+        if {"mean", "low", "high"} <= set(value) and value["mean"] is not None:
+            yield value["mean"], value["low"], value["high"]
+        for part in value.values():
+            yield from triples(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from triples(part)
+
+
+@cache
+def measured() -> set[tuple[str, str, str]]:
+    """All means with intervals that a file in reports holds, as the findings write them."""
+    known = [t for path in REPORTS.rglob("*.json") for t in triples(json.loads(path.read_text(encoding="utf-8")))]
+    for path in REPORTS.rglob("*.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("low")]
+        for name in ("mean", "difference"):
+            known += [tuple(float(row[key]) for key in (name, "low", "high")) for row in rows if row.get(name)]
+    return {tuple(map(short, triple)) for triple in known}
+
+
+@pytest.mark.parametrize("name", ["README.md", "reports/README.md", "reports/earlier/README.md"])
+def test_every_interval_is_one_that_a_file_holds(name):
+    stated = set(INTERVAL.findall(text_of(name))) - ELSEWHERE
+    assert stated and not stated - measured()
+
+
+ROWS = {
+    "LoRA": "joint-lora-bare",
+    "LoRA of I-LoRA's size": "joint-lora_matched-bare",
+    "LoRA of I-LoRA's size + reasoning": "joint-lora_matched-explicit",
+    "I-LoRA": "joint-ilora-bare",
+    "I-LoRA + reasoning": "joint-ilora-explicit",
+}
+
+
+def study(stage: str) -> dict:
+    return json.loads((REPORTS / "study" / stage / "metrics.json").read_text(encoding="utf-8"))
+
+
+def interval(row: dict) -> str:
+    low, high = row["mean_difference_interval"]
+    return f"{short(row['mean_difference'])} ({short(low)} to {short(high)})"
+
+
+@pytest.mark.parametrize("words", ROWS)
+def test_the_table_of_the_main_result(words):
+    metrics = study("transfer")
+    row, rival = metrics[ROWS[words]], metrics["against_rival"].get(ROWS[words])
+    (line,) = re.findall(rf"^\| {re.escape(words)} \| [\d.]+ x \|(.*)\|$", (REPORTS / "README.md").read_text(), re.M)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[:2] == [f"{row['gain']} / {row['tie']} / {row['loss']}", interval(row)]
+    assert cells[2] == (interval(rival) if rival else "")
+
+
+def test_what_the_front_page_says():
+    metrics, text = study("transfer"), text_of("README.md")
+    joint = metrics["joint-lora-bare"]
+    count = joint["slots_counted"]
+    assert f"joint LoRA loses on {joint['loss']} of {count} slots and gains on {joint['gain']}" in text
+    assert f"over {count} slots and" in text and interval(joint) in text
+    assert interval(metrics["against_rival"]["joint-ilora-bare"]) in text
+    weak = json.loads((REPORTS / "weaker-bases/weak-three-passes/metrics.json").read_text(encoding="utf-8"))
+    weak = weak["joint-lora-bare"]
+    assert f"{weak['loss']} of {weak['slots_counted']} slots" in text
+    base = json.loads((REPOSITORY / "models/base/training.json").read_text(encoding="utf-8"))
+    assert f"{base['parameters'] / 1e6:.1f} million parameters" in text
+
+
+def test_shares_and_mechanism_in_the_findings():
+    text, transfer, mechanism = text_of("reports/README.md"), study("transfer"), study("mechanism")
+    for family, name, form in (
+        ("joint-lora-bare", "negative_rate", "({:.0f} %, {:.0f} % to {:.0f} %; the paper: nearly 55 %)"),
+        ("joint-ilora-explicit", "positive_rate", "{:.0f} % ({:.0f} % to {:.0f} %; the paper: nearly 88 %)"),
+    ):
+        row = transfer[family]
+        assert form.format(*(100 * v for v in (row[name], *row[f"{name}_interval"]))) in text
+    cost = mechanism["cost"]
+    assert f"{cost['uniform routing']['cost']:.2f} nats per token, of the {cost['adapter off']['cost']:.1f}" in text
+    half = [mechanism["conflict"][f"{family}, half-way, all"]["clear_negative"] for family in
+            ("joint-lora-bare", "joint-lora_matched-bare", "joint-ilora-bare")]  # fmt: skip
+    assert "{} (LoRA), {} (LoRA of I-LoRA's size) and {} (I-LoRA)".format(*half) in text
