@@ -24,9 +24,11 @@ from crab.pipeline.stages import TEMPLATES, code_cells
 
 #: In the order a reader wants them: the result, what it rests on, why, and how it was made.
 ORDER = (
-    "transfer", "experiments", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "train", "encode",
-    "build",
+    "transfer", "gallery", "experiments", "mechanism", "evaluate", "routing", "features", "benchmark", "base", "train",
+    "encode", "build",
 )  # fmt: skip
+
+_LINK = re.compile(r'\b(src|href)="\.\./reports/[\w-]+/')
 
 
 def _page(notebook: Any, title: str, figures: Mapping[bytes, str], top: str) -> str:
@@ -51,6 +53,8 @@ def _page(notebook: Any, title: str, figures: Mapping[bytes, str], top: str) -> 
                 output.data = {"text/html": f'<img src="{escape(top + path)}" alt="{escape(heading)}" loading="lazy">'}
             elif png:
                 output.metadata["image/png"] = {"alt": heading}
+            if html := output.get("data", {}).get("text/html"):  # links that hold from the folder of the notebooks
+                output.data["text/html"] = _LINK.sub(rf'\1="{top}', html)
     settings = {"exclude_input_prompt": True, "exclude_output_prompt": True, "template_name": "page"}
     exporter = HTMLExporter(extra_template_basedirs=[str(TEMPLATES)], **settings)
     return exporter.from_notebook_node(notebook, resources={"title": title, "top": top})[0]
