@@ -82,7 +82,9 @@ def choose(slot: str, scores: Mapping[str, Sequence[float]], count: int = 3) -> 
         matching = [name for name, marks in verdicts.items() if fits(marks)]
         first = next((name for name in left if name in matching), None)
         if left:
-            picks.append(Pick(slot, left[0] if first is None else first, rule, len(matching), len(verdicts), first is not None))
+            picks.append(
+                Pick(slot, left[0] if first is None else first, rule, len(matching), len(verdicts), first is not None)
+            )
     return picks
 
 

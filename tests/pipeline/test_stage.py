@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,20 @@ def test_a_page_refers_to_figures_names_them_and_shows_no_bars_and_no_defaults(r
     figure.write_bytes(b"another figure")
     report.write(repository, "tiny")
     assert "data:image/png;base64," in read_page(repository)
+
+
+def test_links_of_a_notebook_to_files_of_the_report_hold_in_its_pages(repository):
+    """A cell links from the folder of the notebooks, so that the link works in JupyterLab, too."""
+    clip = repository / "reports/tiny/routing/media/a.mp4"
+    clip.parent.mkdir(parents=True)
+    clip.write_bytes(b"a clip")
+    shown = '<video src="../reports/tiny/routing/media/a.mp4"></video> <a href="../README.md">../reports/</a>'
+    run(repository, code(f"from IPython.display import HTML\nHTML({shown!r})", "result"))
+    (link,) = re.findall('video src="(.*?)"', read_page(repository))
+    assert (repository / "reports/tiny/pages" / link).resolve() == clip
+    assert '<a href="../README.md">../reports/</a>' in read_page(repository)
+    (link,) = re.findall('video src="(.*?)"', report.write(repository, "tiny").read_text(encoding="utf-8"))
+    assert (repository / "reports/tiny" / link).resolve() == clip
 
 
 def test_the_front_page_shows_results_alone(repository):
