@@ -16,6 +16,8 @@ _PAIR = re.compile(rf"({_RUN.pattern}) vs ({_RUN.pattern})")
 _CELL = re.compile(r"<t([dh])\b[^>]*>(.*?)</t\1>", re.DOTALL)
 #: What is aligned as a number: also one with its unit or its interval, and nothing.
 _NUMBER = re.compile(r"(?:[-+]?[\d.,]+(?:e[-+]?\d+)?\s?%?(?:\s(?:\[.*\]|\(.*\)|x \d+))?|[\d\s/]+|nan|None|)")
+#: A link that holds from the folder of the notebooks, so that it works in JupyterLab, too.
+_LINK = re.compile(r'\b(src|href)="\.\./reports/[\w-]+/')
 _MARKS = re.compile(r'(<t[dhr]\b[^>]*?) (?:id|class)="[^"]*"')
 
 
@@ -76,6 +78,8 @@ def shown(output: Any, label: str, figures: Mapping[bytes, str], top: str) -> An
     for kind in ("text/html", "text/markdown"):
         if kind in data:
             data[kind] = for_people(data[kind])
+    if "text/html" in data:
+        data["text/html"] = _LINK.sub(rf'\1="{top}', data["text/html"])
     if "<table" in data.get("text/html", ""):
         data["text/html"] = table(data["text/html"], label)
     return output

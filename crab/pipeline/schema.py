@@ -211,6 +211,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "clip": same(Count, "fps width height"),
         "workers": some(Count),
     },
+    "gallery": {**same(Count, "samples height"), "crf": Annotated[int, Field(ge=0, le=51)]},
 }
 _PARAMS = _section("Params", SECTIONS)
 

@@ -194,6 +194,18 @@ def test_a_page_refers_to_figures_names_them_and_shows_no_bars_and_no_defaults(r
     assert "data:image/png;base64," in read_page(repository)
 
 
+def test_links_of_a_notebook_to_files_of_the_report_hold_in_its_pages(repository):
+    """A cell links from the folder of the notebooks, so that the link works in JupyterLab, too."""
+    clip = repository / "reports/tiny/routing/media/a.mp4"
+    clip.parent.mkdir(parents=True)
+    clip.write_bytes(b"a clip")
+    shown = '<video src="../reports/tiny/routing/media/a.mp4"></video> <a href="../README.md">../reports/</a>'
+    run(repository, code(f"from IPython.display import HTML\nHTML({shown!r})", "result"))
+    (link,) = re.findall('video src="(.*?)"', read_page(repository))
+    assert (repository / "reports/tiny/pages" / link).resolve() == clip
+    assert '<a href="../README.md">../reports/</a>' in read_page(repository)
+
+
 def test_a_page_shows_the_prose_of_now_around_recorded_outputs():
     def notebook(*cells):
         return new_notebook(cells=[code("a = 1", "parameters"), *cells])

@@ -95,3 +95,22 @@ def test_silhouette_by_hand():
     # a = 1 for all; b = 10.5, 9.5, 9.5, 10.5
     assert features.silhouette(states, list("aabb")) == pytest.approx(np.mean([1 - 1 / 10.5, 1 - 1 / 9.5]))
     assert np.isnan([features.silhouette(states, list(labels)) for labels in ("aaaa", "abcd")]).all()
+
+
+def test_a_dot_is_the_mean_over_the_tokens_and_modules_of_its_sample(adapter, encoded, base):
+    """One sample at a time, without padding; samples of different length share batches."""
+    table = routing.dots(adapter, encoded, base, SLOTS, samples=10, max_new_tokens=4, batch_size=3)
+    assert list(table) == ["slot", "family", "id", "head 1", "head 2", "head 3"]
+    assert table["slot"].tolist() == ["ks"] * 5 + ["cremad"] * 5 and table["family"][9] == "emotion recognition"
+    model, processor = load_base(base)
+    model = load_adapter(model, adapter)
+    data = read_slot(encoded, "cremad", "test")
+    for row in table.iloc[5:].itertuples():
+        samples = [data[data.ids.index(row.id)]]
+        (text,) = answer(model, processor.tokenizer, samples, 1, 4)
+        inputs = batch(model, processor.tokenizer, samples, [text])
+        with record_routing(model) as recorded, torch.no_grad():
+            model(**{k: inputs[k] for k in ("inputs_embeds", "attention_mask", "position_ids")})
+        expected = torch.stack([weights[0][0].mean(0) for weights in recorded.values()]).mean(0)
+        assert list(row)[4:] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert len(set(table["head 1"])) == 10

@@ -1,0 +1,170 @@
+"""The media of a sample, small enough to lie in git beside a page that plays them: H.264, AAC and JPEG.
+
+Pictures and sounds are what the model gets. Only the moving clip, which is for people, has more frames than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from crab import tasks
+from crab.core.files import atomic_file
+from crab.data import media
+
+FPS = 8  # frames per second of a clip, at most
+SOUND_BITS = 24_000  # per second of AAC
+FRAME = 128  # pixels of each frame of a strip
+_JPEG = {"quality": 85, "optimize": True}
+_SUFFIX = {"video": ".mp4", "audio": ".m4a", "image": ".jpg"}
+_SAME = 1e-6  # ticks; rounding may part equal times by this much
+
+
+def write_media(
+    folder: Path, name: str, loaded: Sequence[tuple[tasks.MediaItem, Any]], height: int, crf: int
+) -> list[tuple[str, str]]:
+    """Write the media of one sample as ``<name>...`` into ``folder``.
+
+    A video and its sound become one clip. Where there are several videos or sounds, each is a file of its own.
+
+    Args:
+        loaded: each item with what `crab.data.records.load` gives for it.
+        height: of clips, in pixels; narrower ones stay as they are. crf: quality of H.264, 0 (lossless) to 51.
+
+    Returns:
+        Kind (``video``, ``image`` or ``audio``) and name of each file, in the order of the prompt.
+    """
+    kinds = [item.kind for item, _ in loaded]
+    if sorted(kinds) == ["audio", "video"]:
+        (video,) = (item for item, _ in loaded if item.kind == "video")
+        (wave,) = (data for item, data in loaded if item.kind == "audio")
+        write_clip(folder / f"{name}.mp4", video.path, wave, height, crf)
+        return [("video", f"{name}.mp4")]
+    written = []
+    for number, (item, data) in enumerate(loaded):
+        several = f"-{kinds[:number].count(item.kind) + 1}" if kinds.count(item.kind) > 1 else ""
+        path = folder / (name + several + _SUFFIX[item.kind])
+        if item.kind == "video":
+            write_clip(path, item.path, None, height, crf)
+        elif item.kind == "audio":
+            write_clip(path, None, data, height, crf)
+        else:
+            write_picture(path, data)
+        written.append((item.kind, path.name))
+    return written
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] RGB as a small JPEG."""
+    with atomic_file(path) as part:
+        Image.fromarray(picture).save(part, "JPEG", **_JPEG)
+
+
+def write_strip(path: Path, frames: np.ndarray) -> None:
+    """Write frames, uint8 [N, H, W, 3], side by side as one JPEG, each `FRAME` pixels wide and high."""
+    small = [np.array(Image.fromarray(frame).resize((FRAME, FRAME), Image.Resampling.LANCZOS)) for frame in frames]
+    for picture in small[:-1]:
+        picture[:, -2:] = 0  # a line between two frames
+    write_picture(path, np.concatenate(small, axis=1))
+
+
+def write_clip(path: Path, video: str | Path | None, wave: np.ndarray | None, height: int, crf: int) -> None:
+    """Write a video file's pictures and a sound (float [samples] at `crab.data.media.RATE`), either may be None.
+
+    Pictures keep their shape, are at most ``height`` pixels high and come at most `FPS` times per second. The same
+    input gives the same bytes.
+    """
+    with atomic_file(path) as part, av.open(str(part), "w", format="mp4", options=_quiet()) as container:
+        tracks = []
+        if video is not None:
+            tracks.append(_pictures(container, video, height, crf))
+        if wave is not None:
+            tracks.append(_sound(container, wave))
+        for packets in tracks:
+            for packet in packets:
+                container.mux(packet)
+
+
+def _quiet() -> dict[str, str]:
+    """No dates and versions in the file; its index comes first, so that a browser can begin."""
+    return {"fflags": "+bitexact", "movflags": "+faststart"}
+
+
+def _pictures(container, video: str | Path, height: int, crf: int) -> Iterator:
+    """Add a track of pictures; returns its packets."""
+    source = av.open(str(video))
+    stream = source.streams.video[0]
+    rate = min(Fraction(FPS), Fraction(stream.average_rate or FPS)).limit_denominator(1001)
+    options = {"crf": str(crf), "preset": "slow", "threads": "1"}
+    track = container.add_stream("libx264", rate=rate, options=options)
+    scale = min(1.0, height / stream.codec_context.height)
+    track.height, track.width = (
+        max(2, 2 * round(side * scale / 2)) for side in (stream.codec_context.height, stream.codec_context.width)
+    )
+    track.pix_fmt = "yuv420p"
+    track.codec_context.thread_count = 1
+
+    def packets() -> Iterator:
+        with source:
+            number = 0
+            for frame, end in _timed(source.decode(stream), rate):
+                while number < end * rate - _SAME:  # the picture on display at each tick
+                    small = frame.reformat(track.width, track.height, "yuv420p")
+                    small.pts, small.time_base, number = number, 1 / rate, number + 1
+                    yield from track.encode(small)
+            yield from track.encode()
+
+    return packets()
+
+
+def _timed(frames: Iterable, rate: Fraction) -> Iterator[tuple[Any, float]]:
+    """Each frame, and the second in which the next one begins, or its own would end at this rate."""
+    first = last = None
+    for frame in frames:
+        if first is None:
+            first, last = frame.time or 0.0, frame
+            continue
+        yield last, (frame.time or 0.0) - first
+        last = frame
+    if last is not None:
+        yield last, (last.time or 0.0) - first + float(last.duration * last.time_base if last.duration else 1 / rate)
+
+
+def _sound(container, wave: np.ndarray) -> Iterator:
+    """Add a track of sound; returns its packets."""
+    track = container.add_stream("aac", rate=media.RATE, layout="mono")
+    track.bit_rate = SOUND_BITS
+    pcm = np.clip(np.asarray(wave, dtype=np.float32), -1, 1)[None]
+
+    def packets() -> Iterator:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = media.RATE, 0, Fraction(1, media.RATE)
+        yield from track.encode(frame)
+        yield from track.encode()
+
+    return packets()
+
+
+def outline(wave: np.ndarray, bins: int = 160) -> list[tuple[float, float]]:
+    """Lowest and highest value of a sound in each of at most ``bins`` equal parts, for a drawing of it."""
+    return [(float(part.min()), float(part.max())) for part in np.array_split(wave, min(bins, len(wave)))]
+
+
+def contours(mask: np.ndarray) -> list[list[tuple[float, float]]]:
+    """The outlines of a bool mask [H, W], holes among them, as points (x, y). Pixel (0, 0) has its centre at .5, .5."""
+    import cv2
+
+    lines, _ = cv2.findContours(np.ascontiguousarray(mask, np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    return [[(x + 0.5, y + 0.5) for x, y in line[:, 0].tolist()] for line in lines]
+
+
+def seconds_of(loaded: Sequence[tuple[tasks.MediaItem, Any]], record: Mapping) -> float:
+    """Length of a sample's longest sound; of its longest video if it has none."""
+    waves = [len(data) / media.RATE for item, data in loaded if item.kind == "audio"]
+    return max(waves or [media.clip_seconds(item.path) for item in record["media"] if item.kind == "video"])
