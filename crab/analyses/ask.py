@@ -27,9 +27,9 @@ from crab.analyses import gallery
 from crab.data import media, records
 from crab.data.probe import probe
 from crab.ilora import ILoraLayer, record_routing
-from crab.models import omni
 from crab.models.batches import SEGMENTS, batch, encoded, last_hidden, segments
 from crab.models.checkpoint import load_base
+from crab.models.protocol import CLIP
 from crab.models.segment import segmenter
 from crab.samples.inputs import prepared, prompt_of
 from crab.study import figures
@@ -116,9 +116,9 @@ def own(paths: str | PathLike | Sequence[str], slot: str | None = None, second: 
             streams = [(kind, path) for kind, path in streams if kind != "audio" or path not in seen]
     else:
         kinds = [kind for kind, _ in MEDIA[tasks.get_slot(slot).media]]
-        paths *= 2 if tuple(kinds) == omni.CLIP and len(paths) == 1 else 1
+        paths *= 2 if tuple(kinds) == CLIP and len(paths) == 1 else 1
         if len(paths) != len(kinds):
-            one = ", or one video with sound" if tuple(kinds) == omni.CLIP else ""
+            one = ", or one video with sound" if tuple(kinds) == CLIP else ""
             raise ValueError(f"media: {len(paths)} files; slot {slot} takes {', '.join(kinds)}, in this order{one}")
         streams = list(zip(kinds, paths, strict=True))
     second = second if "image" in dict(streams) else None
@@ -131,7 +131,7 @@ def _streams(path: str) -> list[str]:
     """What a file shows and plays: image, video, audio, or video and audio. MediaError if nothing."""
     if not probe(path, "image").problem:
         return ["image"]
-    if kinds := [kind for kind in omni.CLIP if not probe(path, kind).problem]:
+    if kinds := [kind for kind in CLIP if not probe(path, kind).problem]:
         return kinds
     kind = (mimetypes.guess_type(path)[0] or "").partition("/")[0]
     read = {"image": media.read_image, "audio": media.read_audio}.get(kind, lambda path: media.read_video(path, 1))

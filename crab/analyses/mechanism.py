@@ -23,9 +23,9 @@ from crab import tasks
 from crab.analyses.gradients import ALL
 from crab.ilora import record_routing_means
 from crab.ilora.adapters import adapted_layers
-from crab.models import omni
 from crab.models.batches import SEGMENTS, batch, last_hidden, segments
 from crab.models.checkpoint import load_base
+from crab.models.protocol import IGNORE
 from crab.samples.reading import read_slot, spread
 from crab.study.answer import load_adapter
 from crab.study.compare import bootstrap_means, interval
@@ -88,8 +88,9 @@ def likelihood(model, batches: Sequence[Batch], edit: Edit | None = None, label:
                 hooks.enter_context(layer.ilora_router[adapter].register_forward_hook(hook))
             states = last_hidden(model, inputs)
         labels = inputs["labels"][:, 1:]
-        places = labels != omni.IGNORE
-        logits, targets, sample = model.lm_head(states[:, :-1][places]).float(), labels[places], places.nonzero()[:, 0]
+        places = labels != IGNORE
+        logits = model.get_output_embeddings()(states[:, :-1][places]).float()
+        targets, sample = labels[places], places.nonzero()[:, 0]
         logs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         wrong = (logits.argmax(-1) != targets).float()
         total = torch.zeros(len(labels), 2, device=logs.device).index_add_(0, sample, torch.stack([logs, wrong], 1))

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from crab import tasks
 from crab.analyses.timing import Step, formats, interleaved, quartiles, ratio
 from crab.data import media, records
-from crab.models import omni
 from crab.models.batches import answer_loss, batch
-from crab.models.checkpoint import load_base
+from crab.models.checkpoint import load_base, load_processor
+from crab.models.protocol import model_of
 from crab.samples.inputs import load_media, prepared
 from crab.study.train import adapted
 
@@ -46,8 +46,9 @@ def model_costs(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = records.read(root, slot, "train")[:batch_size]
     frames = tasks.get_slot(slot).frames
-    prompts = [omni.prepare(processor, load_media(row, frames), tasks.instruction(slot, row)) for row in rows]
-    samples = omni.encode(model, prompts)
+    module = model_of(model)
+    prompts = [module.prepare(processor, load_media(row, frames), tasks.instruction(slot, row)) for row in rows]
+    samples = module.encode(model, prompts)
     answers = [tasks.target(slot, row, "bare") for row in rows]
     learned, asked = batch(model, processor.tokenizer, samples, answers), batch(model, processor.tokenizer, samples)
     options = {"r": rank, "lora_alpha": 2 * rank}
@@ -76,7 +77,7 @@ def model_costs(
     def decode(model, precision: torch.dtype, _: int) -> Iterator[None]:
         model.eval()
         with _autocast(device, precision):
-            omni.generate(model, processor.tokenizer, asked, new_tokens)
+            module.generate(model, processor.tokenizer, asked, new_tokens)
         yield
 
     table = []
@@ -155,7 +156,8 @@ def data_costs(
         raise ValueError(
             f"benchmark.samples: {slot}/train has {len(rows)} records, {max(samples, 2)} are wanted; lower it"
         )
-    _, processor = load_base(base)
+    processor = load_processor(base)
+    module = model_of(processor)
     frames = tasks.get_slot(slot).frames
 
     def alone(records: Sequence[Mapping], n: int) -> Iterator[None]:
@@ -166,7 +168,7 @@ def data_costs(
         record = records[n % len(records)]
         items = load_media(record, frames)
         yield
-        omni.prepare(processor, items, tasks.instruction(slot, record))
+        module.prepare(processor, items, tasks.instruction(slot, record))
         yield
 
     def epoch(work: Callable, count: int) -> Step:

@@ -13,6 +13,7 @@ import torch
 from crab.ilora import record_routing_means, routing_information
 from crab.models.batches import SEGMENTS, batch, last_hidden, segments
 from crab.models.checkpoint import load_base
+from crab.models.protocol import model_of
 from crab.samples.reading import read_slot, spread
 from crab.study.answer import answer, load_adapter
 
@@ -26,7 +27,7 @@ def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_to
         each token's, as a share of its maximum (0: one head alone, 1: all alike); and ``tokens``.
     """
     texts = answer(model, tokenizer, samples, batch_size, max_new_tokens)
-    language = model.get_base_model().model.language_model  # encoders, if they are adapted, see other tokens
+    language = model_of(model).language(model)  # encoders, if they are adapted, see other tokens
     with record_routing_means(language, SEGMENTS, generated=None) as means:
         for start in range(0, len(samples), batch_size):
             part = slice(start, start + batch_size)

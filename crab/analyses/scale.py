@@ -26,8 +26,8 @@ from crab import tasks
 from crab.analyses.model_costs import filmed
 from crab.core.files import read_json, write_json
 from crab.data import records
-from crab.models import omni
 from crab.models.checkpoint import load_base
+from crab.models.protocol import IGNORE, model_of
 from crab.samples.build import assemble
 from crab.samples.encode import Encoder, encode_all
 from crab.samples.reading import read_slot
@@ -184,7 +184,7 @@ def _plain(base: Path, folder: Path, pairs: Sequence) -> float:
 
     def collate(items: Sequence[tuple]) -> dict[str, Any]:
         ids = [torch.cat([prompt["input_ids"][0], torch.tensor(answer)]) for prompt, answer in items]
-        labels = [torch.cat([torch.full_like(p["input_ids"][0], omni.IGNORE), torch.tensor(a)]) for p, a in items]
+        labels = [torch.cat([torch.full_like(p["input_ids"][0], IGNORE), torch.tensor(a)]) for p, a in items]
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
         media = {
             name: torch.cat([torch.as_tensor(prompt[name]) for prompt, _ in items])
@@ -203,7 +203,7 @@ def _plain(base: Path, folder: Path, pairs: Sequence) -> float:
         save_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False, logging_strategy="no", label_names=["labels"],
     )  # fmt: skip
-    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=omni.LANGUAGE_TARGETS))
+    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=model_of(model).TARGETS["language"]))
     trainer = Trainer(model=lora, args=arguments, train_dataset=items, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Batches of encoded samples: what each token is, the loss of the answers, and the last hidden states."""
+"""Batches of encoded samples for any model: padding, features at their placeholders, loss, and hidden states."""
 
 from __future__ import annotations
 
@@ -8,44 +8,143 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from crab.ilora import instruction_tokens
-from crab.models import omni
+from crab.models.protocol import IGNORE, model_of
 
 SEGMENTS = ("text", "video", "audio", "answer")
 PADDING = -1
 #: One sample: ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden], or a ``prompt`` to encode.
 Sample = Mapping[str, torch.Tensor]
 
-_INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
+INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
 _UNEMBEDDED = ("input_ids", "attention_mask", "position_ids")
 
 
-def batch(
-    model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | None = None, embed: bool = True
-) -> dict[str, torch.Tensor]:
-    """`omni.collate` on the device of the model. Samples that are still a ``prompt`` go through its encoders first.
+def media_mask(config, ids: torch.Tensor) -> torch.Tensor:
+    """True at placeholder tokens."""
+    tokens = [config.image_token_id, config.video_token_id, config.audio_token_id]
+    return torch.isin(ids, torch.tensor(tokens, device=ids.device))
 
-    Without ``embed`` it is `omni.padded`, which reads no weights; `answer_loss` takes it, too.
+
+def bare(model):
+    """The base inside a PEFT model, or the base itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def answer_tokens(tokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """The tokens of each answer, with the end token."""
+    return [tokenizer(a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for a in answers]
+
+
+def padded(
+    tokenizer, samples: Sequence[Sample], answers: Sequence[str] | Sequence[Sequence[int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """A left-padded batch of encoded samples.
+
+    Args:
+        answers: texts, or what `answer_tokens` gives; None for generation.
+
+    Returns ``input_ids`` and ``attention_mask`` [B, L], ``position_ids`` [3, B, L], ``features`` [media, hidden] in the
+    order of their tokens and, with answers, ``labels`` [B, L] (answer and end token only).
+    """
+    tails = [[]] * len(samples)
+    if answers is not None:
+        tails = answer_tokens(tokenizer, answers) if isinstance(answers[0], str) else answers
+    lengths = [len(s["input_ids"]) + len(t) for s, t in zip(samples, tails, strict=True)]
+    width, size = max(lengths), len(samples)
+    ids = torch.full((size, width), tokenizer.pad_token_id)
+    labels = torch.full((size, width), IGNORE)
+    mask = torch.zeros((size, width), dtype=torch.long)
+    positions = torch.zeros((3, size, width), dtype=torch.long)
+    for row, (sample, tail, length) in enumerate(zip(samples, tails, lengths, strict=True)):
+        first, tail = width - length, torch.tensor(tail, dtype=torch.long)
+        ids[row, first:] = torch.cat([sample["input_ids"], tail])
+        mask[row, first:] = 1
+        prompt = sample["position_ids"]
+        after = prompt.max() + 1 + torch.arange(len(tail))
+        positions[:, row, first:] = torch.cat([prompt, after.expand(3, -1)], dim=1)
+        labels[row, width - len(tail) :] = tail
+    features = torch.cat([s["features"] for s in samples])
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "features": features}
+    return batch if answers is None else {**batch, "labels": labels}
+
+
+def collate(
+    model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | Sequence[Sequence[int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """`padded` for the language model alone: ``inputs_embeds`` [B, L, hidden] in place of ``features``."""
+    batch = padded(tokenizer, samples, answers)
+    grown = torch.is_grad_enabled() and batch["features"].requires_grad  # of adapted encoders
+    with torch.set_grad_enabled(grown), features_shown(model, batch):
+        embed = model.get_input_embeddings()
+        batch["inputs_embeds"] = embed(batch["input_ids"].to(embed.weight.device))
+    del batch["features"]
+    return batch
+
+
+@contextmanager
+def features_shown(model, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the embedding layer puts ``features`` at the placeholders of a batch that `padded` made.
+
+    So they get there within the forward pass of a model whose weights are spread over processes (FSDP, ZeRO-3).
+    """
+
+    def fill(_module, inputs: tuple, embeds: torch.Tensor) -> torch.Tensor:
+        # not in place: with checkpointing, embeddings are leaves that gradients are asked of
+        return embeds.index_put((media_mask(model.config, inputs[0]),), batch["features"].to(embeds))
+
+    hook = model.get_input_embeddings().register_forward_hook(fill)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def logits_at(model, chosen) -> Iterator[None]:
+    """Inside, the model computes logits only at ``chosen``, an index into the hidden states [B, L, hidden].
+
+    With the 152,064 words of Qwen2.5-Omni, the logits of a prompt of 1,500 tokens take half a gigabyte in bfloat16.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def batch(
+    model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | Sequence[Sequence[int]] | None = None,
+    embed: bool = True, adapted: bool | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """`collate` on the device of the model. Samples that are still a ``prompt`` go through its encoders first.
+
+    Without ``embed`` it is `padded`, which reads no weights; `answer_loss` takes it, too. ``adapted`` is that of
+    `encoded`.
 
     ValueError if a base of another width encoded the samples.
     """
-    samples = encoded(model, samples)
+    samples = encoded(model, samples, adapted)
     width = model.config.get_text_config().hidden_size
     stored = samples[0]["features"].shape[1]
     if stored != width:
         raise ValueError(f"stored features are {stored} wide, the model {width}; run the encode stage with this base")
-    together = omni.collate(model, tokenizer, samples, answers) if embed else omni.padded(tokenizer, samples, answers)
+    together = collate(model, tokenizer, samples, answers) if embed else padded(tokenizer, samples, answers)
     return {name: value.to(model.device) for name, value in together.items()}
 
 
-def encoded(model, samples: Sequence[Sample]) -> list[Sample]:
+def encoded(model, samples: Sequence[Sample], adapted: bool | None = None) -> list[Sample]:
     """The samples, those with a ``prompt`` encoded. Features are rounded to 16 bit, as stored ones are.
 
-    Those of adapted encoders cannot be stored. They are not rounded, and have gradients in training.
+    Those of adapted encoders cannot be stored. They are not rounded, and have gradients in training. ``adapted`` says
+    whether they are; None looks through the model.
     """
     prompts = [sample["prompt"] for sample in samples if "prompt" in sample]
     if not prompts:
         return list(samples)
-    results, exact = iter(omni.encode(model, prompts)), omni.adapts_encoders(model)
+    module = model_of(model)
+    exact = module.adapts_encoders(model) if adapted is None else adapted
+    results = iter(module.encode(model, prompts))
     return [
         {**sample, **(own := next(results)), "features": own["features"] if exact else own["features"].half()}
         if "prompt" in sample
@@ -64,7 +163,7 @@ def segments(config, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     kinds[(ids == config.video_token_id) | (ids == config.image_token_id)] = SEGMENTS.index("video")
     kinds[ids == config.audio_token_id] = SEGMENTS.index("audio")
     if "labels" in batch:
-        kinds[batch["labels"] != omni.IGNORE] = SEGMENTS.index("answer")
+        kinds[batch["labels"] != IGNORE] = SEGMENTS.index("answer")
     kinds[batch["attention_mask"] == 0] = PADDING
     return kinds
 
@@ -82,9 +181,8 @@ def instruction_shown(model, batch: Mapping[str, torch.Tensor]) -> Iterator[None
 
 def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Hidden states of the last layer [B, L, hidden], of a PEFT model or a base."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
     with instruction_shown(model, batch):
-        return core.model(**{name: batch[name] for name in _INPUTS}, use_cache=False).last_hidden_state
+        return model_of(model).last_hidden(model, batch)
 
 
 def answer_loss(
@@ -97,12 +195,12 @@ def answer_loss(
         count: the sum is divided by this number of tokens; None for the number in the batch.
         unwrapped: the model without the wrapper of DDP or DeepSpeed, if there is one.
     """
-    bare = unwrapped or model
-    shown = omni.features_shown(bare, batch) if "features" in batch else nullcontext()
-    names = _UNEMBEDDED if "features" in batch else _INPUTS
+    inner = unwrapped or model
+    shown = features_shown(inner, batch) if "features" in batch else nullcontext()
+    names = _UNEMBEDDED if "features" in batch else INPUTS
     target = batch["labels"].roll(-1, 1)  # a position predicts the next token; no prompt begins with a label
-    chosen = target != omni.IGNORE
-    with instruction_shown(model, batch), shown, omni.logits_at(bare, chosen):
+    chosen = target != IGNORE
+    with instruction_shown(model, batch), shown, logits_at(inner, chosen):
         outputs = model(**{name: batch[name] for name in names}, use_cache=False)
     total = torch.nn.functional.cross_entropy(outputs.logits.float(), target[chosen], reduction="sum")
     return total / (chosen.sum() if count is None else count), outputs

@@ -15,20 +15,18 @@ from crab.core.files import read_json, write_json
 POINTER = "checkpoint.json"
 #: The file of a base that says how it was trained. It is not part of the digest.
 RECORD = "training.json"
-#: Model types that `omni` loads: the whole Omni model, of which the thinker is taken, or a thinker alone.
-MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 LARGE = 2**28  # bytes; a larger file counts in the digest by its size and date
 _FIX = "set base.checkpoint in params.yaml to a name on the model hub or to the absolute path of a downloaded copy"
 
 
 def point_to(folder: str | Path, name: str) -> None:
     """Make ``folder`` stand for the published checkpoint ``name``, without a copy. ValueError if it is of no use."""
-    from transformers import AutoConfig
+    from crab.models.protocol import MODEL_TYPES, model_type
 
     if Path(name).exists() and not Path(name).is_absolute():
         raise ValueError(f"base.checkpoint: '{name}' is a relative path, which depends on the working folder; {_FIX}")
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = model_type(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"base.checkpoint: '{name}' cannot be read ({str(error).splitlines()[0]}); {_FIX}") from error
     if kind not in MODEL_TYPES:
@@ -43,20 +41,32 @@ def resolve(folder: str | Path) -> str | None:
 
 
 def load_base(path: str | Path):
-    """(model, processor): the frozen base of a folder or name, on the GPU if there is one. PEFT changes it: load it
-    anew.
+    """(model, processor) of `load_model` and `load_processor`."""
+    processor = load_processor(path)
+    return load_model(path), processor
+
+
+def load_model(path: str | Path):
+    """The frozen base of a folder or name, on the GPU if there is one. PEFT changes it: load it anew.
 
     A published checkpoint is loaded in bfloat16 on a GPU, for half the memory; everything else in float32.
     """
     import torch
 
-    from crab.models import omni
+    from crab.models.protocol import model_of
 
     gpu = torch.cuda.is_available()
     published = resolve(path) or (None if (Path(path) / "audio").is_dir() else path)  # `omni.save` writes this folder
-    model, processor = omni.load(published or path, torch.bfloat16 if published and gpu else torch.float32)
-    model.requires_grad_(False)
-    return model.eval().to("cuda" if gpu else "cpu"), processor
+    dtype = torch.bfloat16 if published and gpu else torch.float32
+    model = model_of(path).load_model(published or path, dtype).requires_grad_(False)
+    return model.eval().to("cuda" if gpu else "cpu")
+
+
+def load_processor(path: str | Path):
+    """The processor alone, for processes that decode media and run no model."""
+    from crab.models.protocol import model_of
+
+    return model_of(path).load_processor(resolve(path) or path)
 
 
 def base_digest(folder: str | Path) -> str:

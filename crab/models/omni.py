@@ -1,49 +1,43 @@
 """Qwen2.5-Omni's thinker at any size, published or small: from media and an instruction to an answer.
 
 `prepare` and `encode` run once per sample: processor, then the frozen encoders. Training and generation then run the
-language model alone on these features (`collate`, `generate`).
+language model alone on these features. The names are those of `crab.models.protocol.AudioVisualModel`.
+
+The tokens of a clip and those of its sound take turns of two seconds, so that what is seen and heard at the same time
+stands side by side. All other media stand one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoProcessor, BatchFeature, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
 from transformers.utils import is_torchvision_available
 
+from crab.ilora.published import PUBLISHED_TARGETS
 from crab.models import small
+from crab.models.batches import INPUTS, bare, logits_at, media_mask
+from crab.models.protocol import CLIP, IGNORE, Marks, Media, Tower  # noqa: F401  IGNORE: for base/
 from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, tokens_per_second
 
 #: The linear layers of the language model. A plain list of names would also match both encoders.
 LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-IGNORE = -100  # label of a token that is not learned
-
-#: A clip with its sound. Their tokens take turns of two seconds, so that what is seen and heard at the same time stands
-#: side by side. All other media stand one after the other.
-CLIP = ("video", "audio")
+TARGETS = {"language": LANGUAGE_TARGETS, "published": PUBLISHED_TARGETS}
+PUBLISHED = "Qwen/Qwen2.5-Omni-7B"
 
 #: What stands for one item of a prompt before the processor expands it, by kind of media.
 PLACEHOLDER = {
     kind: SPECIAL[f"{sense}_bos_token"] + SPECIAL[f"{kind}_token"] + SPECIAL[f"{sense}_eos_token"]
     for kind, sense in (("video", "vision"), ("image", "vision"), ("audio", "audio"))
 }
-
-
-@dataclass
-class Media:
-    """One item of a prompt: a ``video``, uint8 [T, 224, 224, 3] at ``fps`` frames per second, an ``image``, uint8
-    [224, 224, 3], or ``audio``, float32 [samples] at 16 kHz.
-    """
-
-    kind: str
-    data: np.ndarray
-    fps: float = 1.0
 
 
 def save(path: str | Path, model, processor, dtype: torch.dtype = torch.float32) -> None:
@@ -57,8 +51,31 @@ def save(path: str | Path, model, processor, dtype: torch.dtype = torch.float32)
 def load(path: str | Path, dtype: torch.dtype = torch.float32):
     """(model, processor) from a folder that `save` wrote, or from a published checkpoint."""
     processor = load_processor(path)
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=dtype)
-    return model.eval(), processor
+    return load_model(path, dtype), processor
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """The model alone, in evaluation mode."""
+    return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
+
+
+def read_config(path: str) -> tuple[Qwen2_5OmniThinkerConfig, str]:
+    """The configuration of a base, and a note if it is assumed: the sizes of `PUBLISHED` are known, so that the network
+    is not asked. OSError if it cannot be read.
+    """
+    try:
+        return Qwen2_5OmniThinkerConfig.from_pretrained(path, local_files_only=path == PUBLISHED), ""
+    except OSError:
+        if path != PUBLISHED:
+            raise
+    # The defaults of transformers are the published sizes but for these two.
+    config = Qwen2_5OmniThinkerConfig(vision_config={"hidden_size": 1280}, text_config=dict(tie_word_embeddings=False))
+    return config, f"{PUBLISHED} is not on this machine; its published sizes are used"
+
+
+def build(config: Qwen2_5OmniThinkerConfig) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """A model of this configuration without trained weights."""
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
 
 
 def load_processor(path: str | Path):
@@ -98,15 +115,16 @@ def prompt_text(
 def prepare(
     processor, media: Sequence[Media], instruction: str, turns: bool = True, system: str = "", lead: str = ""
 ) -> BatchFeature:
-    """Run the processor on one sample, a batch of one. All its videos must have the same fps.
+    """Run the processor on one sample, a batch of one. Each video keeps its own seconds per frame.
 
     ``turns=False`` puts the sound of a `CLIP` after its frames. See `prompt_text` for the other arguments.
     """
     kinds = tuple(item.kind for item in media)
     data = {kind: [item.data for item in media if item.kind == kind] for kind in PLACEHOLDER}
+    rates = [item.fps for item in media if item.kind == "video"]
     options = {}
-    if data["video"]:
-        options["fps"] = next(item.fps for item in media if item.kind == "video")
+    if rates:
+        options["fps"] = rates[0]
     if data["audio"]:
         options["sampling_rate"] = SAMPLE_RATE
     if turns and kinds == CLIP:
@@ -116,7 +134,7 @@ def prepare(
             "position_id_per_seconds": tokens_per_second(processor),
             "seconds_per_chunk": float(CHUNK_SECONDS),
         }
-    return processor(
+    prompt = processor(
         text=[prompt_text(kinds, instruction, turns, system, lead, processor)],
         images=data["image"] or None,
         videos=data["video"] or None,
@@ -124,11 +142,14 @@ def prepare(
         **options,
         return_tensors="pt",
     )
+    if len(set(rates)) > 1:  # the processor takes one rate for all videos of a prompt
+        prompt["video_second_per_grid"] = [processor.video_processor.temporal_patch_size / rate for rate in rates]
+    return prompt
 
 
 def adapts_encoders(model) -> bool:
     """Whether adapters are in the encoders. Features then depend on them."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = bare(model)
     towers = core.model.visual, core.model.audio_tower
     return any(isinstance(module, BaseTunerLayer) for tower in towers for module in tower.modules())
 
@@ -165,12 +186,6 @@ def _encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tens
     return samples
 
 
-def media_mask(config, ids: torch.Tensor) -> torch.Tensor:
-    """True at placeholder tokens."""
-    tokens = [config.image_token_id, config.video_token_id, config.audio_token_id]
-    return torch.isin(ids, torch.tensor(tokens, device=ids.device))
-
-
 def prompt_positions(model, inputs: BatchFeature) -> torch.Tensor:
     """TMRoPE positions of one prepared prompt, [3, L]: time, height, width."""
     ids = inputs["input_ids"]
@@ -190,81 +205,10 @@ def prompt_positions(model, inputs: BatchFeature) -> torch.Tensor:
     return positions[:, 0]
 
 
-def padded(tokenizer, samples: Sequence[dict], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """A left-padded batch of encoded samples. Without answers, for generation.
-
-    Returns ``input_ids`` and ``attention_mask`` [B, L], ``position_ids`` [3, B, L], ``features`` [media, hidden] in the
-    order of their tokens and, with answers, ``labels`` [B, L] (answer and end token only).
-    """
-    tails = [[]] * len(samples)
-    if answers is not None:
-        tails = [tokenizer(a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for a in answers]
-    lengths = [len(s["input_ids"]) + len(t) for s, t in zip(samples, tails, strict=True)]
-    width, size = max(lengths), len(samples)
-    ids = torch.full((size, width), tokenizer.pad_token_id)
-    labels = torch.full((size, width), IGNORE)
-    mask = torch.zeros((size, width), dtype=torch.long)
-    positions = torch.zeros((3, size, width), dtype=torch.long)
-    for row, (sample, tail, length) in enumerate(zip(samples, tails, lengths, strict=True)):
-        first, tail = width - length, torch.tensor(tail, dtype=torch.long)
-        ids[row, first:] = torch.cat([sample["input_ids"], tail])
-        mask[row, first:] = 1
-        prompt = sample["position_ids"]
-        after = prompt.max() + 1 + torch.arange(len(tail))
-        positions[:, row, first:] = torch.cat([prompt, after.expand(3, -1)], dim=1)
-        labels[row, width - len(tail) :] = tail
-    features = torch.cat([s["features"] for s in samples])
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "features": features}
-    return batch if answers is None else {**batch, "labels": labels}
-
-
-def collate(model, tokenizer, samples: Sequence[dict], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """`padded` for the language model alone: ``inputs_embeds`` [B, L, hidden] in place of ``features``."""
-    batch = padded(tokenizer, samples, answers)
-    grown = torch.is_grad_enabled() and batch["features"].requires_grad  # of adapted encoders
-    with torch.set_grad_enabled(grown), features_shown(model, batch):
-        embed = model.get_input_embeddings()
-        batch["inputs_embeds"] = embed(batch["input_ids"].to(embed.weight.device))
-    del batch["features"]
-    return batch
-
-
-@contextmanager
-def features_shown(model, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, the embedding layer puts ``features`` at the placeholders of a batch that `padded` made.
-
-    So they get there within the forward pass of a model whose weights are spread over processes (FSDP, ZeRO-3).
-    """
-
-    def fill(_module, inputs: tuple, embeds: torch.Tensor) -> torch.Tensor:
-        # not in place: with checkpointing, embeddings are leaves that gradients are asked of
-        return embeds.index_put((media_mask(model.config, inputs[0]),), batch["features"].to(embeds))
-
-    hook = model.get_input_embeddings().register_forward_hook(fill)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def logits_at(model, chosen) -> Iterator[None]:
-    """Inside, the model computes logits only at ``chosen``, an index into the hidden states [B, L, hidden].
-
-    With the 152,064 words of Qwen2.5-Omni, the logits of a prompt of 1,500 tokens take half a gigabyte in bfloat16.
-    """
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen],))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
 def generate(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-    """Greedy answers to a batch that `collate` made without answers."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Greedy answers to a batch that `crab.models.batches.collate` made without answers."""
+    base = bare(model)
     mask, positions = batch["attention_mask"], batch["position_ids"]
     # transformers adds this offset to the number of tokens so far, to get the position of each new token
     base.model.rope_deltas = (positions.amax(dim=(0, 2)) + 1 - mask.sum(-1))[:, None]
@@ -278,3 +222,52 @@ def generate(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: i
             num_beams=1,
         )
     return tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Hidden states of the last layer [B, L, hidden]."""
+    return bare(model).model(**{name: batch[name] for name in INPUTS}, use_cache=False).last_hidden_state
+
+
+def language(model) -> torch.nn.Module:
+    """The language model. Encoders, if they are adapted, see other tokens."""
+    return bare(model).model.language_model
+
+
+def marks(tokenizer) -> Marks:
+    """What opens and closes media and ends a turn in a prompt."""
+    token = tokenizer.convert_tokens_to_ids
+    bos, eos = (
+        tuple(token(SPECIAL[f"{sense}_{edge}_token"]) for sense in ("vision", "audio")) for edge in ("bos", "eos")
+    )
+    return Marks(bos, eos, token(END))
+
+
+def towers(config: Qwen2_5OmniThinkerConfig) -> dict[str, Tower]:
+    """The sizes of the language model and of both encoders, which adapters may be in."""
+    text, seen, heard = config.get_text_config(), config.vision_config, config.audio_config
+    keys = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    return {
+        "language_model": Tower(
+            "model.language_model.layers", text.num_hidden_layers, text.hidden_size, keys, text.intermediate_size, True
+        ),
+        "visual": Tower(
+            "model.visual.blocks", seen.depth, seen.hidden_size, seen.hidden_size, seen.intermediate_size, True,
+            seen.spatial_merge_size**2,
+        ),
+        "audio_tower": Tower(
+            "model.audio_tower.layers", heard.encoder_layers, heard.d_model, heard.d_model, heard.encoder_ffn_dim,
+            False, 2,
+        ),
+    }  # fmt: skip
+
+
+def media_tokens(
+    config: Qwen2_5OmniThinkerConfig, side: int, kinds: Sequence[str], frames: int, seconds: float
+) -> tuple[int, int]:
+    """Tokens of the pictures and of the sounds of a sample."""
+    seen = config.vision_config
+    grid = (side // seen.patch_size // seen.spatial_merge_size) ** 2
+    pairs = -(-frames // seen.temporal_patch_size)
+    visual = grid * (kinds.count("image") + pairs * kinds.count("video"))
+    return visual, round(seconds * config.position_id_per_seconds) * kinds.count("audio")

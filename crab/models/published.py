@@ -30,7 +30,7 @@ from PIL import Image
 
 from crab import tasks
 from crab.data import media
-from crab.models import omni
+from crab.models.protocol import Media, model_of
 
 _SHARES = {"avqa": 60, "arig": 5, "s4": 5, "ms3": 5}  # 10 for all other slots
 _SLACK = 0.5  # seconds by which a clip may be longer than announced
@@ -39,9 +39,9 @@ _BLACK_FRAMES = 10  # in place of a clip of one frame, whatever number is asked 
 
 
 def prepared(slot: str, processor, record: Mapping, frames: int, instruction: str, **around: str):
-    """The prompt of a record, for `omni.encode`, with the media of `load_media`. ValueError if a sound is too long.
+    """The prompt of a record, for the encoders, with the media of `load_media`. ValueError if a sound is too long.
 
-    ``around`` are ``system`` and ``lead`` of `omni.prompt_text`.
+    ``around`` are ``system`` and ``lead`` of `crab.models.protocol.AudioVisualModel.prepare`.
     """
     items = load_media(slot, record, frames)
     heard = processor.feature_extractor.n_samples
@@ -54,7 +54,7 @@ def prepared(slot: str, processor, record: Mapping, frames: int, instruction: st
             )
         if problem := cut_off(processor, wave):
             raise ValueError(f"encode.compatibility is 'published', and the sound of {record['id']} {problem}")
-    return omni.prepare(processor, items, instruction, turns=False, **around)
+    return model_of(processor).prepare(processor, items, instruction, turns=False, **around)
 
 
 def cut_off(processor, wave: np.ndarray) -> str:
@@ -68,9 +68,9 @@ def cut_off(processor, wave: np.ndarray) -> str:
     )
 
 
-def load_media(slot: str, record: Mapping, frames: int) -> list[omni.Media]:
+def load_media(slot: str, record: Mapping, frames: int) -> list[Media]:
     """Decoded media of a record of `crab.data.records.read`, in the order of the prompt. Two of a kind are joined."""
-    items: list[omni.Media] = []
+    items: list[Media] = []
     for item in record["media"]:
         if item.kind == "video":
             data = read_video(item.path, frames)
@@ -82,7 +82,7 @@ def load_media(slot: str, record: Mapping, frames: int) -> list[omni.Media]:
         if items and items[-1].kind == item.kind:
             items[-1].data = np.concatenate([items[-1].data, data])
         else:
-            items.append(omni.Media(item.kind, data))
+            items.append(Media(item.kind, data))
     return items
 
 

@@ -6,15 +6,18 @@ outputs, prose, comments or other modules do. ``.stage/report.json`` is the same
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from crab import tasks
 from crab.core.code import modules, modules_of, plain
 from crab.core.files import atomic_folder, clear_unfinished, digest_of, write_json
+from crab.models.protocol import MODELS
 from crab.pipeline import params
 
 FOLDER = ".stage"
+PROTOCOL = "crab/models/protocol.py"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -24,15 +27,23 @@ def code_cells(notebook: Any, name: str) -> list[str]:
     return [text for i, c in enumerate(cells, 1) if (text := plain(c.source, f"{name}, code cell {i}", cell=True))]
 
 
+def _served_by(base: Mapping[str, Any]) -> list[str]:
+    """The modules that may serve a base: its own, or all for a checkpoint, which can be of any kind."""
+    return [entry.module for entry in MODELS if base["checkpoint"] or entry.module == "crab.models.omni"]
+
+
 def resolve(folder: Path) -> None:
     """Check params.yaml and all notebooks, then write ``.stage``. ValueError: what is wrong, and how to fix it."""
     values, files, prose = params.resolve(folder), {}, {}
     for stage, path in params.notebooks(folder).items():
         notebook = params.read_notebook(path)
         cells = code_cells(notebook, path.name)
+        used = modules(folder, "\n".join(cells))
+        if PROTOCOL in used:  # it imports the module of the base by name, which the code does not show
+            used = modules(folder, "\n".join([*cells, *(f"import {name}" for name in _served_by(values["base"]))]))
         files[stage] = {
             "cells": cells,
-            "modules": modules(folder, "\n".join(cells)),
+            "modules": used,
             "parameters": params.parameters(path, notebook, stage, values),
         }
         prose[stage] = digest_of([[c.cell_type, c.source, c.metadata.get("tags")] for c in notebook.cells])

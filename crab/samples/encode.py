@@ -12,17 +12,16 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from crab import tasks
 from crab.core.code import code_digest
 from crab.core.files import digest_of, write_json
 from crab.core.pool import run_pool
 from crab.data import records
-from crab.data.media import MediaError
+from crab.data.media import RATE, MediaError
 from crab.data.probe import Files
-from crab.models import omni, published
-from crab.models.checkpoint import base_digest, load_base, resolve
+from crab.models import published
+from crab.models.checkpoint import base_digest, load_model, load_processor, resolve
+from crab.models.protocol import model_of, module_name
 from crab.samples.inputs import check_compatibility, prompt_of
 from crab.samples.reading import MANIFEST
 from crab.samples.shards import about, write_shard
@@ -32,7 +31,7 @@ BATCH = 16
 #: Records of a shard without features.
 LISTED = 4096
 ON_PROBLEM = ("error", "skip")
-#: The module that, with all it imports, decides how media become features.
+#: The module that, with all it imports and with the model's own, decides how media become features.
 ENCODING = ("crab.samples.encode",)
 
 
@@ -87,7 +86,7 @@ def encode_all(
         name, problem = next(iter(refused.items()))
         raise ValueError(f"encode: {len(refused)} records cannot be used; the first is {name}: {problem}")
     encoder = Encoder(root, base, compatibility, cache, on_problem == "skip", refused, words)
-    settings = [base_digest(base), code_digest(*ENCODING), compatibility, cache]
+    settings = [base_digest(base), code_digest(*ENCODING, module_name(base)), compatibility, cache]
     settings += [{slot: vars(words[slot]) for slot in slots}] if prompts else []
     jobs, paths = {}, {}
     for slot, split in sorted(parts, key=lambda part: tasks.SPLITS.index(part[1])):
@@ -107,7 +106,7 @@ def encode_all(
         entries = [about(path) for path in paths[name]]
         counts = {count: sum(int(entry[count]) for entry in entries) for count in ("samples", "skipped")}
         if not counts["samples"]:
-            raise ValueError(f"{Path(out) / name}: all {counts['skipped']} records were skipped; mend their media")
+            raise ValueError(f"{Path(out) / name}: all {counts['skipped']} records were skipped; repair their media")
         texts = [entry["texts"] for entry in entries]
         manifest[name] = {**counts, "digest": digest_of([built[name]["digest"], texts, *settings])}
     write_json(Path(out) / MANIFEST, manifest)
@@ -142,8 +141,8 @@ class Encoder:
         ]
         rows = [rows[i] for i in chosen if not self._refuses(rows[i])]
         samples = self._encoded(slot, split, rows, skipped) if self.cache else self._listed(slot, split, rows)
-        about = {"key": key, "compatibility": self.compatibility, "base": base_digest(self.base)}
-        write_shard(path, samples, skipped, about)
+        metadata = {"key": key, "compatibility": self.compatibility, "base": base_digest(self.base)}
+        write_shard(path, samples, skipped, metadata)
 
     def shard_size(self, slot: str, split: str, mib: float) -> int:
         """Records of a shard, if all prompts are as long as that of the first one that can be read."""
@@ -152,7 +151,7 @@ class Encoder:
         rows = _records(self.root, slot, split)
         if not rows:
             raise ValueError(f"{Path(self.root) / tasks.json_path(slot, split)}: no records to encode")
-        config = AutoConfig.from_pretrained(resolve(self.base) or self.base)
+        config, _ = model_of(self.base).read_config(resolve(self.base) or self.base)
         wide = 2 * config.get_text_config().hidden_size
         return max(1, int(mib * 2**20 / (self._tokens(slot, rows) * wide) / BATCH)) * BATCH
 
@@ -177,7 +176,7 @@ class Encoder:
         return 1
 
     def _encoded(self, slot: str, split: str, rows: Sequence[Mapping], skipped: list) -> Iterator[dict[str, Any]]:
-        model, _ = _loaded(self.base)
+        model, module = _loaded(self.base), model_of(self.base)
         for first in range(0, len(rows), BATCH):
             part, prompts = [], []
             for row in rows[first : first + BATCH]:
@@ -191,7 +190,7 @@ class Encoder:
             if not part:
                 continue
             try:
-                encoded = omni.encode(model, prompts)
+                encoded = module.encode(model, prompts)
             except RuntimeError as error:
                 raise RuntimeError(
                     f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}: {error}"
@@ -215,12 +214,12 @@ def _records(root: str | Path, slot: str, split: str) -> list[dict]:
 
 @lru_cache(maxsize=1)
 def _loaded(base: str | Path):
-    return load_base(base)
+    return load_model(base)
 
 
 @lru_cache(maxsize=1)
 def _processor(base: str | Path):
-    return omni.load_processor(resolve(base) or base)
+    return load_processor(base)
 
 
 def _too_long(root: str | Path, parts: Sequence, base: str | Path, probes: str | Path, workers: int) -> dict[str, str]:
@@ -234,6 +233,6 @@ def _too_long(root: str | Path, parts: Sequence, base: str | Path, probes: str |
         files.probe([(path, "audio") for path in paths.values()], False, 60, workers, progress=False)
         for name, item in sounds:
             seconds = files.probes[paths[item.path], "audio"].seconds or 0
-            if problem := published.cut_off(_processor(base), range(round(seconds * omni.SAMPLE_RATE))):
+            if problem := published.cut_off(_processor(base), range(round(seconds * RATE))):
                 problems[name] = f"{item.path} {problem}"
     return problems

@@ -8,8 +8,9 @@ from transformers import BatchFeature
 
 from crab import tasks
 from crab.data import records
-from crab.data.media import clip_seconds
-from crab.models import omni, published
+from crab.data.media import RATE, clip_seconds
+from crab.models import published
+from crab.models.protocol import Media, model_of
 
 _LEAST_FRAMES = 3  # of a spectrogram, for one token: the encoder halves their number twice
 #: How media are shown: as they are, or as the published loader shows them (`crab.models.published`).
@@ -23,7 +24,7 @@ def check_compatibility(compatibility: str) -> None:
 
 
 def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compatibility: str = "none") -> BatchFeature:
-    """The prompt of a record that `crab.data.records.read` gave, as `omni.encode` takes it.
+    """The prompt of a record that `crab.data.records.read` gave, as the model encodes it.
 
     Args:
         prompt: the words of `tasks.prompt`.
@@ -40,7 +41,7 @@ def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compa
     return inputs
 
 
-def load_media(record: Mapping, frames: int) -> list[omni.Media]:
+def load_media(record: Mapping, frames: int) -> list[Media]:
     """Decoded media of a record that `crab.data.records.read` gave, in the order of the prompt.
 
     The rate of a video is that at which its frames were taken, from their time stamps: a clip of 3 s and one of 60 s
@@ -56,16 +57,16 @@ def load_media(record: Mapping, frames: int) -> list[omni.Media]:
             step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
             if len(set(seconds)) < len(seconds):  # a short clip gives some frames twice; each stands for an equal part
                 step = clip_seconds(item.path) / frames
-            items.append(omni.Media("video", pictures, fps=round(float(1 / step), 6) if step > 0 else 1.0))
+            items.append(Media("video", pictures, fps=round(float(1 / step), 6) if step > 0 else 1.0))
         else:
-            items.append(omni.Media(item.kind, data))
+            items.append(Media(item.kind, data))
     return items
 
 
 def prepared(processor, record: Mapping, frames: int, instruction: str, **around: str) -> BatchFeature:
-    """The prompt of a record, as `omni.prepare` makes it, in which each video keeps its own seconds per frame.
+    """The prompt of a record, as the model's ``prepare`` makes it, in which each video keeps its own seconds per frame.
 
-    ``around`` are ``system`` and ``lead`` of `omni.prompt_text`.
+    ``around`` are ``system`` and ``lead`` of `crab.models.protocol.AudioVisualModel.prepare`.
 
     Raises:
         ValueError: a sound is too short to be heard, or longer than the model hears. It would be cut off, while the
@@ -76,10 +77,7 @@ def prepared(processor, record: Mapping, frames: int, instruction: str, **around
     for item, source in zip(media, record["media"], strict=True):
         if item.kind == "audio" and (problem := published.cut_off(processor, item.data)):
             raise ValueError(f"encode: {source.path}, a sound of {_named(record)}, {problem}")
-    prompt = omni.prepare(processor, media, instruction, **around)
-    rates = [item.fps for item in media if item.kind == "video"]
-    if len(set(rates)) > 1:  # the processor takes one rate for all videos of a prompt
-        prompt["video_second_per_grid"] = [processor.video_processor.temporal_patch_size / rate for rate in rates]
+    prompt = model_of(processor).prepare(processor, media, instruction, **around)
     _check_heard(processor, record, prompt)
     return prompt
 
@@ -91,7 +89,7 @@ def _named(record: Mapping) -> str:
 def _check_heard(processor, record: Mapping, prompt: Mapping) -> None:
     """ValueError, naming the record, if a sound of a prompt is so short that no token is made of it."""
     if "feature_attention_mask" in prompt and int(prompt["feature_attention_mask"].sum(-1).min()) < _LEAST_FRAMES:
-        least = (_LEAST_FRAMES - 1) * processor.feature_extractor.hop_length / omni.SAMPLE_RATE
+        least = (_LEAST_FRAMES - 1) * processor.feature_extractor.hop_length / RATE
         files = " or ".join(item.path for item in record["media"] if item.kind == "audio")
         raise ValueError(
             f"encode: {files}, a sound of {_named(record)}, gives at most {least:.3g} s to hear, of which this base "

@@ -17,9 +17,8 @@ import numpy as np
 from crab import tasks
 from crab.core.files import read_json
 from crab.data.media import MediaError
-from crab.models import omni
 from crab.models.batches import Sample
-from crab.models.checkpoint import base_digest, resolve
+from crab.models.checkpoint import base_digest, load_processor, resolve
 from crab.samples.inputs import prompt_of
 from crab.samples.shards import Shards, about
 from crab.samples.slots import SlotData
@@ -36,7 +35,7 @@ class _Live:
 
     @cached_property
     def _processor(self):
-        return omni.load_processor(self.base)
+        return load_processor(self.base)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_processor"}

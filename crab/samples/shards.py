@@ -30,14 +30,14 @@ _HEADER = 4096  # bytes at the start of a shard, filled in once the sizes are kn
 _TYPES = {"float16": "F16", "int32": "I32", "uint8": "U8"}
 
 
-def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], skipped: list, about: Mapping[str, str]) -> None:
+def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], skipped: list, metadata: Mapping[str, str]) -> None:
     """Write samples as they come, so that memory holds only their texts and token ids.
 
     Args:
         samples: each has ``text`` (a JSON object), ``tokens`` (how many to expect) and, if its features are cached,
             ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden].
         skipped: filled while the samples are made.
-        about: what the shard follows from. Added to it: numbers of samples and of skipped ones, and a digest of texts.
+        metadata: what the shard follows from. Added: numbers of samples and of skipped ones, and a digest of texts.
     """
     digest = hashlib.sha256()
     ids, positions, texts, lengths, width = [], [], [], [], 0
@@ -58,7 +58,7 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], skipped: list,
         tensors["lengths"] = np.array(lengths, np.int32).reshape(-1, 4)
         tensors["texts"] = np.frombuffer(b"".join(texts), np.uint8)
         tensors["skipped"] = np.frombuffer(json.dumps(skipped, ensure_ascii=False).encode(), np.uint8)
-        header: dict[str, Any] = {"__metadata__": {**about, "texts": digest.hexdigest()}}
+        header: dict[str, Any] = {"__metadata__": {**metadata, "texts": digest.hexdigest()}}
         header["__metadata__"] |= {"samples": str(len(lengths)), "skipped": str(len(skipped))}
         end = file.tell() - _HEADER
         if width:

@@ -16,9 +16,10 @@ class SlotData(Sequence):
     Attributes:
         slot, split: e.g. ``ave`` and ``train``.
         ids: one per sample.
-        read: gives the sample at an index. A sample is a dict of what `omni.collate` takes (``input_ids`` [L],
-            ``position_ids`` [3, L], ``features`` [media, hidden]), or ``prompt``, which `omni.encode` takes first; and
-            ``text``: its id, its instruction and, in training, its answers by form (``bare``, ``explicit``).
+        read: gives the sample at an index. A sample is a dict of what `crab.models.batches.collate` takes
+            (``input_ids`` [L], ``position_ids`` [3, L], ``features`` [media, hidden]), or ``prompt``, which the model
+            encodes first; and ``text``: its id, its instruction and, in training, its answers by form (``bare``,
+            ``explicit``).
         tokens: int [N], length of each prompt. Without cached features this is that of a prompt of its slot.
     """
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 import crab.ilora  # noqa: F401  makes I-LoRA known to PEFT
 from crab.core.files import read_json, write_json
-from crab.models import omni
 from crab.models.batches import Sample, batch, instruction_shown
+from crab.models.protocol import model_of
 from crab.samples.slots import SlotData
 
 WEIGHTS = "adapter_model.safetensors"
@@ -69,13 +69,14 @@ def answer(
     """
     if tokens is None:
         tokens = [sample.get("prompt", sample)["input_ids"].shape[-1] for sample in samples]
+    module = model_of(model)
     order = sorted(range(len(samples)), key=tokens.__getitem__)
     texts = [""] * len(samples)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         inputs = batch(model, tokenizer, [samples[i] for i in part])
         with instruction_shown(model, inputs):
-            answers = omni.generate(model, tokenizer, inputs, max_new_tokens)
+            answers = module.generate(model, tokenizer, inputs, max_new_tokens)
         for i, text in zip(part, answers, strict=True):
             texts[i] = text
     return texts
@@ -87,7 +88,7 @@ def answer_slot(
     """Answer this process's share of a slot. Shards that are on disk with this ``key`` are not answered again."""
     for number, chosen in enumerate(_shards(samples, batch_size)):
         path = folder / f"{samples.slot}-{number:05d}.json"
-        if number % PartialState().num_processes == PartialState().process_index and _kept(path, key) is None:
+        if number % PartialState().num_processes == PartialState().process_index and kept_texts(path, key) is None:
             part = [samples[index] for index in chosen]
             texts = answer(model, tokenizer, part, batch_size, max_new_tokens, [samples.tokens[i] for i in chosen])
             write_json(path, {"key": key, "texts": {samples.ids[i]: t for i, t in zip(chosen, texts, strict=True)}})
@@ -95,7 +96,8 @@ def answer_slot(
 
 def answered_slot(samples: SlotData, folder: Path, key: str, batch_size: int) -> dict[str, str]:
     """All answers of a slot by sample id, once every process has done its share."""
-    shards = [_kept(folder / f"{samples.slot}-{n:05d}.json", key) for n, _ in enumerate(_shards(samples, batch_size))]
+    count = len(_shards(samples, batch_size))
+    shards = [kept_texts(folder / f"{samples.slot}-{number:05d}.json", key) for number in range(count)]
     texts = {name: text for shard in shards for name, text in shard.items()}
     return {name: texts[name] for name in samples.ids}
 
@@ -106,6 +108,7 @@ def _shards(samples: SlotData, batch_size: int) -> list[list[int]]:
     return [order[first : first + SHARD * batch_size] for first in range(0, len(order), SHARD * batch_size)]
 
 
-def _kept(path: Path, key: str) -> dict[str, str] | None:
+def kept_texts(path: Path, key: str) -> dict | None:
+    """``texts`` of a JSON file, if it is there and was written with this ``key``."""
     content = read_json(path) if path.is_file() else None
     return content["texts"] if content and content["key"] == key else None

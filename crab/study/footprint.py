@@ -16,31 +16,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import PreTrainedConfig
 
 from crab import tasks
 from crab.core.files import read_json
 from crab.models import checkpoint
+from crab.models.protocol import AudioVisualModel, Tower, model_of
 from crab.study.train import adapted
 from crab.tasks.registry import MEDIA
 
 GIB = 2**30
-PUBLISHED = "Qwen/Qwen2.5-Omni-7B"
 SIDE = 224  # of the pictures that a published base sees, pixels
 CONTEXT = 1.5 * GIB  # per process: the CUDA context, communication buffers, and gaps between blocks of memory
 TOWERS = ("language_model", "visual", "audio_tower")
-_BLOCK = re.compile(rf"({'|'.join(TOWERS)})\.(?:layers|blocks)\.0\.(.+)\.i?lora_A\.")
-
-
-class Tower(NamedTuple):
-    """A stack of alike blocks. Widths are in numbers per token."""
-
-    layers: int
-    width: int
-    keys: int  # of the keys, and of the values
-    wide: int  # inside the MLP
-    gated: bool  # whether the MLP has a gate
-    weights: int  # parameters of all blocks
+_BLOCK = re.compile(rf"({'|'.join(TOWERS)})\.(?:model\.)?(?:layers|blocks)\.0\.(.+)\.i?lora_A\.")
 
 
 class Adapter(NamedTuple):
@@ -53,42 +42,38 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """The configuration of a thinker. ``side``: of its pictures, pixels. ``size``: bytes of a weight on the GPU."""
+    """The configuration of a base. ``side``: of its pictures, pixels. ``size``: bytes of a weight on the GPU."""
 
-    config: Qwen2_5OmniThinkerConfig
+    config: PreTrainedConfig
     side: int = SIDE
     size: int = 4
     note: str = ""
 
     @cached_property
-    def _blocks(self) -> tuple[int, dict[str, int]]:
-        """Parameters of the whole model, and of the blocks of each tower."""
+    def _module(self) -> AudioVisualModel:
+        return model_of(self.config)
+
+    @cached_property
+    def _counted(self) -> tuple[int, dict[str, Tower]]:
+        """Parameters of the whole model, and its towers."""
         with torch.device("meta"):
-            model = Qwen2_5OmniThinkerForConditionalGeneration(self.config)
-        core = model.model
-        blocks = core.language_model.layers, core.visual.blocks, core.audio_tower.layers
-        count = [sum(p.numel() for p in part.parameters()) for part in (model, *blocks)]
-        return count[0], dict(zip(TOWERS, count[1:], strict=True))
+            model = self._module.build(self.config)
+        count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
+        towers = self._module.towers(self.config).items()
+        return count(model), {name: t._replace(weights=count(model.get_submodule(t.path))) for name, t in towers}
 
     @property
     def parameters(self) -> int:
-        return self._blocks[0]
+        return self._counted[0]
 
     @property
     def width(self) -> int:
         """Of its features."""
         return self.config.get_text_config().hidden_size
 
-    @cached_property
+    @property
     def towers(self) -> dict[str, Tower]:
-        text, seen, heard = self.config.get_text_config(), self.config.vision_config, self.config.audio_config
-        keys = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-        sizes = (
-            (text.num_hidden_layers, text.hidden_size, keys, text.intermediate_size, True),
-            (seen.depth, seen.hidden_size, seen.hidden_size, seen.intermediate_size, True),
-            (heard.encoder_layers, heard.d_model, heard.d_model, heard.encoder_ffn_dim, False),
-        )
-        return {name: Tower(*size, self._blocks[1][name]) for name, size in zip(TOWERS, sizes, strict=True)}
+        return self._counted[1]
 
     def adapter(self, method: str, options: Mapping[str, Any]) -> Adapter:
         """What `crab.study.train.adapted` adds to this base. ValueError on an option that the method does not have."""
@@ -96,18 +81,15 @@ class Base:
 
     def media_tokens(self, slot: str, seconds: float) -> tuple[int, int]:
         """Tokens of the pictures and of the sounds of a sample; ``seconds`` are those of one sound."""
-        entry, seen = tasks.get_slot(slot), self.config.vision_config
+        entry = tasks.get_slot(slot)
         kinds = [kind for kind, _ in MEDIA[entry.media]]
-        grid = (self.side // seen.patch_size // seen.spatial_merge_size) ** 2
-        pairs = -(-entry.frames // seen.temporal_patch_size)
-        visual = grid * (kinds.count("image") + pairs * kinds.count("video"))
-        return visual, round(seconds * self.config.position_id_per_seconds) * kinds.count("audio")
+        return self._module.media_tokens(self.config, self.side, kinds, entry.frames, seconds)
 
 
 @cache
 def _adapter(base: Base, method: str, options: str) -> Adapter:
     with torch.device("meta"):
-        model = adapted(Qwen2_5OmniThinkerForConditionalGeneration(base.config), method, json.loads(options))
+        model = adapted(base._module.build(base.config), method, json.loads(options))
     inputs: dict[str, dict[str, int]] = {name: {} for name in base.towers}
     for name, parameter in model.named_parameters():
         if match := _BLOCK.search(name):
@@ -123,20 +105,16 @@ def read_base(path: str | Path) -> Base:
         ValueError: it cannot be read.
     """
     published = checkpoint.resolve(path) or (None if Path(path).is_dir() else str(path))
-    try:  # the sizes of this one are known: the network is not asked
-        config = Qwen2_5OmniThinkerConfig.from_pretrained(published or path, local_files_only=published == PUBLISHED)
+    try:
+        config, note = model_of(path).read_config(published or str(path))
     except OSError as error:
-        if published != PUBLISHED:
-            problem = str(error).splitlines()[0]
-            raise ValueError(
-                f"base: the configuration of {path} cannot be read ({problem}); run the base stage, or set "
-                "base.checkpoint to a name or folder that can be read"
-            ) from None
-        # The defaults of transformers are the published sizes but for these two.
-        config = Qwen2_5OmniThinkerConfig(
-            vision_config={"hidden_size": 1280}, text_config=dict(tie_word_embeddings=False)
-        )
-        return Base(config, SIDE, 2, f"{PUBLISHED} is not on this machine; its published sizes are used")
+        problem = str(error).splitlines()[0]
+        raise ValueError(
+            f"base: the configuration of {path} cannot be read ({problem}); run the base stage, or set "
+            "base.checkpoint to a name or folder that can be read"
+        ) from None
+    if note:
+        return Base(config, SIDE, 2, note)
     pictures = Path(published or path) / "preprocessor_config.json"
     largest = read_json(pictures).get("size", {}).get("longest_edge") if pictures.is_file() else None
     return Base(config, min(SIDE, math.isqrt(largest or SIDE**2)), 2 if published else 4)
@@ -185,7 +163,7 @@ def memory(
     """
     text, vocabulary = base.towers["language_model"], base.config.get_text_config().vocab_size
     b = 2 if precision == "bf16" else base.size
-    patches, frames = media[0] * base.config.vision_config.spatial_merge_size**2, media[1] * 2
+    patches, frames = _read(base, media)
     kept, again = 4.0 * samples * length * text.width, 0.0  # the input of the last norm
     for (name, tower), tokens in zip(base.towers.items(), (length, patches, frames), strict=True):
         if adapter.inputs[name]:
@@ -231,4 +209,10 @@ def flops(
     total = length * ((4 + again) * text.weights + (6 + again) * adapter.parameters + attention)
     total += 4 * answer * text.width * base.config.get_text_config().vocab_size
     seen, heard = ((4 if adapter.inputs[name] else 2) * base.towers[name].weights for name in TOWERS[1:])
-    return total + seen * media[0] * base.config.vision_config.spatial_merge_size**2 + heard * media[1] * 2
+    patches, frames = _read(base, media)
+    return total + seen * patches + heard * frames
+
+
+def _read(base: Base, media: tuple[float, float]) -> tuple[float, float]:
+    """Tokens that the encoders read for these tokens of pictures and sounds."""
+    return media[0] * base.towers["visual"].per_token, media[1] * base.towers["audio_tower"].per_token

@@ -20,8 +20,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from crab.core.files import read_json, write_json
-from crab.models import omni
-from crab.models.batches import Sample, answer_loss, batch, instruction_shown
+from crab.models.batches import Sample, answer_loss, answer_tokens, batch, instruction_shown
+from crab.models.protocol import IGNORE, model_of
 
 WHOLE = "whole.json"  # in a checkpoint, written last: which processes wrote it
 
@@ -62,6 +62,7 @@ class AnswerTrainer(Trainer):
     def __init__(self, base, tokenizer, lengths: Sequence[int] | None = None, **options: Any) -> None:
         super().__init__(**options, data_collator=partial(_collate, tokenizer))
         self.base, self.tokenizer, self.lengths = base, tokenizer, lengths
+        self.adapted = model_of(base).adapts_encoders(base)
         self.loss_is_scaled_for_ga = True  # the loss of a part is divided by the answer tokens of the whole batch
 
     def _save(self, output_dir=None, state_dict=None):
@@ -80,9 +81,9 @@ class AnswerTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()  # adapted encoders have dropout, and checkpoints
-        adapted = omni.adapts_encoders(self.base)
-        with self.accelerator.autocast() if adapted else nullcontext():
-            inputs = batch(self.base, self.tokenizer, *zip(*inputs["pairs"].content, strict=True), embed=False)
+        samples, answers = zip(*inputs["pairs"].content, strict=True)
+        with self.accelerator.autocast() if self.adapted else nullcontext():
+            inputs = batch(self.base, self.tokenizer, samples, answers, embed=False, adapted=self.adapted)
         with instruction_shown(self.model, inputs):  # also while checkpointed layers are computed again
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -95,18 +96,19 @@ class AnswerTrainer(Trainer):
 
 @dataclass
 class _Pairs:
-    """Keeps pairs of sample and answer out of sight of code that moves batches to a device."""
+    """Keeps pairs of sample and answer, as tokens, out of sight of code that moves batches to a device."""
 
-    content: list[tuple[Sample, str]]
+    content: list[tuple[Sample, list[int]]]
 
 
 def _collate(tokenizer, pairs: list[tuple]) -> dict[str, Any]:
     """The pairs, and the tokens that are learned, [samples, longest answer + 1], which Trainer counts."""
-    texts = [tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in pairs]
-    labels = torch.full((len(texts), max(map(len, texts)) + 2), omni.IGNORE)  # Trainer leaves out the first
-    for row, tokens in zip(labels, texts, strict=True):
-        row[1 : len(tokens) + 2] = torch.tensor([*tokens, tokenizer.eos_token_id])
-    return {"pairs": _Pairs(pairs), "labels": labels}
+    samples, answers = zip(*pairs, strict=True)
+    answers = answer_tokens(tokenizer, answers)
+    labels = torch.full((len(answers), max(map(len, answers)) + 1), IGNORE)  # Trainer leaves out the first
+    for row, tokens in zip(labels, answers, strict=True):
+        row[1 : len(tokens) + 1] = torch.tensor(tokens)
+    return {"pairs": _Pairs(list(zip(samples, answers, strict=True))), "labels": labels}
 
 
 class LengthGrouped(Sampler):

@@ -23,44 +23,29 @@ import torch
 
 from crab import tasks
 from crab.models.batches import Sample
-from crab.models.omni import END, SPECIAL
+from crab.models.protocol import Marks
 from crab.samples.slots import SlotData
 
 #: Task families whose answers are one label of a fixed set, and metrics that are the mean of right answers.
 LABEL_FAMILIES, LABEL_METRICS = ("emotion recognition", "action recognition"), ("accuracy", "WAR")
-OPENING, CLOSING = ("vision_bos_token", "audio_bos_token"), ("vision_eos_token", "audio_eos_token")
 
 
-@dataclass(frozen=True)
-class Marks:
-    """Token numbers that open media, that close media, and that end a turn."""
+def instruction_span(ids: torch.Tensor, marks: Marks) -> tuple[int, int, int]:
+    """Index of the first media token, of the first instruction token, and of the end of the instruction.
 
-    opening: tuple[int, ...]
-    closing: tuple[int, ...]
-    end: int
+    Args:
+        ids: int [L], a prompt of the model: head, media, instruction, end of turn, tail.
 
-    @classmethod
-    def of(cls, tokenizer) -> Marks:
-        token = tokenizer.convert_tokens_to_ids
-        opening, closing = (tuple(token(SPECIAL[name]) for name in names) for names in (OPENING, CLOSING))
-        return cls(opening, closing, token(END))
-
-    def instruction_span(self, ids: torch.Tensor) -> tuple[int, int, int]:
-        """Index of the first media token, of the first instruction token, and of the end of the instruction.
-
-        Args:
-            ids: int [L], a prompt of `crab.models.omni.prompt_text`: head, media, instruction, end of turn, tail.
-
-        Raises:
-            ValueError: the prompt has another order.
-        """
-        opens, closes, ends = (
-            torch.isin(ids, torch.tensor(tokens)).nonzero().flatten()
-            for tokens in (self.opening, self.closing, [self.end])
-        )
-        if not (len(opens) and len(closes) and len(ends) and opens[0] < closes[-1] < ends[-1] - 1):
-            raise ValueError("prompts: a prompt is not media, instruction, end of turn; run the encode stage again")
-        return int(opens[0]), int(closes[-1]) + 1, int(ends[-1])
+    Raises:
+        ValueError: the prompt has another order.
+    """
+    opens, closes, ends = (
+        torch.isin(ids, torch.tensor(tokens)).nonzero().flatten()
+        for tokens in (marks.opening, marks.closing, [marks.end])
+    )
+    if not (len(opens) and len(closes) and len(ends) and opens[0] < closes[-1] < ends[-1] - 1):
+        raise ValueError("prompts: a prompt is not media, instruction, end of turn; run the encode stage again")
+    return int(opens[0]), int(closes[-1]) + 1, int(ends[-1])
 
 
 def instruction_first(sample: Sample, marks: Marks) -> Sample:
@@ -73,7 +58,7 @@ def instruction_first(sample: Sample, marks: Marks) -> Sample:
         sample: input_ids [L], position_ids [3, L], features [media, hidden].
     """
     ids, positions = sample["input_ids"], sample["position_ids"]
-    media, text, stop = marks.instruction_span(ids)
+    media, text, stop = instruction_span(ids, marks)
     extent = positions[0, text] - positions[0, media]  # positions that the media take up
     order = torch.cat([
         torch.arange(media), torch.arange(text, stop), torch.arange(media, text), torch.arange(stop, len(ids)),
@@ -87,7 +72,7 @@ def instruction_first(sample: Sample, marks: Marks) -> Sample:
 def prefixed(sample: Sample, token: int, marks: Marks) -> Sample:
     """The sample with one more token at the head of its instruction. What follows moves on by one position."""
     ids, positions = sample["input_ids"], sample["position_ids"]
-    _, text, _ = marks.instruction_span(ids)
+    _, text, _ = instruction_span(ids, marks)
     return {
         **sample,
         "input_ids": torch.cat([ids[:text], ids.new_tensor([token]), ids[text:]]),
@@ -149,19 +134,19 @@ def check_conventions(slots: Sequence[str], words: Sequence[str]) -> None:
 
 def with_conventions(
     data: SlotData, records: Sequence[Mapping], names: Sequence[Mapping[str, str]], words: Sequence[str],
-    convention: int | None, tokenizer,
+    convention: int | None, tokenizer, marks: Marks,
 ) -> tuple[SlotData, list[dict]]:  # fmt: skip
     """Samples and records of a slot under all conventions, or under one. The versions of a clip stand side by side.
 
     Args:
         records: of the samples, in their order. names: of `permutations`. words: one per convention.
-        convention: keep this one alone; None for all.
+        convention: keep this one alone; None for all. marks: of the model's prompts.
     """
     numbers = list(range(len(words))) if convention is None else [convention]
     versions = [(index, c) for index in range(len(data)) for c in numbers]
     rows = [renamed(data.slot, records[index], names[c], words[c]) for index, c in versions]
     tokens = [word_token(tokenizer, word) for word in words]
-    read = _Versions(data, words, tokens, Marks.of(tokenizer), versions, rows)
+    read = _Versions(data, words, tokens, marks, versions, rows)
     return SlotData(
         data.slot, data.split, [row["id"] for row in rows], read, [data.tokens[i] + 1 for i, _ in versions]
     ), rows

@@ -21,17 +21,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from crab import tasks
 from crab.core.code import code_digest
 from crab.core.files import atomic_folder, digest_of, read_json, write_json
 from crab.core.pool import run_pool
-from crab.models.checkpoint import base_digest, resolve
+from crab.models.checkpoint import base_digest, load_processor
+from crab.models.protocol import model_of, module_name
 from crab.samples.reading import read_manifest, read_slot
 from crab.samples.shards import Shards
 from crab.samples.slots import SlotData
 from crab.study import prompts
+from crab.study.answer import kept_texts
 from crab.study.cells import Cell
 from crab.study.hardware import Hardware
 from crab.study.imported import import_published, weights_digest
@@ -41,7 +41,7 @@ from crab.study.run import ANSWERS, SCORES, run_cell
 from crab.study.score import reference, truths
 from crab.study.train import RECORD, WARMUP, adapter_config, adapts_encoders, warn_of_emulation
 
-#: Modules that decide the weights of an adapter, its answers, and what these are worth.
+#: Modules that decide the weights of an adapter, its answers, and what these are worth; with the model's own.
 TRAINING = ("crab.study.train", "crab.samples.shards", "crab.samples.slots")
 ANSWERING = ("crab.study.answer", "crab.samples.shards")
 SCORING = ("crab.study.score", "crab.models.segment")
@@ -91,6 +91,10 @@ class Store:
     def _base(self) -> str:
         return base_digest(self.base)
 
+    @cached_property
+    def _module(self) -> str:
+        return module_name(self.base)
+
     # ---- keys
 
     def _data(self, slot: str, split: str) -> str:
@@ -112,14 +116,15 @@ class Store:
             "warmup": WARMUP,
             "data": [self._data(slot, "train") for slot in cell.slots],
             "base": self._base,
-            "code": code_digest(*TRAINING, *(PROMPTS if changed else ())),
+            "code": code_digest(*TRAINING, self._module, *(PROMPTS if changed else ())),
             **({"weights": weights_digest(cell.options["weights"])} if cell.options.get("weights") else {}),
         })  # fmt: skip
 
     def answer_key(self, cell: Cell) -> str:
         """Digest of all that decides the cell's answers, given its adapter."""
         data = [self._data(slot, cell.split) for slot in cell.scored_slots]
-        return digest_of([data, self.answer["batch_size"], self.answer["max_new_tokens"], code_digest(*ANSWERING)])
+        code = code_digest(*ANSWERING, self._module)
+        return digest_of([data, self.answer["batch_size"], self.answer["max_new_tokens"], code])
 
     def score_key(self, cell: Cell) -> str:
         """Digest of all that decides the cell's scores, given its adapter."""
@@ -157,7 +162,7 @@ class Store:
             RuntimeError: naming the cell that failed.
         """
         for cell in cells:
-            adapter_config(cell.method, cell.options)
+            adapter_config(cell.method, cell.options, model_of(self.base).TARGETS)
             if adapts_encoders(cell.options):
                 self._check_uncached(cell)
             if cell.words:
@@ -218,9 +223,7 @@ class Store:
 
     def kept_answers(self, cell: Cell) -> dict[str, dict[str, str]] | None:
         """Raw answers by slot and sample id, if they are on this machine and still hold."""
-        path = self.folder(cell) / ANSWERS
-        content = read_json(path) if path.is_file() else None
-        return content["texts"] if content and content["key"] == self.answer_key(cell) else None
+        return kept_texts(self.folder(cell) / ANSWERS, self.answer_key(cell))
 
     # ---- results
 
@@ -274,9 +277,9 @@ class Store:
             return samples, []
         if "prompt" in samples[0]:
             raise ValueError(f"{cell.name}: its prompts are changed as they are read; set encode.cache to true")
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.base) or self.base)
+        tokenizer = load_processor(self.base).tokenizer
+        marks = model_of(self.base).marks(tokenizer)
         if cell.order == "instruction":
-            marks = prompts.Marks.of(tokenizer)
             samples = samples.mapped(partial(prompts.instruction_first, marks=marks))
         if not cell.words:
             return samples, []
@@ -284,7 +287,7 @@ class Store:
         rows = {name: truths(self.dataset, slot, name, ids) for name, ids in both.items()}
         labels = [tasks.truth(slot, row) for part in rows.values() for row in part]
         names = prompts.permutations(labels, len(cell.words))
-        return prompts.with_conventions(samples, rows[split], names, cell.words, cell.convention, tokenizer)
+        return prompts.with_conventions(samples, rows[split], names, cell.words, cell.convention, tokenizer, marks)
 
     def versions(self, cell: Cell) -> int:
         """Samples that stand for each clip: one per convention."""

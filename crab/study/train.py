@@ -21,11 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from crab.core.files import atomic_folder, write_json
 from crab.ilora import ILoraConfig, parameter_groups
-from crab.ilora.published import PUBLISHED_TARGETS
-from crab.models import omni
 from crab.models.batches import Sample
 from crab.models.checkpoint import load_base
-from crab.study.hardware import Hardware
+from crab.models.protocol import model_of
+from crab.study.hardware import MIXED, Hardware
 from crab.study.loop import AnswerTrainer, Checkpoints, delete_checkpoints, last_checkpoint
 
 RECORD = "run.json"  # what was trained and what it cost, beside the adapter; written last
@@ -35,19 +34,21 @@ WARMUP = 0.03  # share of the steps over which the learning rate rises, as publi
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-def adapter_config(method: str, options: Mapping[str, Any]):
+def adapter_config(method: str, options: Mapping[str, Any], known: Mapping[str, str]):
     """PEFT config: I-LoRA for ``ilora``, LoRA for ``lora``.
 
     With the option ``targets: published``, adapters are also in both encoders, as in the published run: on q, k and v
     of the audio tower and on the MLPs of the visual one. Otherwise they are in the language model alone.
 
+    Args:
+        known: ``TARGETS`` of the model's module.
+
     Raises:
         ValueError: on an option that the method does not have, or on unknown targets.
     """
     config, targets = {"lora": LoraConfig, "ilora": ILoraConfig}[method], options.get("targets", "language")
-    known = {"language": omni.LANGUAGE_TARGETS, "published": PUBLISHED_TARGETS}
     if targets not in known:
-        raise ValueError(f"{method}: targets is {targets!r}; use one of {', '.join(known)}")
+        raise ValueError(f"{method}: targets is {targets!r}; with this base, use one of {', '.join(known)}")
     if adapts_encoders(options) and options.get("router_input", "token") != "token":
         raise ValueError(f"{method}: routers in the encoders see no instruction; set router_input to token")
     own = ("router_rate", "targets", "weights")
@@ -66,7 +67,7 @@ def adapted(model, method: str, options: Mapping[str, Any]):
     """The base with a new adapter in it. See `adapter_config`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
-        return get_peft_model(model, adapter_config(method, options))
+        return get_peft_model(model, adapter_config(method, options, model_of(model).TARGETS))
 
 
 def native_bf16(device: str | None = None) -> bool:
@@ -227,9 +228,7 @@ def _arguments(
         ddp_find_unused_parameters=unused,  # a batch without pictures or sound leaves adapters of that encoder out
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # with several GPUs Trainer would take torch's DataParallel
-    if (
-        arguments.mixed_precision != {"bf16": "bf16", "fp32": "no"}[precision]
-    ):  # `accelerate launch` can ask for another
+    if arguments.mixed_precision != MIXED[precision]:  # `accelerate launch` can ask for another
         raise ValueError(
             f"shared.precision: {precision}, but Accelerate was started with mixed precision "
             f"{arguments.mixed_precision!r}; make the two agree (accelerate launch --mixed_precision)"

@@ -18,7 +18,7 @@ from crab.data import media, records
 from crab.data.media import MediaError
 from crab.ilora import ILoraConfig, ILoraLayer
 from crab.models import omni
-from crab.models.batches import SEGMENTS, encoded
+from crab.models.batches import SEGMENTS, collate, encoded
 from crab.pipeline import params
 from crab.samples.inputs import prompt_of
 from crab.world.generate import build
@@ -161,7 +161,7 @@ def test_routing_is_the_mean_softmax_of_all_routers_at_each_token(loaded, files)
     record = ask.own([files / "clip.mp4"], "ks")
     reply = ask.ask(model, processor, record, "ks", question="which action ?", max_new_tokens=4)
     (sample,) = encoded(model, [{"prompt": prompt_of(processor, "ks", record, tasks.Prompt("which action ?"))}])
-    inputs = omni.collate(model, processor.tokenizer, [sample], [reply.text])
+    inputs = collate(model, processor.tokenizer, [sample], [reply.text])
     gates = []
 
     def see(layer, args):

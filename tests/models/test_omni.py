@@ -55,13 +55,13 @@ def test_video_and_sound_of_a_clip_take_turns_of_two_seconds(model, processor):
     assert (heard - heard[0]).tolist() == list(range(20))
     assert (seen - seen[0]).tolist() == [4 * (i // 4) for i in range(20)] and seen[0] == heard[0]
     ids = prepared(processor, "avv")["input_ids"][0]  # two clips stand one after the other
-    placed = ids[omni.media_mask(config, ids)].tolist()
+    placed = ids[batches.media_mask(config, ids)].tolist()
     assert placed == [config.audio_token_id] * 20 + [config.video_token_id] * 40
 
 
 def test_generation_in_a_left_padded_batch_answers_as_each_alone(model, processor):
     prompts = [prepared(processor, kinds) for kinds in ("va", "is", "avv")]
-    batch = omni.collate(model, processor.tokenizer, omni.encode(model, prompts))
+    batch = batches.collate(model, processor.tokenizer, omni.encode(model, prompts))
     assert (batch["attention_mask"][:, -1] == 1).all() and batch["attention_mask"][1, 0] == 0
     together = omni.generate(model, processor.tokenizer, batch, max_new_tokens=8)
     for text, prompt in zip(together, prompts, strict=True):

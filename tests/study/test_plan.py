@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crab.models import omni, small
 from crab.models.batches import answer_loss
+from crab.models.omni import PUBLISHED
 from crab.pipeline import __main__ as command
-from crab.study.footprint import PUBLISHED, Base, flops, memory, read_base
+from crab.study.footprint import Base, flops, memory, read_base
 from crab.study.hardware import Hardware
 from crab.study.plan import Machine, Plan, counts_of
 from crab.study.train import adapted
@@ -189,7 +190,7 @@ def test_published_adapters(published, monkeypatch):
     alone = 28 * sum(128 * n + 3 * n + 384 * m for n, m in shapes)
     assert published.adapter("ilora", options).parameters == alone
     names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-    monkeypatch.setattr(omni, "LANGUAGE_TARGETS", rf".*\.({names})")
+    monkeypatch.setitem(omni.TARGETS, "language", rf".*\.({names})")
     wide = Base(published.config, size=2).adapter("ilora", options)
     assert round(wide.parameters / 1e6, 2) == 870.48
     assert {name: len(inputs) for name, inputs in wide.inputs.items()} == {

@@ -13,13 +13,14 @@ from crab.core.files import write_json
 from crab.data import records
 from crab.models import omni, small
 from crab.models.base import probes
+from crab.models.protocol import Marks
 from crab.samples.reading import MANIFEST, read_slot
 from crab.study.cells import Cell
 from crab.study.hardware import Hardware
 from crab.study.prompts import (
-    Marks,
     check_conventions,
     instruction_first,
+    instruction_span,
     permutations,
     prefixed,
     word_token,
@@ -79,7 +80,7 @@ def test_instruction_first_is_what_the_model_makes_of_a_prompt_in_that_order(mod
     text = f"{head} user is the red bell there ? {placeholders} {tail}"
     expected = encoded_as(model, processor, media, text, monkeypatch)
     before = encoded_as(model, processor, media, usual, monkeypatch)
-    moved = instruction_first(before, Marks.of(processor.tokenizer))
+    moved = instruction_first(before, omni.marks(processor.tokenizer))
     assert same_prompt(moved, expected) and not same_prompt(moved, before)
     torch.testing.assert_close(moved["features"], expected["features"])
 
@@ -90,15 +91,15 @@ def test_prefix_is_what_the_model_makes_of_an_instruction_with_that_word(model, 
     texts = [omni.prompt_text(kinds, f"{word}is the bell there ?") for word in ("two ", "")]
     expected, before = (encoded_as(model, processor, media, text, monkeypatch) for text in texts)
     token = word_token(processor.tokenizer, "two")
-    assert same_prompt(prefixed(before, token, Marks.of(processor.tokenizer)), expected)
+    assert same_prompt(prefixed(before, token, omni.marks(processor.tokenizer)), expected)
 
 
 @pytest.mark.parametrize("ids", [[5, 6, 9], [1, 5, 2], [5, 1, 6, 2, 9], [1, 5, 2, 9]])
 def test_prompts_of_another_order_are_refused(ids):
     marks = Marks((1,), (2,), 9)
-    assert marks.instruction_span(torch.tensor([7, 1, 5, 2, 6, 6, 9, 8])) == (1, 4, 6)
+    assert instruction_span(torch.tensor([7, 1, 5, 2, 6, 6, 9, 8]), marks) == (1, 4, 6)
     with pytest.raises(ValueError, match="not media, instruction, end of turn; run the encode stage"):
-        marks.instruction_span(torch.tensor(ids))
+        instruction_span(torch.tensor(ids), marks)
 
 
 @pytest.mark.parametrize("count", range(1, 5))

@@ -267,7 +267,7 @@ def test_loss_is_the_models_own_and_prompts_get_no_logits(go, monkeypatch):
 
     class Spy(module.AnswerTrainer):
         def compute_loss(self, model, inputs, **kwargs):
-            with torch.no_grad(), omni.features_shown(model, inputs):
+            with torch.no_grad(), batches.features_shown(model, inputs):
                 whole = model(**{k: v for k, v in inputs.items() if k != "features"}, use_cache=False)
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             answer_tokens = (inputs["labels"] != omni.IGNORE).sum().item()
@@ -298,7 +298,7 @@ def test_features_that_get_in_within_the_forward_pass_change_no_bit(pairs, base)
 
 def test_unknown_option_is_named():
     with pytest.raises(ValueError, match="lora: .*rank.*see LoraConfig"):
-        adapter_config("lora", {"rank": 3})
+        adapter_config("lora", {"rank": 3}, omni.TARGETS)
 
 
 def test_adapter_that_does_not_fit(go, base):

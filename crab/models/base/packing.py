@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from crab.models import omni
 from crab.models.base.bank import Bank
 from crab.models.base.probes import Probe
+from crab.models.batches import media_mask
 from crab.world.scene import SECONDS, SIZE
 
 #: Media of the right shape for each key of `Bank.tokens`, from which the processor makes the prompt.
@@ -57,7 +58,7 @@ class Packer:
             prompt, end = omni.prepare(self.processor, [BLANK[kind] for kind in kinds], ""), -len(self.turn)
             ids, positions = prompt["input_ids"][0, :end], omni.prompt_positions(self.model, prompt)[:, :end]
             # tokens of one kind stand in the order of their media, but video and sound may take turns
-            placed = ids[omni.media_mask(self.model.config, ids)]
+            placed = ids[media_mask(self.model.config, ids)]
             token = {kind: self._ids(omni.SPECIAL[f"{BLANK[kind].kind}_token"]) for kind in kinds}
             stored = [i for kind in kinds for i in token[kind] * bank.tokens[kind].shape[1]]
             order = torch.empty_like(placed)
@@ -100,7 +101,7 @@ class Packer:
         model, block = self.model, batch["block"]
         embeds = model.get_input_embeddings()(batch["ids"])
         if batch["media"]:
-            at = omni.media_mask(model.config, batch["ids"].cpu()).to(embeds.device)
+            at = media_mask(model.config, batch["ids"].cpu()).to(embeds.device)
             embeds = embeds.masked_scatter(at[..., None], torch.cat(batch["media"]).to(embeds))
         causal = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=block.device).tril()
         visible = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
