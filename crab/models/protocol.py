@@ -121,7 +121,7 @@ class AudioVisualModel(Protocol):
     def marks(self, tokenizer) -> Marks:
         """What opens and closes media and ends a turn in a prompt."""
 
-    def towers(self, config) -> dict[str, Tower]:
+    def towers(self, model) -> dict[str, Tower]:
         """``language_model``, ``visual`` and ``audio_tower``: the sizes of what adapters may be in."""
 
     def media_tokens(
@@ -152,6 +152,7 @@ MODELS = (
         "Qwen2_5OmniProcessor",
         ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B"),
     ),
+    Entry("crab.models.bridge", ("crab_bridge",), "BridgeProcessor"),
 )
 #: Model types that a base may have.
 MODEL_TYPES = tuple(kind for entry in MODELS for kind in entry.types)
