@@ -164,9 +164,12 @@ def _extend(model, words: int) -> None:
                 layer.weight[known:] = 0
 
 
-def save(path: str | Path, model: Bridge, processor: BridgeProcessor) -> None:
-    """Write encoders, projectors, configuration and processor to a folder. The language model is only named."""
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("language_model.")}
+def save(path: str | Path, model: Bridge, processor: BridgeProcessor, dtype: torch.dtype = torch.float32) -> None:
+    """Write encoders, projectors (in ``dtype``), configuration and processor to a folder. The language model is only
+    named.
+    """
+    own = (item for item in model.state_dict().items() if not item[0].startswith("language_model."))
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in own}
     model.save_pretrained(path, state_dict=state)
     processor.tokenizer.save_pretrained(path)
     encoders.save_preprocessing(path, processor.image_processor, processor.feature_extractor)

@@ -34,6 +34,7 @@ PAIRED = "qwen2_5_omni_vision_encoder"
 OWN_EAR = "qwen2_5_omni_audio_encoder"
 _CLASSES = {PAIRED: qwen.Qwen2_5OmniVisionEncoder, OWN_EAR: qwen.Qwen2_5OmniAudioEncoder, "whisper": WhisperEncoder}
 QFORMER_LAYERS = 2
+HEARD = 10  # tokens of a second of sound that a Q-Former attends to
 
 
 def build_encoder(config) -> nn.Module:
@@ -176,7 +177,7 @@ class Ear(nn.Module):
         else:
             out = self.tower(mel).last_hidden_state
             parts = [one[: -(-count * out.shape[1] // mel.shape[2])] for one, count in zip(out, frames, strict=True)]
-        wanted = self.projector.tokens if self.pooled else max(self.projector.tokens, 4)
+        wanted = self.projector.tokens if self.pooled else HEARD
         return [
             F.adaptive_avg_pool1d(part.T[None], count * wanted)[0].T.unflatten(0, (count, wanted))
             for part, count in zip(parts, seconds, strict=True)

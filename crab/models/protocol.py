@@ -86,6 +86,9 @@ class AudioVisualModel(Protocol):
     def load_model(self, path: str | Path, dtype: torch.dtype) -> Any:
         """The model of a base, in evaluation mode."""
 
+    def save(self, path: str | Path, model, processor, dtype: torch.dtype) -> None:
+        """Write a base that was trained here to a folder, its weights in ``dtype``."""
+
     def build(self, config: Any) -> Any:
         """A model of this configuration without trained weights, also on the meta device."""
 
