@@ -79,6 +79,8 @@ class Bridge(PreTrainedModel, GenerationMixin):
     _keys_to_ignore_on_save = None
 
     def __init__(self, config: BridgeConfig, language_model=None):
+        if language_model is not None:
+            config.text_config = language_model.config
         super().__init__(config)
         text = config.get_text_config()
         self.language_model = language_model or AutoModelForCausalLM.from_config(text)

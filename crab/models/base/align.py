@@ -100,7 +100,7 @@ class BridgePacker(Packer):
             prompt = bridge.prepare(self.processor, [BLANK[kind] for kind in kinds], "\0")
             ids = prompt["input_ids"][0]
             last = int(media_mask(self.model.config, ids).nonzero()[-1])
-            head = torch.tensor(self._ids("\n"))  # between media and question
+            head = torch.tensor(self._ids("\n"), dtype=torch.long)  # between media and question
             ids = torch.cat([ids[: last + 1], head])
             sounds = [BLANK[kind].kind == "audio" for kind in kinds]
             order = torch.tensor(sounds).int().argsort(stable=True)

@@ -167,4 +167,5 @@ def require(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]
         if gates[skill]["accuracy"] < floor
     ]
     if missed:
-        XX
+        fix = "increase base.language.steps, or base.bridge.align.steps for a bridge, in params.yaml"
+        raise RuntimeError(f"base.gates are missed: {'; '.join(missed)}; {fix}")
