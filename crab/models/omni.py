@@ -243,8 +243,9 @@ def marks(tokenizer) -> Marks:
     return Marks(bos, eos, token(END))
 
 
-def towers(config: Qwen2_5OmniThinkerConfig) -> dict[str, Tower]:
+def towers(model) -> dict[str, Tower]:
     """The sizes of the language model and of both encoders, which adapters may be in."""
+    config = model.config
     text, seen, heard = config.get_text_config(), config.vision_config, config.audio_config
     keys = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     return {

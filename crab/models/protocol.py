@@ -86,6 +86,9 @@ class AudioVisualModel(Protocol):
     def load_model(self, path: str | Path, dtype: torch.dtype) -> Any:
         """The model of a base, in evaluation mode."""
 
+    def save(self, path: str | Path, model, processor, dtype: torch.dtype) -> None:
+        """Write a base that was trained here to a folder, its weights in ``dtype``."""
+
     def build(self, config: Any) -> Any:
         """A model of this configuration without trained weights, also on the meta device."""
 
@@ -121,7 +124,7 @@ class AudioVisualModel(Protocol):
     def marks(self, tokenizer) -> Marks:
         """What opens and closes media and ends a turn in a prompt."""
 
-    def towers(self, config) -> dict[str, Tower]:
+    def towers(self, model) -> dict[str, Tower]:
         """``language_model``, ``visual`` and ``audio_tower``: the sizes of what adapters may be in."""
 
     def media_tokens(
@@ -152,6 +155,7 @@ MODELS = (
         "Qwen2_5OmniProcessor",
         ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B"),
     ),
+    Entry("crab.models.bridge", ("crab_bridge",), "BridgeProcessor"),
 )
 #: Model types that a base may have.
 MODEL_TYPES = tuple(kind for entry in MODELS for kind in entry.types)

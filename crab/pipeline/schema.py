@@ -111,6 +111,14 @@ Map = _section("Map", {
     **same(Axis, "rank tasks passes conventions"), "samples": Axis | None, "slots": some(Slot), "seeds": Count,
     "routed": list[str] | None,
 })  # fmt: skip
+Bridge = _section("Bridge", {
+    **same(str, "language vision audio"), "projector": Literal["mlp", "qformer"],
+    **same(Count, "picture_tokens sound_tokens scenes"),
+    "align": {
+        **same(Count, "steps batch_size check_every check_contexts gate_contexts"), "learning_rate": Positive,
+        "precision": Precision,
+    },
+})  # fmt: skip
 #: By section, the kind of each parameter; a dict is a map with these keys.
 SECTIONS: dict[str, dict[str, Any]] = {
     "shared": {
@@ -142,6 +150,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "base": {
         "folder": Annotated[str, Field(pattern=r"^[\w-]+(/[\w-]+)*$")],  # under models/
         "checkpoint": str | None,
+        "bridge": Bridge | None,
         "seed": Whole,
         **same(Count, "scenes held_out"),
         "size": {
@@ -231,6 +240,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for steps in [*values["strength"]["steps"], values["strength"]["tuned_at"]]:
         if steps not in known:
             yield "base.weaker", f"has no base of {steps} steps, which strength asks for; add it"
+    if values["base"]["bridge"] and values["base"]["checkpoint"]:
+        yield "base.checkpoint", "is set beside base.bridge, which makes another base; set one of them to null"
     for name, method in values["train"]["methods"].items():
         place, weights = f"train.methods.{name}", method.get("weights")
         if weights and (not name.startswith("ilora") or any(run.startswith("single") for run in method["runs"])):

@@ -29,7 +29,8 @@ def code_cells(notebook: Any, name: str) -> list[str]:
 
 def _served_by(base: Mapping[str, Any]) -> list[str]:
     """The modules that may serve a base: its own, or all for a checkpoint, which can be of any kind."""
-    return [entry.module for entry in MODELS if base["checkpoint"] or entry.module == "crab.models.omni"]
+    own = "crab.models.bridge" if base["bridge"] else "crab.models.omni"
+    return [entry.module for entry in MODELS if base["checkpoint"] or entry.module == own]
 
 
 def resolve(folder: Path) -> None:

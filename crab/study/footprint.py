@@ -59,7 +59,7 @@ class Base:
         with torch.device("meta"):
             model = self._module.build(self.config)
         count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
-        towers = self._module.towers(self.config).items()
+        towers = self._module.towers(model).items()
         return count(model), {name: t._replace(weights=count(model.get_submodule(t.path))) for name, t in towers}
 
     @property

@@ -33,18 +33,21 @@ class Bank:
         any_second = rng.integers(SECONDS, size=len(scenes))
         self.seconds = np.where(rng.random(len(scenes)) < 0.5, any_second, sources.argmax(1))  # the most to ask about
         self.sources = np.take_along_axis(sources, self.seconds[:, None], 1)[:, 0]
-        clips = _Clips(processor, scenes, self.seconds, through_files)
-        loader = torch.utils.data.DataLoader(clips, batch_size=16, num_workers=workers, collate_fn=_join)
-        parts: dict[str, list[torch.Tensor]] = {k: [] for k in ("video", "audio", "image", "second")}
         model.eval()
         with torch.no_grad():
-            for patches, index, mel, mel_of_second in tqdm(loader, desc="encoding scenes", mininterval=5):
-                tokens = perception.see(model, patches).half()[index]  # [B, pairs + 1, cells, width]
-                parts["video"].append(tokens[:, :-1].flatten(1, 2))
-                parts["image"].append(tokens[:, -1])
-                parts["audio"].append(perception.hear(model, mel).half())
-                parts["second"].append(perception.hear(model, mel_of_second).half())
-        self.tokens = {kind: torch.cat(values) for kind, values in parts.items()}
+            self.tokens = self._encoded(model, processor, through_files, workers)
+
+    def _encoded(self, model, processor, through_files: bool, workers: int) -> dict[str, torch.Tensor]:
+        clips = _Clips(processor, self.scenes, self.seconds, through_files)
+        loader = torch.utils.data.DataLoader(clips, batch_size=16, num_workers=workers, collate_fn=_join)
+        parts: dict[str, list[torch.Tensor]] = {k: [] for k in ("video", "audio", "image", "second")}
+        for patches, index, mel, mel_of_second in tqdm(loader, desc="encoding scenes", mininterval=5):
+            tokens = perception.see(model, patches).half()[index]  # [B, pairs + 1, cells, width]
+            parts["video"].append(tokens[:, :-1].flatten(1, 2))
+            parts["image"].append(tokens[:, -1])
+            parts["audio"].append(perception.hear(model, mel).half())
+            parts["second"].append(perception.hear(model, mel_of_second).half())
+        return {kind: torch.cat(values) for kind, values in parts.items()}
 
 
 class _Clips(torch.utils.data.Dataset):
@@ -60,7 +63,7 @@ class _Clips(torch.utils.data.Dataset):
         scene, second, rate = self.scenes[i], int(self.seconds[i]), omni.SAMPLE_RATE
         pairs = [(s, s + 1) for s in range(0, SECONDS, 2)] + [(second, second)]
         if self.through_files:
-            clip, still, wave = _round_trip(scene, second)
+            clip, still, wave = round_trip(scene, second)
             index = list(range(len(pairs)))
             clips = [*(clip[[a, b]] for a, b in pairs[:-1]), np.stack([still, still])]
         else:  # pairs of frames that look the same are rendered once
@@ -74,7 +77,7 @@ class _Clips(torch.utils.data.Dataset):
         return self.processor.video_processor(clips), index, mel, mel_of_second
 
 
-def _round_trip(scene: Scene, second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def round_trip(scene: Scene, second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ten frames, one still and the sound of a scene, written to files and read back."""
     with tempfile.TemporaryDirectory() as folder:
         video, image, sound = (Path(folder) / name for name in ("clip.mp4", "still.jpg", "sound.mp3"))

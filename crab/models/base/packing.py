@@ -93,8 +93,12 @@ class Packer:
                 columns[name].append(torch.tensor(values))
         padding = {"ids": self.tokenizer.pad_token_id, "position_ids": 0, "block": -1, "target": omni.IGNORE}
         out = {name: pad_sequence(parts, True, padding[name]).to(self.model.device) for name, parts in columns.items()}
-        media = [torch.cat([bank.tokens[kind][i] for kind, i in row.media])[order] for row in rows if row.media]
+        media = [self.media(row, bank, order) for row in rows if row.media]
         return {**out, "position_ids": out["position_ids"].permute(2, 0, 1).contiguous(), "media": media}
+
+    def media(self, row: Row, bank: Bank, order: torch.Tensor) -> torch.Tensor:
+        """Features of one row, in the order of their placeholders."""
+        return torch.cat([bank.tokens[kind][i] for kind, i in row.media])[order]
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits at the answer tokens [M, vocabulary], their targets [M], and their index in the flat batch [M]."""
@@ -103,11 +107,7 @@ class Packer:
         if batch["media"]:
             at = media_mask(model.config, batch["ids"].cpu()).to(embeds.device)
             embeds = embeds.masked_scatter(at[..., None], torch.cat(batch["media"]).to(embeds))
-        causal = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=block.device).tril()
-        visible = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
-        allowed = (causal & visible)[:, None]
-        # as numbers to add, which every implementation of attention takes
-        mask = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+        mask = visible(block)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             hidden = model.model.language_model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
@@ -115,3 +115,15 @@ class Packer:
             index = (batch["target"] != omni.IGNORE).flatten().nonzero()[:, 0]
             logits = model.lm_head(hidden.flatten(0, 1)[index]).float()
         return logits, batch["target"].flatten()[index], index
+
+
+def visible(block: torch.Tensor) -> torch.Tensor:
+    """Numbers to add to the scores of attention, float32 [B, 1, L, L], which every implementation of it takes.
+
+    A token sees the context and its own block, up to itself. ``block`` is int [B, L], see `Packer.pack`.
+    """
+    causal = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=block.device).tril()
+    together = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
+    allowed = (causal & together)[:, None]
+    mask = torch.zeros(allowed.shape, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(torch.float32).min)

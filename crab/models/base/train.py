@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from crab.core.files import atomic_file, atomic_folder, digest_of, read_json, write_json
-from crab.models import omni, small
+from crab.models import small
 from crab.models.base import curriculum, perception, probes
 from crab.models.base.bank import Bank
 from crab.models.base.packing import Packer
 from crab.models.checkpoint import RECORD, point_to
+from crab.models.protocol import model_of
 from crab.world.scene import sample_scene
 
 #: Precision of the weights on disk, for half the size in the repository.
@@ -109,7 +110,7 @@ def keep(folder: str | Path, model, processor, report: Mapping[str, Any], checkp
         if checkpoint is not None:
             point_to(part, checkpoint)
         else:
-            omni.save(part, model, processor, STORED_AS)
+            model_of(model).save(part, model, processor, STORED_AS)
             write_json(part / RECORD, report)
 
 
@@ -166,4 +167,5 @@ def require(gates: Mapping[str, Mapping[str, float]], least: Mapping[str, float]
         if gates[skill]["accuracy"] < floor
     ]
     if missed:
-        raise RuntimeError(f"base.gates are missed: {'; '.join(missed)}; increase base.language.steps in params.yaml")
+        fix = "increase base.language.steps, or base.bridge.align.steps for a bridge, in params.yaml"
+        raise RuntimeError(f"base.gates are missed: {'; '.join(missed)}; {fix}")

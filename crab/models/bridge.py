@@ -1,0 +1,376 @@
+"""A frozen language model that reads pictures and sounds through projectors, as in LLaVA, Video-LLaMA and Crab (2025).
+
+Frozen encoders see and hear; a projector behind each turns what they give into tokens of the language model. A prompt
+is the block of pictures, then the block of sounds, then the text, with plain positions. The projectors are trained once
+(`crab.models.base.align`); after that they are frozen too, so `encode` caches what they give.
+
+The names are those of `crab.models.protocol.AudioVisualModel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.generation import GenerationMixin
+
+from crab.models import encoders
+from crab.models import language as languages
+from crab.models.batches import bare, logits_at
+from crab.models.protocol import Marks, Media, Tower
+
+#: The linear layers of language models such as Llama, Qwen, Mistral and SmolLM.
+TARGETS = {"language": r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"}
+#: The placeholder of each token of media.
+PLACEHOLDER = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
+
+
+class BridgeConfig(PreTrainedConfig):
+    """Configurations of the parts, and how many tokens a unit becomes (see `crab.models.encoders`).
+
+    ``language`` names the frozen language model (see `crab.models.language.located`); its weights are not stored with
+    the bridge.
+    """
+
+    model_type = "crab_bridge"
+    sub_configs_defaults = {
+        name: SubConfigSpec(config_class=AutoConfig, model_type=kind)
+        for name, kind in (
+            ("text_config", "llama"),
+            ("vision_config", "clip_vision_model"),
+            ("audio_config", "whisper"),
+        )
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    language: str = ""
+    projector: str = "mlp"
+    picture_tokens: int = 4
+    sound_tokens: int = 2
+    image_token_id: int = 0
+    video_token_id: int = 0
+    audio_token_id: int = 0
+
+
+class Bridge(PreTrainedModel, GenerationMixin):
+    """The parts: ``language_model``, ``visual`` and ``audio_tower``."""
+
+    config_class = BridgeConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _keys_to_ignore_on_save = None
+
+    def __init__(self, config: BridgeConfig, language_model=None):
+        if language_model is not None:
+            config.text_config = language_model.config
+        super().__init__(config)
+        text = config.get_text_config()
+        self.language_model = language_model or AutoModelForCausalLM.from_config(text)
+        self._no_split_modules = self.language_model._no_split_modules
+        weight = self.get_input_embeddings().weight
+        size = 1.0 if weight.is_meta else float(weight.detach().float().pow(2).mean().sqrt())
+        shape = config.projector, text.hidden_size
+        self.visual = encoders.Eye(config.vision_config, *shape, config.picture_tokens, size)
+        self.audio_tower = encoders.Ear(config.audio_config, *shape, config.sound_tokens, size)
+        self.set_attn_implementation("sdpa")
+
+    def _init_weights(self, module) -> None:
+        """Each part has drawn its own."""
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, **options):
+        """As the language model does. ``position_ids`` are [B, L] or [3, B, L]."""
+        if position_ids is not None and position_ids.dim() == 3:
+            position_ids = position_ids[0]
+        return self.language_model(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            **options,
+        )  # fmt: skip
+
+
+AutoConfig.register(BridgeConfig.model_type, BridgeConfig)
+
+
+class BridgeProcessor:
+    """The tokenizer, what prepares frames (``image_processor``) and sounds (``feature_extractor``), and the sizes."""
+
+    def __init__(self, tokenizer, image_processor, feature_extractor, config: BridgeConfig):
+        self.tokenizer, self.image_processor, self.feature_extractor = tokenizer, image_processor, feature_extractor
+        self.picture_tokens, self.sound_tokens = config.picture_tokens, config.sound_tokens
+
+
+# ---------------------------------------------------------------- built, saved, loaded
+
+
+def assemble(
+    language: str, vision: str, audio: str, *, projector: str = "mlp", picture_tokens: int = 4, sound_tokens: int = 2,
+    seed: int = 0,
+) -> tuple[Bridge, BridgeProcessor]:  # fmt: skip
+    """A bridge with untrained projectors, and its processor.
+
+    Args:
+        language: see `crab.models.language.located`. vision, audio: see `crab.models.encoders.load_encoder`.
+        projector: see `crab.models.encoders.Projector`. picture_tokens, sound_tokens: of a unit.
+
+    Raises:
+        ValueError: a part cannot be read; naming the parameter.
+    """
+    (eye, images), (ear, sounds) = encoders.load_encoder("vision", vision), encoders.load_encoder("audio", audio)
+    tokenizer = languages.load_language_tokenizer(language)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(PLACEHOLDER.values())})
+    model = languages.load_language(language, torch.float32)
+    _extend(model, len(tokenizer))
+    tokens = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(text) for kind, text in PLACEHOLDER.items()}
+    config = BridgeConfig(
+        text_config=model.config, vision_config=eye.config, audio_config=ear.config, language=language,
+        projector=projector, picture_tokens=picture_tokens, sound_tokens=sound_tokens, **tokens,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    bridge = Bridge(config, model)
+    bridge.visual.tower.load_state_dict(eye.state_dict())
+    bridge.audio_tower.tower.load_state_dict(ear.state_dict())
+    return bridge.requires_grad_(False).eval(), BridgeProcessor(tokenizer, images, sounds, config)
+
+
+def _extend(model, words: int) -> None:
+    """Give a language model rows for the placeholders, of zeros. It never reads them."""
+    rows = model.get_input_embeddings().weight
+    if words > len(rows):
+        known = len(rows)
+        model.resize_token_embeddings(words, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[known:] = 0
+
+
+def save(path: str | Path, model: Bridge, processor: BridgeProcessor, dtype: torch.dtype = torch.float32) -> None:
+    """Write encoders, projectors (in ``dtype``), configuration and processor to a folder. The language model is only
+    named.
+    """
+    own = (item for item in model.state_dict().items() if not item[0].startswith("language_model."))
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in own}
+    model.save_pretrained(path, state_dict=state)
+    processor.tokenizer.save_pretrained(path)
+    encoders.save_preprocessing(path, processor.image_processor, processor.feature_extractor)
+
+
+def read_config(path: str) -> tuple[BridgeConfig, str]:
+    """The configuration of a base; nothing is assumed. OSError if it cannot be read."""
+    return BridgeConfig.from_pretrained(path), ""
+
+
+def load_processor(path: str | Path) -> BridgeProcessor:
+    """The processor of a folder that `save` wrote."""
+    config = BridgeConfig.from_pretrained(path)
+    paired = config.vision_config.model_type == encoders.PAIRED
+    return BridgeProcessor(AutoTokenizer.from_pretrained(path), *encoders.load_preprocessing(path, paired), config)
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Bridge:
+    """The model of a folder that `save` wrote, with its language model. ValueError if a part is missing."""
+    config = BridgeConfig.from_pretrained(path)
+    text = languages.load_language(config.language, dtype)
+    _extend(text, config.get_text_config().vocab_size)
+    model = Bridge(config, text)
+    missing, unexpected = model.load_state_dict(load_file(Path(path) / "model.safetensors"), strict=False)
+    odd = [*(name for name in missing if not name.startswith("language_model.")), *unexpected]
+    if odd:
+        raise ValueError(
+            f"{path}/model.safetensors: {odd[0]} is missing or does not belong there; run `dvc repro base`"
+        )
+    return model.to(dtype).eval()
+
+
+def build(config: BridgeConfig) -> Bridge:
+    """A model of this configuration without trained weights."""
+    return Bridge(config)
+
+
+# ---------------------------------------------------------------- prompts and features
+
+
+def prepare(
+    processor: BridgeProcessor, media: Sequence[Media], instruction: str, turns: bool = True, system: str = "",
+    lead: str = "",
+) -> BatchFeature:  # fmt: skip
+    """A prompt: pictures, then sounds, then the instruction. ``turns`` changes nothing here.
+
+    Returns ``input_ids`` [1, L]; ``pixel_values`` [U, ...], and ``units`` of each picture or video; and of sounds
+    ``input_features`` [S, bins, frames], ``feature_attention_mask`` [S, frames] and ``seconds`` [S].
+    """
+    media = [*(item for item in media if item.kind != "audio"), *(item for item in media if item.kind == "audio")]
+    counts, pixels, sounds, seconds = [], [], [], []
+    for item in media:
+        if item.kind == "audio":
+            sounds.append(encoders.spectrogram(processor.feature_extractor, item.data))
+            seconds.append(seconds_of(len(item.data)))
+            counts.append(seconds[-1] * processor.sound_tokens + 2)
+        else:
+            pixels.append(encoders.pixels_of(processor.image_processor, item.data.reshape(-1, *item.data.shape[-3:])))
+            counts.append(len(pixels[-1]) * processor.picture_tokens + 2)
+    text = prompt_text(processor.tokenizer, [item.kind for item in media], instruction, system, lead)
+    ids, counts = [], iter(counts)
+    placed = {processor.tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDER.values()}
+    for token in processor.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        ids += [token] * (next(counts) if token in placed else 1)
+    data: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+    if pixels:
+        data |= {"pixel_values": torch.cat(pixels), "units": torch.tensor([len(units) for units in pixels])}
+    if sounds:
+        mel, mask = zip(*sounds, strict=True)
+        data |= {"input_features": torch.stack(mel), "feature_attention_mask": torch.stack(mask)}
+        data["seconds"] = torch.tensor(seconds)
+    return BatchFeature(data)
+
+
+def seconds_of(samples: int) -> int:
+    """Seconds of a sound that are begun; a few samples more than a whole second begin none."""
+    return max(1, -(-(samples - encoders.RATE // 20) // encoders.RATE))
+
+
+def prompt_text(tokenizer, kinds: Sequence[str], instruction: str, system: str = "", lead: str = "") -> str:
+    """The chat up to where the answer begins, by the tokenizer's template. Without one, the end token ends the turn."""
+    media = "".join(PLACEHOLDER[kind] for kind in kinds)
+    text = "\n".join(part for part in (lead, media, instruction) if part)
+    if not tokenizer.chat_template:
+        return f"{system}\n{text}{tokenizer.eos_token}\n" if system else f"{text}{tokenizer.eos_token}\n"
+    chat = [{"role": "system", "content": system}] if system else []
+    chat.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def adapts_encoders(model) -> bool:
+    """Whether adapters are in the encoders or the projectors."""
+    core = bare(model)
+    return any(
+        isinstance(module, BaseTunerLayer) for part in (core.visual, core.audio_tower) for module in part.modules()
+    )
+
+
+def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
+    """Run encoders and projectors on prepared samples, each once for all of them.
+
+    Returns for each sample ``input_ids`` [L], ``position_ids`` [3, L], which just count, and ``features``
+    [media, hidden], one row per placeholder token in prompt order.
+    """
+    core, device = bare(model), model.device
+    with torch.set_grad_enabled(torch.is_grad_enabled() and adapts_encoders(model)):
+        pictures, sounds = [], []
+        if shown := [prompt for prompt in prompts if "pixel_values" in prompt]:
+            pixels = torch.cat([prompt["pixel_values"] for prompt in shown]).to(device, model.dtype)
+            units = torch.cat([prompt["units"] for prompt in shown]).tolist()
+            pictures = core.visual.projector.items(core.visual.see(pixels).split(units))
+        if played := [prompt for prompt in prompts if "input_features" in prompt]:
+            mel, mask, seconds = (
+                torch.cat([prompt[name] for prompt in played])
+                for name in ("input_features", "feature_attention_mask", "seconds")
+            )
+            heard = core.audio_tower.hear(mel.to(device, model.dtype), mask.sum(-1).tolist(), seconds.tolist())
+            sounds = core.audio_tower.projector.items(heard)
+    samples, pictures, sounds = [], iter(pictures), iter(sounds)
+    for prompt in prompts:
+        ids = prompt["input_ids"][0]
+        own = [next(pictures) for _ in prompt.get("units", ())] + [next(sounds) for _ in prompt.get("seconds", ())]
+        features = torch.cat(own).float().cpu() if own else torch.zeros(0, core.config.get_text_config().hidden_size)
+        samples.append({"input_ids": ids, "position_ids": torch.arange(len(ids)).expand(3, -1), "features": features})
+    return samples
+
+
+# ---------------------------------------------------------------- the language model on features
+
+
+@torch.no_grad()
+def generate(model, tokenizer, batch: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+    """Greedy answers to a left-padded batch with ``inputs_embeds``."""
+    core = bare(model)
+    config = core.config
+    with logits_at(core, (slice(None), slice(-1, None))):
+        out = core.language_model.generate(
+            inputs_embeds=batch["inputs_embeds"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=[config.image_token_id, config.video_token_id, config.audio_token_id],
+        )
+    return tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Hidden states of the last layer [B, L, hidden]."""
+    return bare(model).language_model.base_model(
+        inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"][0], use_cache=False,
+    ).last_hidden_state  # fmt: skip
+
+
+def language(model) -> nn.Module:
+    """The language model."""
+    return bare(model).language_model
+
+
+def marks(tokenizer) -> Marks:
+    """Media are placeholders from the first to the last. A turn ends with the end token."""
+    placeholders = tuple(tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDER.values())
+    return Marks(placeholders, placeholders, tokenizer.eos_token_id)
+
+
+def towers(model: Bridge) -> dict[str, Tower]:
+    """The sizes of the language model and of both encoders."""
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sizes = {
+        "language_model": (text.hidden_size, head * text.num_key_value_heads, text.intermediate_size, True, 1),
+        "visual": _encoder_sizes(model.config.vision_config),
+        "audio_tower": _encoder_sizes(model.config.audio_config),
+    }
+    out = {}
+    for name, size in sizes.items():
+        path, blocks = next(
+            (path, part) for path, part in model.get_submodule(name).named_modules()
+            if isinstance(part, nn.ModuleList) and path.endswith(("layers", "blocks"))
+        )  # fmt: skip
+        out[name] = Tower(f"{name}.{path}", len(blocks), *size)
+    return out
+
+
+def _encoder_sizes(config) -> tuple[int, int, int, bool, int]:
+    """Width, width of the keys, width inside the MLP, whether that has a gate, and about how many tokens become one."""
+    width = getattr(config, "d_model", None) or config.hidden_size
+    wide = getattr(config, "encoder_ffn_dim", None) or config.intermediate_size
+    merged = getattr(config, "spatial_merge_size", 2) ** 2
+    return width, width, wide, config.model_type == encoders.PAIRED, merged
+
+
+def media_tokens(config: BridgeConfig, side: int, kinds: Sequence[str], frames: int, seconds: float) -> tuple[int, int]:
+    """Tokens of the pictures and of the sounds of a sample, with both ends of each. ``side`` changes nothing here."""
+    paired = config.vision_config.model_type == encoders.PAIRED
+    units = -(-frames // 2) if paired else frames
+    images, videos, sounds = (kinds.count(kind) for kind in ("image", "video", "audio"))
+    visual = images * (config.picture_tokens + 2) + videos * (units * config.picture_tokens + 2)
+    return visual, sounds * (max(1, math.ceil(seconds)) * config.sound_tokens + 2)

@@ -1,0 +1,84 @@
+"""Alignment moves the projectors alone, and one that was killed ends at the same weights."""
+
+import numpy as np
+import pytest
+import torch
+from bridges import write_parts
+
+from crab.models import bridge
+from crab.models.base import align, probes
+from crab.models.base.packing import Row
+from crab.models.base.train import keep
+from crab.world.scene import sample_scene
+
+PLAN = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "precision": "fp32", "check_every": 2, "check_contexts": 2}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return write_parts(tmp_path_factory.mktemp("parts"), sorted(probes.words()))
+
+
+@pytest.fixture(scope="module")
+def banks(parts):
+    model, processor = bridge.assemble(**parts)
+    scenes = [sample_scene(i, 3) for i in range(8)]
+    return [align.BridgeBank(model, processor, part, 0) for part in (scenes[:6], scenes[6:])]
+
+
+def test_a_question_of_a_row_sees_what_it_would_see_as_a_prompt(parts, banks):
+    model, processor = bridge.assemble(**parts)
+    asked = [
+        probes.Probe("heard", "is the bell heard ?", "yes"),
+        probes.Probe("at", "what is at top left ?", "nothing"),
+    ]
+    row = Row([("audio", 0), ("video", 0), ("video", 1)], asked)
+    packer = align.BridgePacker(model, processor)
+    with torch.no_grad():
+        logits, target, _ = packer.logits(packer.pack([row], banks[0]))
+        media = [("video", banks[0].tokens["video"][i]) for i in (0, 1)] + [("audio", banks[0].tokens["audio"][0])]
+        towers = {"video": model.visual.projector, "audio": model.audio_tower.projector}
+        features = torch.cat([towers[kind].items([item.float()])[0] for kind, item in media])
+        alone = []
+        for probe in asked:
+            text = bridge.prompt_text(processor.tokenizer, [], f"@ {probe.question}").split("@")
+            ids = processor.tokenizer(text[0], add_special_tokens=False)["input_ids"]
+            head, ids = len(ids), ids + [0] * len(features)
+            ids += processor.tokenizer(f"{text[1]} {probe.answer} </s>", add_special_tokens=False)["input_ids"]
+            embeds = model.get_input_embeddings()(torch.tensor(ids))
+            embeds[head : head + len(features)] = features
+            alone.append(model(inputs_embeds=embeds[None]).logits[0, -3:-1])
+    assert processor.tokenizer.decode(target).split() == ["yes", "</s>", "nothing", "</s>"]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def trained(parts, banks, **options):
+    model, processor = bridge.assemble(**parts)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    history = align.train_projectors(model, processor, *banks, PLAN, 5, **options)
+    return before, model.state_dict(), history
+
+
+def test_only_projectors_are_trained_and_a_killed_run_ends_at_the_same_weights(parts, banks, tmp_path):
+    before, whole, history = trained(parts, banks)
+    changed = {name for name, value in whole.items() if not torch.equal(value, before[name])}
+    assert changed and all(".projector." in name for name in changed)
+    assert [record["step"] for record in history] == [2, 4, 6] and np.isfinite([r["loss"] for r in history]).all()
+    file = tmp_path / "unfinished"
+    with pytest.raises(KeyboardInterrupt):
+        trained(parts, banks, unfinished=file, stop_at=5)
+    _, again, resumed = trained(parts, banks, unfinished=file)
+    assert resumed == history and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_bridge_is_made_once(parts, tmp_path):
+    part = {**parts, "projector": "mlp", "picture_tokens": 4, "sound_tokens": 2, "scenes": 4}
+    part["align"] = {**PLAN, "steps": 2, "gate_contexts": 2}
+    section = {"seed": 3, "scenes": 10, "held_out": 3, "bridge": part}
+    model, processor, report = align.make_bridge(tmp_path / "base", section, tmp_path, code=str)
+    keep(tmp_path / "base", model, processor, report)
+    assert {"visible", "heard", "caption"} & set(report["gates"]) and not set(report["gates"]) & set(align.UNTAUGHT)
+    assert align.make_bridge(tmp_path / "base", section, tmp_path, code=str) == (None, None, report)
+    stored = bridge.load_model(tmp_path / "base")  # what the gates measured, to the bit
+    pairs = zip(model.state_dict().values(), stored.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
