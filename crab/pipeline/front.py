@@ -64,7 +64,7 @@ def _model(reports: Path, models: Path) -> Card:
     number = f"{read_json(record)['parameters'] / 1e6:.1f} M"
     text = "parameters of the frozen base, a Qwen2.5-Omni trained from random weights."
     alt = "Accuracy of the base on nine skills of space and time, growing over its training"
-    return Card("Model", "base", number, text, "base/figures/stages.png", alt, (600, 310, 1210, 585))
+    return Card("Model", "base", number, text, "base/figures/stages.png", alt, (650, 310, 1210, 575))
 
 
 def _study(reports: Path, models: Path) -> Card:
