@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from crab import tasks
-from crab.analyses.clips import contours, outline
+from crab.analyses.clips import contours, outline, poster
 from crab.analyses.picks import ALL, ANY, APART, Pick, graded, right
 from crab.data import media
 from crab.study import figures
@@ -225,9 +225,9 @@ def _top(slot: tasks.Slot, record: Mapping, files: Sequence[tuple[str, str]], li
         numbers[kind] += 1
         word = {"video": "video", "audio": "sound"}[kind] + which
         caption = f"<figcaption>{word}</figcaption>" if which or len(files) > 2 else ""
-        url, attributes = escape(link + name), f'controls preload="metadata" aria-label="{slot.name}: {word}"'
+        url, attributes = escape(link + name), f'controls preload="none" aria-label="{slot.name}: {word}"'
         tag = "video" if kind == "video" else "audio"
-        extra = " playsinline" if kind == "video" else ""
+        extra = f' playsinline poster="{escape(link + poster(name))}"' if kind == "video" else ""
         players.append(f'<figure class="{kind}"><{tag} src="{url}" {attributes}{extra}></{tag}>{caption}</figure>')
     question = f'<p class="question">{escape(tasks.instruction(slot, record))}</p>'
     return f'<div class="top">{"".join(players)}{question}</div>'

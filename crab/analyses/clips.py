@@ -31,7 +31,8 @@ def write_media(
 ) -> list[tuple[str, str]]:
     """Write the media of one sample as ``<name>...`` into ``folder``.
 
-    A video and its sound become one clip. Where there are several videos or sounds, each is a file of its own.
+    A video and its sound become one clip. Where there are several videos or sounds, each is a file of its own. Beside
+    each clip lies its middle frame (`poster`).
 
     Args:
         loaded: each item with what `crab.data.records.load` gives for it.
@@ -42,9 +43,10 @@ def write_media(
     """
     kinds = [item.kind for item, _ in loaded]
     if sorted(kinds) == ["audio", "video"]:
-        (video,) = (item for item, _ in loaded if item.kind == "video")
+        ((video, (frames, _)),) = (pair for pair in loaded if pair[0].kind == "video")
         (wave,) = (data for item, data in loaded if item.kind == "audio")
         write_clip(folder / f"{name}.mp4", video.path, wave, height, crf)
+        write_picture(folder / poster(f"{name}.mp4"), frames[len(frames) // 2])
         return [("video", f"{name}.mp4")]
     written = []
     for number, (item, data) in enumerate(loaded):
@@ -52,12 +54,18 @@ def write_media(
         path = folder / (name + several + _SUFFIX[item.kind])
         if item.kind == "video":
             write_clip(path, item.path, None, height, crf)
+            write_picture(folder / poster(path.name), data[0][len(data[0]) // 2])
         elif item.kind == "audio":
             write_clip(path, None, data, height, crf)
         else:
             write_picture(path, data)
         written.append((item.kind, path.name))
     return written
+
+
+def poster(name: str) -> str:
+    """Name of the picture that stands for a clip before it plays."""
+    return name.replace(".mp4", "-poster.jpg")
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

@@ -117,8 +117,9 @@ def shown_cells(cells: Sequence[Cell]) -> list[Cell]:
 def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> Gallery:
     """Choose samples by the scores of ``cells``, and find the answers to them.
 
-    Answers are those of this machine, else those in the file ``kept`` if the keys of training and answering still hold.
-    Only cells that have neither are run. Then ``kept`` is written anew.
+    Answers are those of this machine, else those in the file ``kept``, if the keys of training and answering still hold
+    and the ledger has the scores of the same run (another machine may answer a few samples otherwise). Only cells that
+    have neither are run. Then ``kept`` is written anew.
 
     Args:
         cells: keyed and scored, one per family and slot.
@@ -132,7 +133,8 @@ def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> G
         slots = [slot for slot in tasks.SLOTS if slot in wide.index.unique("slot")]
         picks = {slot: choose(slot, _rows(wide.loc[slot]), count) for slot in slots}
         ids = {slot: [pick.id for pick in picks[slot]] for slot in slots}
-        entries = {cell.key: _entry(store, cell, ids, _read(kept)) for cell in cells}
+        scores = {(row.family, row.slot, row.id): row.score for row in table.itertuples()}
+        entries = {cell.key: _entry(store, cell, ids, _read(kept), scores) for cell in cells}
         missing = [cell for cell in cells if entries[cell.key] is None]
         if not missing:
             break
@@ -141,7 +143,7 @@ def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> G
     texts: Texts = {family: {} for family in families}
     for cell in cells:
         texts[cell.family] |= entries[cell.key]["texts"]
-    return Gallery(picks, families, texts, {(r.family, r.slot, r.id): r.score for r in table.itertuples()})
+    return Gallery(picks, families, texts, scores)
 
 
 def _rows(wide: pd.DataFrame) -> dict[str, list[float]]:
@@ -152,13 +154,17 @@ def _read(kept: Path) -> dict[str, dict]:
     return read_json(kept) if kept.is_file() else {}
 
 
-def _entry(store: Store, cell: Cell, ids: Mapping[str, Sequence[str]], kept: Mapping[str, dict]) -> dict | None:
+def _entry(
+    store: Store, cell: Cell, ids: Mapping[str, Sequence[str]], kept: Mapping[str, dict],
+    scores: Mapping[tuple[str, str, str], float],
+) -> dict | None:  # fmt: skip
     """The answers of a cell to these samples, as the file keeps them; None if they are nowhere."""
     key, texts = store.answer_key(cell), store.kept_answers(cell)
-    if texts is None and (entry := kept.get(cell.key)) and entry["answers"] == key:
+    wanted = {slot: {name: scores[cell.family, slot, name] for name in ids[slot]} for slot in cell.scored_slots}
+    if texts is None:
+        entry = kept.get(cell.key, {})
+        if entry.get("answers") != key or entry["scores"] != wanted:
+            return None
         texts = entry["texts"]
-    wanted = {slot: ids[slot] for slot in cell.scored_slots}
-    if texts is None or any(name not in texts.get(slot, {}) for slot, names in wanted.items() for name in names):
-        return None
     chosen = {slot: {name: texts[slot][name] for name in names} for slot, names in wanted.items()}
-    return {"cell": cell.name, "answers": key, "texts": chosen}
+    return {"cell": cell.name, "answers": key, "scores": wanted, "texts": chosen}

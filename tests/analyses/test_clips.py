@@ -68,11 +68,20 @@ def test_equal_input_gives_equal_files(tmp_path):
 def test_each_medium_of_a_prompt_can_be_played_alone_and_a_clip_with_its_sound(tmp_path, kinds, names):
     path = tmp_path / "in.mp4"
     media.write_video(path, np.zeros((4, 32, 32, 3), np.uint8), 2)
-    data = {"video": (None, None), "image": np.zeros((224, 224, 3), np.uint8), "audio": np.zeros(2 * media.RATE, "f4")}
+    frames = np.full((4, 224, 224, 3), 9, np.uint8)
+    data = {
+        "video": (frames, np.arange(4) / 2),
+        "image": np.zeros((224, 224, 3), np.uint8),
+        "audio": np.zeros(2 * media.RATE, "f4"),
+    }
     loaded = [(tasks.MediaItem(kind, str(path), "field", None), data[kind]) for kind in kinds]
     (tmp_path / "out").mkdir()
     assert clips.write_media(tmp_path / "out", "x", loaded, 32, 30) == names
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(name for _, name in names)
+    posters = [name.replace(".mp4", "-poster.jpg") for kind, name in names if kind == "video"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*posters, *(name for _, name in names)}
+    assert all(
+        np.asarray(Image.open(tmp_path / "out" / poster)).mean() == pytest.approx(9, abs=2) for poster in posters
+    )
     together = set(decoded(tmp_path / "out/x.mp4")) if "x.mp4" in dict(map(reversed, names)) else set()
     assert together == ({"video", "audio"} if len(names) == 1 else {"video"} if together else set())
 

@@ -114,25 +114,21 @@ def test_a_fresh_clone_takes_answers_from_the_file_as_long_as_keys_hold(store, c
     before = path.read_bytes()
     assert gather(clone, keyed, path) == first and len(ran) == 3 and path.read_bytes() == before
 
-    content = read_json(path)
-    content[keyed[1].key]["texts"]["ks" if "ks" in keyed[1].slots else "cremad"]["more"] = "x"
-    write_json(path, content)
-    gather(clone, keyed, path)
-    assert path.read_bytes() == before and len(ran) == 3  # what is not shown is dropped
 
-
-@pytest.mark.parametrize("change", ["answers", "training", "sample", "file"])
+@pytest.mark.parametrize("change", ["answers", "training", "sample", "score", "file"])
 def test_only_the_cell_whose_answers_do_not_hold_is_run_again(store, cell, tmp_path, ran, change):
     keyed = store.run([cell("single-lora-bare", slots=[slot]) for slot in ("ks", "cremad")], "test")
     path, clone = tmp_path / "answers.json", replace(store, cells=tmp_path / "elsewhere")
-    first, content = gather(store, keyed, path), None
+    first = gather(store, keyed, path)
     content, key = read_json(path), keyed[0].key
     if change == "answers":  # other settings of generation
         content[key]["answers"] = "0" * 16
     elif change == "training":
         content["0" * 16] = content.pop(key)
     elif change == "sample":
-        content[key]["texts"]["ks"].popitem()
+        content[key]["scores"]["ks"].popitem()
+    elif change == "score":  # of a run whose answers were others
+        content[key]["scores"]["ks"][first.picks["ks"][0].id] += 0.5
     path.unlink() if change == "file" else write_json(path, content)
     ran.clear()
     assert gather(clone, keyed, path) == first
