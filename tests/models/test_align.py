@@ -22,8 +22,8 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def banks(parts):
     model, processor = bridge.assemble(**parts)
-    scenes = [sample_scene(i, 3) for i in range(8)]
-    return [align.BridgeBank(model, processor, part, 0) for part in (scenes[:6], scenes[6:])]
+    scenes = [sample_scene(i, 3) for i in range(32)]
+    return [align.BridgeBank(model, processor, part, 0) for part in (scenes[:16], scenes[16:])]
 
 
 def test_a_question_of_a_row_sees_what_it_would_see_as_a_prompt(parts, banks):
@@ -72,9 +72,9 @@ def test_only_projectors_are_trained_and_a_killed_run_ends_at_the_same_weights(p
 
 
 def test_a_bridge_is_made_once(parts, tmp_path):
-    part = {**parts, "projector": "mlp", "picture_tokens": 4, "sound_tokens": 2, "scenes": 4}
+    part = {**parts, "projector": "mlp", "picture_tokens": 4, "sound_tokens": 2, "scenes": 16}
     part["align"] = {**PLAN, "steps": 2, "gate_contexts": 2}
-    section = {"seed": 3, "scenes": 10, "held_out": 3, "bridge": part}
+    section = {"seed": 3, "scenes": 16, "held_out": 16, "bridge": part}
     model, processor, report = align.make_bridge(tmp_path / "base", section, tmp_path, code=str)
     keep(tmp_path / "base", model, processor, report)
     assert {"visible", "heard", "caption"} & set(report["gates"]) and not set(report["gates"]) & set(align.UNTAUGHT)
