@@ -24,8 +24,8 @@ from crab.pipeline.stages import TEMPLATES, code_cells
 
 #: In the order a reader wants them: the result, what it rests on, why, and how it was made.
 ORDER = (
-    "transfer", "gallery", "strength", "experiments", "mechanism", "evaluate", "routing", "features", "benchmark", "base",
-    "train", "encode", "build",
+    "transfer", "gallery", "strength", "experiments", "mechanism", "evaluate", "routing", "features", "benchmark",
+    "base", "train", "encode", "build",
 )  # fmt: skip
 
 
