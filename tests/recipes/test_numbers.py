@@ -86,7 +86,9 @@ def interval(row: dict) -> str:
 def test_the_table_of_the_main_result(words):
     metrics = study("transfer")
     row, rival = metrics[ROWS[words]], metrics["against_rival"].get(ROWS[words])
-    (line,) = re.findall(rf"^\| {re.escape(words)} \| [\d.]+ x \|(.*)\|$", (REPORTS / "README.md").read_text(), re.M)
+    (line,) = re.findall(
+        rf"^\| {re.escape(words)} \| [\d.]+ x \|(.*)\|$", (REPORTS / "README.md").read_text(encoding="utf-8"), re.M
+    )
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[:2] == [f"{row['gain']} / {row['tie']} / {row['loss']}", interval(row)]
     assert cells[2] == (interval(rival) if rival else "")

@@ -137,7 +137,9 @@ def test_a_parameter_is_tried(toy):
 @pytest.mark.slow
 def test_a_figure_is_changed(toy, tmp_path):
     editor = tmp_path / "jupyter"  # saves a change, as a user in JupyterLab
-    editor.write_text('#!/bin/sh\nsed -i.bak "s/transfer made this/transfer drew this/" "$2"\nrm "$2.bak"\n')
+    editor.write_text(
+        '#!/bin/sh\nsed -i.bak "s/transfer made this/transfer drew this/" "$2"\nrm "$2.bak"\n', encoding="utf-8"
+    )
     editor.chmod(0o755)
     script = f'PATH="{tmp_path}:$PATH"\n{bash("Change a figure")}'
     assert ran(follow(toy, script)) == ["resolve", "transfer@tiny", "report@tiny"]
