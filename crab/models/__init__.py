@@ -2,7 +2,7 @@
 
 - `protocol`: what the study asks of a model, and which module serves which base.
 - `omni`: Qwen2.5-Omni, published or small; `small` builds the small one; `base` trains it.
-- `bridge`: a frozen language model (`language`) behind frozen `encoders` and projectors; `bridge_model` has its classes.
+- `bridge`: a frozen `language` model behind frozen `encoders` and projectors; `bridge_model` has its classes.
 - `checkpoint`: where a base lies, and how it is loaded.
 - `batches`: batches of encoded samples, their segments, loss and hidden states.
 - `published`: media as the published loader of Crab+ shows them.
