@@ -73,7 +73,7 @@ class Tags(HTMLParser):
 @pytest.mark.parametrize("name", SLOTS)
 def test_a_card_is_whole_and_everything_in_it_has_a_name(built, tmp_path, name):
     record = records.read(built, name, "test")[0]
-    html, _, files = drawn(built, tmp_path, name, [tasks.target(name, record, "explicit"), "<b>no & answer"])
+    html, _, files = drawn(built, tmp_path, name, ["<b>no & answer", tasks.target(name, record, "explicit")])
     page = Tags(html)
     assert not page.open
     played = [attributes for tag in ("video", "audio") for attributes in page.all(tag)]
