@@ -196,17 +196,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "rates": CELL_RATES,
         "map_rates": CELL_RATES,
     },
-    "strength": {
-        "steps": list[Count | None],
-        "ranks": some(Count),
-        "slots": some(Slot) | None,
-        "forms": some(Form),
-        **same(Count, "num_heads passes seeds"),
-        "rates": CELL_RATES,
-        "tuned_at": Count | None,
-        "as_many_steps": list[_section("Point", {"steps": Count | None, "rank": Count})],
-        "minutes": Positive | None,
-    },
     "mechanism": same(Count, "samples swap_samples gradient_samples chunk"),
     "routing": {"samples": Count},
     "features": {**same(Count, "samples neighbours"), "seed": Whole},
@@ -221,6 +210,17 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "workers": some(Count),
     },
     "gallery": {**same(Count, "samples height"), "crf": Annotated[int, Field(ge=0, le=51)]},
+    "strength": {
+        "steps": list[Count | None],
+        "ranks": some(Count),
+        "slots": some(Slot) | None,
+        "forms": some(Form),
+        **same(Count, "num_heads passes seeds"),
+        "rates": CELL_RATES,
+        "tuned_at": Count | None,
+        "as_many_steps": list[_section("Point", {"steps": Count | None, "rank": Count})],
+        "minutes": Positive | None,
+    },
 }
 _PARAMS = _section("Params", SECTIONS)
 
