@@ -17,7 +17,7 @@ _CELL = re.compile(r"<t([dh])\b[^>]*>(.*?)</t\1>", re.DOTALL)
 #: What is aligned as a number: also one with its unit or its interval, and nothing.
 _NUMBER = re.compile(r"(?:[-+]?[\d.,]+(?:e[-+]?\d+)?\s?%?(?:\s(?:\[.*\]|\(.*\)|x \d+))?|[\d\s/]+|nan|None|)")
 #: A link that holds from the folder of the notebooks, so that it works in JupyterLab, too.
-_LINK = re.compile(r'\b(src|href)="\.\./reports/[\w-]+/')
+_LINK = re.compile(r'\b(src|href|poster)="\.\./reports/[\w-]+/')
 _MARKS = re.compile(r'(<t[dhr]\b[^>]*?) (?:id|class)="[^"]*"')
 
 

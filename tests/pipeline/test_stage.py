@@ -199,10 +199,12 @@ def test_links_of_a_notebook_to_files_of_the_report_hold_in_its_pages(repository
     clip = repository / "reports/tiny/routing/media/a.mp4"
     clip.parent.mkdir(parents=True)
     clip.write_bytes(b"a clip")
-    shown = '<video src="../reports/tiny/routing/media/a.mp4"></video> <a href="../README.md">../reports/</a>'
+    links = 'src="../reports/tiny/routing/media/a.mp4" poster="../reports/tiny/routing/media/a.jpg"'
+    shown = f'<video {links}></video> <a href="../README.md">../reports/</a>'
     run(repository, code(f"from IPython.display import HTML\nHTML({shown!r})"))
-    (link,) = re.findall('<video src="(.*?)"', read_page(repository))
+    (link,) = re.findall('<video [^>]*src="(.*?)"', read_page(repository))
     assert (repository / "reports/tiny/pages" / link).resolve() == clip
+    assert 'poster="../routing/media/a.jpg"' in read_page(repository)
     assert '<a href="../README.md">../reports/</a>' in read_page(repository)
 
 
