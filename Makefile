@@ -51,7 +51,7 @@ strength: $(READY) ## bases of four strengths, three ranks: a day on two cores; 
 plan: $(READY) ## print what training takes in the profile that params.yaml chooses: memory, disk, hours
 	@$(BIN)/python -m crab.pipeline plan
 
-scale: $(READY) ## measure memory, equality and cost of training at the size of full; an hour
+scale: $(READY) ## measure memory, equality and cost of training at the size of full; half an hour
 	@mkdir -p reports/scale
 	$(BIN)/papermill --cwd notebooks notebooks/scale.ipynb reports/scale/notebook.ipynb
 

@@ -260,7 +260,8 @@ def _panel(slot: tasks.Slot, picture: str, answer: Answer, true: Answer | None) 
     note = "not in the picture" if answer.parsed == tasks.NULL else ""
     note = "cannot be read" if answer.parsed is None and true is not None else note
     note = f'<span class="note">{note}</span>' if note else ""
-    shown = f'<img src="{escape(picture)}" alt="" loading="lazy">{overlay(slot, answer, true)}{note}'
+    words = escape(f"The frame; {answer.name}: {say(slot, answer.parsed)}")
+    shown = f'<img src="{escape(picture)}" alt="{words}" loading="lazy">{overlay(slot, answer, true)}{note}'
     below = _name(answer) + (mark(slot, answer) if answer.score is not None else "")
     return f'<figure class="panel"><div class="frame">{shown}</div><figcaption>{below}</figcaption></figure>'
 

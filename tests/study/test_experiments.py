@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from crab import tasks
+from crab.models import omni
 from crab.pipeline import params
 from crab.pipeline.paths import root
 from crab.study import maps, rates, variants
@@ -211,11 +212,11 @@ def test_what_params_ask_for_can_be_trained(profile):
     """Options that the methods have, slots that exist, maps that can be."""
     section = params.resolve(root(), profile)["experiments"]
     for row in expand(section["variants"], section["passes"], section["seeds"]):
-        adapter_config(row.method, row.options)
+        adapter_config(row.method, row.options, omni.TARGETS)
     for name, each in section["maps"].items():
         plan = Map.of(name, each, section["routed"], section["words"])
         for options in plan.routed.values():
-            adapter_config("ilora", {"r": 2, "lora_alpha": 4, **options})
+            adapter_config("ilora", {"r": 2, "lora_alpha": 4, **options}, omni.TARGETS)
 
 
 def test_parameters_are_counted_without_weights(base, store, cell):

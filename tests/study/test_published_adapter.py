@@ -325,7 +325,7 @@ def test_routers_that_read_the_instruction_cannot_be_in_encoders(store):
     options = OPTIONS | {"targets": "published", "router_input": "instruction"}
     with pytest.raises(ValueError, match="routers in the encoders see no instruction; set router_input to token"):
         store.run([Cell("joint-ilora-bare", "ilora", options, 1e-2, ("ks",), 1)], "test")
-    with pytest.raises(ValueError, match="targets is 'all'; use one of language, published"):
+    with pytest.raises(ValueError, match="targets is 'all'; with this base, use one of language, published"):
         store.run([Cell("joint-ilora-bare", "ilora", OPTIONS | {"targets": "all"}, 1e-2, ("ks",), 1)], "test")
 
 
