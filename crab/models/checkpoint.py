@@ -42,7 +42,7 @@ def resolve(folder: str | Path) -> str | None:
 
 
 def weaker_folder(base: str | Path, steps: int) -> Path:
-    """Where the weaker base of so many steps lies: beside the finished one."""
+    """The folder of a weaker base, by the steps of its training: beside the finished one."""
     return Path(base).with_name(f"{Path(base).name}-{steps}")
 
 

@@ -50,8 +50,8 @@ class Cell:
         order: ``media`` before the instruction, as the base has learned it, or ``instruction`` first.
         words: one word per labelling convention (:mod:`crab.study.prompts`); empty for the slots as they are.
         convention: train and score on this one of ``words`` alone; None for all of them.
-        base_steps: train on the base whose language training was stopped after so many steps
-            (`crab.models.base.weaker`); None for the finished base.
+        base_steps: train on a weaker base (`crab.models.base.weaker`), whose language training stopped at this step;
+            None for the finished base.
         key: digest of all that decides the training, once a store has computed it.
 
     Raises:

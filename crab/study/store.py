@@ -173,8 +173,7 @@ class Store:
             if cell.words:
                 prompts.check_conventions(cell.slots, cell.words)
         cells = self.keyed(cells)
-        ledger = Ledger(self.ledger)
-        missing = {cell.key: cell for cell in cells if not self._finished(cell, ledger, need)}
+        missing = self.missing(cells, need)
         if any(self.adapter(cell) is None for cell in missing.values()):
             warn_of_emulation(self.precision)
 
@@ -201,8 +200,13 @@ class Store:
                 run_pool(jobs, self.hardware.workers, label)
         finally:  # what is finished is in the ledger even if a later cell fails
             entries = {cell.key: self._local(cell) for cell in cells}
-            ledger.add({key: entry for key, entry in entries.items() if entry})
+            Ledger(self.ledger).add({key: entry for key, entry in entries.items() if entry})
         return cells
+
+    def missing(self, cells: Sequence[Cell], need: str = "scores") -> dict[str, Cell]:
+        """By key, the keyed cells of which `run` would do something; ``need`` is that of `run`."""
+        ledger = Ledger(self.ledger)
+        return {cell.key: cell for cell in cells if not self._finished(cell, ledger, need)}
 
     def _check_uncached(self, cell: Cell) -> None:
         for slot in cell.slots:

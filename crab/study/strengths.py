@@ -19,7 +19,7 @@ from tqdm import tqdm
 from crab.models.checkpoint import base_name
 from crab.study.cells import Cell, cells_of
 from crab.study.compare import judge
-from crab.study.ledger import Ledger, cost_table, sample_scores
+from crab.study.ledger import cost_table, sample_scores
 from crab.study.rates import Grid, Rates, choose_rates
 from crab.study.store import Store
 from crab.study.variants import adapter_parameters, plain_rank
@@ -36,19 +36,17 @@ class Point(NamedTuple):
     rank: int
 
 
-@dataclass(frozen=True)
-class Family:
-    """Cells that differ in slots and seed only: a method, with a form of answer, at a point."""
+class Family(NamedTuple):
+    """Cells that differ in slots and seed only: a method, with a form of answer, at a point.
+
+    Attributes:
+        name: for readers: the method, and whether it reasons.
+        cells: makes them, from a learning rate, seeds, held-out samples and passes (None: those of the design).
+    """
 
     method: str
-    form: str
-    point: Point
-    cells: Callable[..., list[Cell]]  # of a learning rate, seeds, held-out samples and passes (None: the design's)
-
-    @property
-    def name(self) -> str:
-        """For readers: the method, and whether it reasons."""
-        return self.method + (REASONING if self.form == "explicit" else "")
+    name: str
+    cells: Callable[..., list[Cell]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Design:
         slots: of the joint cells. Those with a test split are scored.
         forms: of the answers.
         num_heads: of I-LoRA. passes: over the training samples of every slot. seeds: how many.
-        as_many_steps: points at which single-task LoRA is also trained for as many optimizer steps as joint LoRA.
+        as_many_steps: points where single-task LoRA also trains with the optimizer steps of joint LoRA.
     """
 
     steps: Sequence[int | None]
@@ -88,23 +86,25 @@ class Design:
             ROUTED: ("joint", "ilora", routed),
         }
         rows = [
-            Family(method, form, point, partial(self._cells, method, form, point, options, 1))
-            for form in self.forms
-            for method, options in methods.items()
+            self._family(method, form, point, *options) for form in self.forms for method, options in methods.items()
         ]
         if point in self.as_many_steps:
-            own = partial(self._cells, LONG, "bare", point, methods[SINGLE], len(self.slots))
-            rows.append(Family(LONG, "bare", point, own))
+            rows.append(self._family(LONG, "bare", point, *methods[SINGLE], times=len(self.slots)))
         return rows
 
+    def _family(
+        self, method: str, form: str, point: Point, setting: str, kind: str, options: Mapping[str, Any], times: int = 1
+    ) -> Family:
+        name = method + (REASONING if form == "explicit" else "")
+        start = f"{name} ({place(point)})", setting, kind, options
+        return Family(method, name, partial(self._cells, start, form, point, times))
+
     def _cells(
-        self, method: str, form: str, point: Point, options: tuple, times: int, rate: float,
-        seeds: Sequence[int] | None, held_out: int, passes: int | None,
+        self, start: tuple, form: str, point: Point, times: int, rate: float, seeds: Sequence[int] | None,
+        held_out: int, passes: int | None,
     ) -> list[Cell]:  # fmt: skip
-        setting, kind, options = options
-        label = f"{method}{REASONING if form == 'explicit' else ''} ({place(point)})"
         return cells_of(
-            label, setting, kind, options, rate, self.slots, times * (passes or self.passes),
+            *start, rate, self.slots, times * (passes or self.passes),
             range(self.seeds) if seeds is None else seeds, form=form, held_out=held_out, base_steps=point.steps,
         )  # fmt: skip
 
@@ -152,21 +152,19 @@ def train_points(design: Design, rates: Rates, store: Store, minutes: float | No
     """Train and score all points, one seed after the other, so that all points are there early.
 
     Args:
-        minutes: begin no further point once so many have passed. The next call goes on.
+        minutes: after this time no further point begins. The next call goes on.
 
     Returns:
         One row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and ``cells``, a
         list of keyed cells; empty where it was not begun.
     """
-    began, finished = time.monotonic(), Ledger(store.ledger).cells
-    rows = []
+    began, rows = time.monotonic(), []
     for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
         cells = [family.cells(rates.chosen[at_rank(family.method, point.rank)], [seed], 0, None) for family in families]
         keyed = [store.keyed(part) for part in cells]
-        there = all(cell.key in finished for part in keyed for cell in part)
-        if there or minutes is None or time.monotonic() - began < 60 * minutes:
-            done = iter(store.run([cell for part in keyed for cell in part], f"{place(point)}, seed {seed}"))
-            keyed = [[next(done) for _ in part] for part in keyed]
+        together = [cell for part in keyed for cell in part]
+        if minutes is None or time.monotonic() - began < 60 * minutes or not store.missing(together):
+            store.run(together, f"{place(point)}, seed {seed}")
         else:
             keyed = [[] for _ in keyed]
         for family, part in zip(families, keyed, strict=True):
@@ -176,10 +174,9 @@ def train_points(design: Design, rates: Rates, store: Store, minutes: float | No
 
 def _parts(design: Design, store: Store) -> Iterator[tuple[int, Point, list[Family]]]:
     """Each seed and point with its families. The long trainings of `LONG` come last."""
-    later = []
+    later, of_points = [], [(point, design.families(point, store.base)) for point in design.points]
     for seed in range(design.seeds):
-        for point in design.points:
-            families = design.families(point, store.base)
+        for point, families in of_points:
             yield seed, point, [family for family in families if family.method != LONG]
             later += [(seed, point, [family]) for family in families if family.method == LONG]
     yield from later

@@ -103,7 +103,7 @@ def test_a_fresh_clone_takes_answers_from_the_file_as_long_as_keys_hold(store, c
     first = gather(store, keyed, path)
     assert len(ran) == 3 and first.families == ["single-lora-bare", "joint-lora-bare"]
     assert {slot: len(each) for slot, each in first.picks.items()} == {"ks": 3, "cremad": 3}
-    for family, slots in first.texts.items():  # they are those of the cells, and no more than those shown
+    for family, slots in first.texts.items():  # the answers that are shown, and no others
         for slot, texts in slots.items():
             (own,) = (c for c in keyed if c.family == family and slot in c.slots)
             assert texts == {pick.id: store.answers(own, slot)[pick.id] for pick in first.picks[slot]}

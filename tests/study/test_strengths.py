@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 
 from crab.study import rates, strengths, variants
@@ -16,7 +15,12 @@ FIXED, SWEPT = Grid([2e-3], 0, [0], 0), Grid([1e-3, 2e-3, 4e-3], 0, [0], 5)
 
 
 class Kept(World):
-    """A world that says which cells are finished, as a ledger does."""
+    """A world that says which cells are not finished."""
+
+    finished = frozenset()
+
+    def missing(self, cells):
+        return {cell.key: cell for cell in cells if cell.key not in self.finished}
 
     def keyed(self, cells):
         return [replace(cell, key=f"{cell.name}-{cell.form}") for cell in cells]
@@ -36,7 +40,7 @@ def world(monkeypatch):
             monkeypatch.setattr(module, "sample_scores", store.scores)
         monkeypatch.setattr(strengths, "adapter_parameters", size)
         monkeypatch.setattr(strengths, "cost_table", store.costs)
-        monkeypatch.setattr(strengths, "Ledger", lambda path: pd.Series({"cells": set(finished)}))
+        store.finished = set(finished)
         return store
 
     return make
