@@ -25,6 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from crab import tasks
 from crab.analyses.model_costs import filmed
 from crab.core.files import read_json, write_json
+from crab.core.workers import end_with_parent
 from crab.data import records
 from crab.models.checkpoint import load_base
 from crab.models.protocol import IGNORE, model_of
@@ -93,8 +94,8 @@ def _peak():
 
 
 def alone(work: Callable, *arguments: Any) -> Any:
-    """Call a function in a process of its own, so that it begins with fresh memory."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    """Call a function in a process of its own, so that it begins with fresh memory. It ends with this process."""
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
         return pool.submit(work, *arguments).result()
 
 
