@@ -6,6 +6,7 @@ Pictures and sounds are what the model gets. Only the moving clip, which is for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,14 @@ def write_clip(path: Path, video: str | Path | None, wave: np.ndarray | None, he
     Pictures keep their shape, are at most ``height`` pixels high and come at most `FPS` times per second. The same
     input gives the same bytes.
     """
-    with atomic_file(path) as part, av.open(str(part), "w", format="mp4", options=_quiet()) as container:
+    with (
+        atomic_file(path) as part,
+        av.open(str(part), "w", format="mp4", options=_quiet()) as container,
+        nullcontext() if video is None else media.open_container(video) as source,
+    ):
         tracks = []
         if video is not None:
-            tracks.append(_pictures(container, video, height, crf))
+            tracks.append(_pictures(container, source, media.chosen(video, source, "video").video, height, crf))
         if wave is not None:
             tracks.append(_sound(container, wave))
         for packets in tracks:
@@ -104,10 +109,8 @@ def _quiet() -> dict[str, str]:
     return {"fflags": "+bitexact", "movflags": "+faststart"}
 
 
-def _pictures(container, video: str | Path, height: int, crf: int) -> Iterator:
-    """Add a track of pictures; returns its packets."""
-    source = av.open(str(video))
-    stream = source.streams.video[0]
+def _pictures(container, source, stream, height: int, crf: int) -> Iterator:
+    """Add a track of the pictures in a stream of ``source``; returns its packets."""
     rate = min(Fraction(FPS), Fraction(stream.average_rate or FPS)).limit_denominator(1001)
     options = {"crf": str(crf), "preset": "slow", "threads": "1"}
     track = container.add_stream("libx264", rate=rate, options=options)
@@ -119,14 +122,13 @@ def _pictures(container, video: str | Path, height: int, crf: int) -> Iterator:
     track.codec_context.thread_count = 1
 
     def packets() -> Iterator:
-        with source:
-            number = 0
-            for frame, end in _timed(source.decode(stream), rate):
-                while number < end * rate - _SAME:  # the picture on display at each tick
-                    small = frame.reformat(track.width, track.height, "yuv420p")
-                    small.pts, small.time_base, number = number, 1 / rate, number + 1
-                    yield from track.encode(small)
-            yield from track.encode()
+        number = 0
+        for frame, end in _timed(source.decode(stream), rate):
+            while number < end * rate - _SAME:  # the picture on display at each tick
+                small = frame.reformat(track.width, track.height, "yuv420p")
+                small.pts, small.time_base, number = number, 1 / rate, number + 1
+                yield from track.encode(small)
+        yield from track.encode()
 
     return packets()
 
