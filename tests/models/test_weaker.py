@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crab.core.files import read_json
 from crab.models import checkpoint, omni
@@ -43,6 +44,8 @@ def test_they_are_the_states_of_the_finished_training(base, section):  # noqa: F
         assert all(torch.equal(value, on_the_way[number][name]) for name, value in model.state_dict().items())
         assert [record["step"] for record in report["history"]] == list(range(2, number + 1, 2))
         assert set(report["gates"]) and report["steps"] == number
+        own = load_file(checkpoint.weaker_folder(folder, number) / weaker.OWN)
+        assert own and not any(name.startswith(("visual", "audio_tower")) for name in own), "kept twice"
     assert checkpoint.base_digest(checkpoint.weaker_folder(folder, 2)) != checkpoint.base_digest(folder)
     with mock.patch.object(curriculum, "train_language_model", side_effect=AssertionError("trained again")):
         assert make(folder, section, [2, 6]) == reports

@@ -1,4 +1,8 @@
-"""Weaker bases: the training of a base's language model, stopped earlier. Encoders are those of the finished base."""
+"""Weaker bases: the training of a base's language model, stopped earlier. Encoders are those of the finished base.
+
+The folder of a weaker base holds what differs. Its index, of the kind that sharded checkpoints have, names the file of
+the finished base for all else.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
 from crab.core.files import atomic_folder, digest_of, read_json, write_json
 from crab.models import omni, small
 from crab.models.base import curriculum, perception
@@ -14,6 +22,9 @@ from crab.models.base.bank import Bank
 from crab.models.base.train import STORED_AS, final_gates, round_weights
 from crab.models.checkpoint import RECORD, base_digest, weaker_folder
 from crab.world.scene import sample_scene
+
+#: The file of a weaker base with the tensors that differ from those of the finished one.
+OWN = "language.safetensors"
 
 
 def make_weaker(
@@ -77,6 +88,7 @@ def make_weaker(
         report["gates"] = final_gates(stopped, processor, held_out, seed)
         with atomic_folder(weaker_folder(base, number)) as part:
             omni.save(part, stopped, processor, STORED_AS)
+            _share(part, Path(base))
             write_json(part / RECORD, report)
 
     unfinished = Path(phases) / f"weaker-{digest_of(decides)}.unfinished"
@@ -85,3 +97,14 @@ def make_weaker(
     )
     unfinished.unlink(missing_ok=True)
     return {number: read_json(path) for number, path in records.items()}
+
+
+def _share(folder: Path, base: Path) -> None:
+    """Leave out of a saved model the tensors that its finished base has, too."""
+    theirs = f"../{base.name}/{SAFE_WEIGHTS_NAME}"  # loaded first, since files are loaded in the order of their names
+    own, finished = load_file(folder / SAFE_WEIGHTS_NAME), load_file(base / SAFE_WEIGHTS_NAME)
+    places = {name: theirs if torch.equal(weight, finished[name]) else OWN for name, weight in own.items()}
+    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {}, "weight_map": places})
+    own = {name: weight for name, weight in own.items() if places[name] == OWN}
+    save_file(own, folder / OWN, {"format": "pt"})
+    (folder / SAFE_WEIGHTS_NAME).unlink()
