@@ -75,6 +75,12 @@ class Rates:
     points: pd.DataFrame
     extended: dict[str, int]
 
+    def joined(self, other: Rates) -> Rates:
+        """These rates and those of other families."""
+        tables = [table for table in (self.points, other.points) if len(table)]
+        points = pd.concat(tables, ignore_index=True) if tables else self.points
+        return Rates(self.chosen | other.chosen, points, self.extended | other.extended)
+
     def inside(self, family: str) -> bool | None:
         """Whether lower and higher rates were tried and are no better. None if nothing was swept."""
         part = self.points[self.points["family"] == family]

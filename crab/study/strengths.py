@@ -20,7 +20,7 @@ from crab.models.checkpoint import base_name
 from crab.study.cells import Cell, cells_of
 from crab.study.compare import judge
 from crab.study.ledger import cost_table, sample_scores
-from crab.study.rates import Grid, Rates, choose_rates
+from crab.study.rates import COLUMNS, Grid, Rates, choose_rates
 from crab.study.store import Store
 from crab.study.variants import adapter_parameters, plain_rank
 
@@ -40,11 +40,13 @@ class Family(NamedTuple):
     """Cells that differ in slots and seed only: a method, with a form of answer, at a point.
 
     Attributes:
+        form: of its answers.
         name: for readers: the method, and whether it reasons.
         cells: makes them, from a learning rate, seeds, held-out samples and passes (None: those of the design).
     """
 
     method: str
+    form: str
     name: str
     cells: Callable[..., list[Cell]]
 
@@ -72,7 +74,7 @@ class Design:
 
     @property
     def points(self) -> list[Point]:
-        return [Point(*place) for place in product(self.steps, self.ranks)]
+        return [Point(steps, rank) for rank, steps in product(self.ranks, self.steps)]
 
     def families(self, point: Point, base: Any) -> list[Family]:
         """All families at a point. ``base`` is the folder of a base, which gives the sizes of adapters."""
@@ -97,7 +99,7 @@ class Design:
     ) -> Family:
         name = method + (REASONING if form == "explicit" else "")
         start = f"{name} ({place(point)})", setting, kind, options
-        return Family(method, name, partial(self._cells, start, form, point, times))
+        return Family(method, form, name, partial(self._cells, start, form, point, times))
 
     def _cells(
         self, start: tuple, form: str, point: Point, times: int, rate: float, seeds: Sequence[int] | None,
@@ -114,10 +116,8 @@ def place(point: Point) -> str:
     return f"base {base_name(point.steps)}, rank {point.rank}"
 
 
-def tune(design: Design, at: int | None, grid: Grid, store: Store, resamples: int) -> Rates:
-    """The learning rate of each method at each rank, chosen alike for all on one base with bare answers.
-
-    `LONG` starts from half of `SINGLE`'s rate and that rate, since longer trainings like lower ones.
+def tune(design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int) -> Rates:
+    """The learning rate of each method at a rank, chosen alike for all on one base with bare answers.
 
     Args:
         at: steps of the base that it is chosen on; None for the finished one.
@@ -125,22 +125,22 @@ def tune(design: Design, at: int | None, grid: Grid, store: Store, resamples: in
     Returns:
         By the method's `at_rank`.
     """
+    return choose_rates(_tuned(design, rank, at, store), grid, store, resamples, f"rates at rank {rank}")
+
+
+def tune_long(
+    design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int, rates: Rates
+) -> Rates:
+    """The rate of `LONG`: half of `SINGLE`'s in ``rates``, or that rate, since longer trainings like lower ones."""
+    own, point = rates.chosen[at_rank(SINGLE, rank)], Point(at, rank)
+    family = replace(design, forms=["bare"], as_many_steps=[point]).families(point, store.base)[-1]
+    grid = replace(grid, tried=[own / 2, own] if grid.swept else [own], extend=0)
+    return choose_rates({at_rank(LONG, rank): family.cells}, grid, store, resamples, "rate of long runs")
+
+
+def _tuned(design: Design, rank: int, at: int | None, store: Store) -> dict[str, Callable[..., list[Cell]]]:
     bare = replace(design, forms=["bare"], as_many_steps=[])
-    families = {
-        at_rank(family.method, rank): family.cells
-        for rank in design.ranks
-        for family in bare.families(Point(at, rank), store.base)
-    }
-    rates = choose_rates(families, grid, store, resamples, "rates")
-    for rank in {point.rank for point in design.as_many_steps}:
-        own, point = rates.chosen[at_rank(SINGLE, rank)], Point(at, rank)
-        family = replace(bare, as_many_steps=[point]).families(point, store.base)[-1]
-        tried = [own / 2, own] if grid.swept else [own]
-        longer = {at_rank(LONG, rank): family.cells}
-        long = choose_rates(longer, replace(grid, tried=tried, extend=0), store, resamples, "rate of long runs")
-        points = pd.concat([rates.points, long.points]) if grid.swept else rates.points
-        rates = Rates(rates.chosen | long.chosen, points, rates.extended | long.extended)
-    return rates
+    return {at_rank(family.method, rank): family.cells for family in bare.families(Point(at, rank), store.base)}
 
 
 def at_rank(method: str, rank: int) -> str:
@@ -148,37 +148,56 @@ def at_rank(method: str, rank: int) -> str:
     return f"{method}, rank {rank}"
 
 
-def train_points(design: Design, rates: Rates, store: Store, minutes: float | None = None) -> pd.DataFrame:
-    """Train and score all points, one seed after the other, so that all points are there early.
+def train_points(
+    design: Design, at: int | None, grid: Grid, store: Store, resamples: int, minutes: float | None = None
+) -> tuple[pd.DataFrame, Rates]:
+    """Tune, train and score all points: one seed after the other, and bare answers first, so that a comparison of all
+    points is there early. A rank is tuned when it is first needed.
 
     Args:
+        at: steps of the base that rates are chosen on; None for the finished one.
         minutes: after this time no further point begins. The next call goes on.
 
     Returns:
-        One row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and ``cells``, a
-        list of keyed cells; empty where it was not begun.
+        The rates that are chosen, and one row per family, seed and point: ``base`` (its `base_name`), ``rank``,
+        ``family``, ``seed``, and ``cells``, a list of keyed cells; empty where it was not begun.
     """
-    began, rows = time.monotonic(), []
+    began, rows, rates = time.monotonic(), [], Rates({}, pd.DataFrame(columns=COLUMNS), {})
+    how = at, grid, store, resamples
     for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
-        cells = [family.cells(rates.chosen[at_rank(family.method, point.rank)], [seed], 0, None) for family in families]
-        keyed = [store.keyed(part) for part in cells]
-        together = [cell for part in keyed for cell in part]
-        if minutes is None or time.monotonic() - began < 60 * minutes or not store.missing(together):
-            store.run(together, f"{place(point)}, seed {seed}")
-        else:
-            keyed = [[] for _ in keyed]
+        late = minutes is not None and time.monotonic() - began >= 60 * minutes
+        if at_rank(SINGLE, point.rank) not in rates.chosen and not (late and _untuned(design, point.rank, *how)):
+            rates = rates.joined(tune(design, point.rank, *how))
+        if families[0].method == LONG and at_rank(LONG, point.rank) not in rates.chosen and not late:
+            rates = rates.joined(tune_long(design, point.rank, *how, rates))
+        keyed = [[] for _ in families]
+        if all(at_rank(family.method, point.rank) in rates.chosen for family in families):
+            chosen = [rates.chosen[at_rank(family.method, point.rank)] for family in families]
+            cells = [family.cells(rate, [seed], 0, None) for family, rate in zip(families, chosen, strict=True)]
+            together = store.keyed([cell for part in cells for cell in part])
+            if not (late and store.missing(together)):
+                store.run(together, f"{place(point)}, seed {seed}")
+                keyed = [store.keyed(part) for part in cells]
         for family, part in zip(families, keyed, strict=True):
             rows.append([base_name(point.steps), point.rank, family.name, seed, part])
-    return pd.DataFrame(rows, columns=["base", "rank", "family", "seed", "cells"])
+    return pd.DataFrame(rows, columns=["base", "rank", "family", "seed", "cells"]), rates
+
+
+def _untuned(design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int) -> bool:
+    """Whether choosing the rates of a rank would train."""
+    families = _tuned(design, rank, at, store).values() if grid.swept else ()
+    cells = [family(rate, grid.seeds, grid.held_out, grid.passes) for family in families for rate in grid.tried]
+    return bool(store.missing(store.keyed([cell for part in cells for cell in part])))
 
 
 def _parts(design: Design, store: Store) -> Iterator[tuple[int, Point, list[Family]]]:
-    """Each seed and point with its families. The long trainings of `LONG` come last."""
+    """Each seed, form and point with its families. The long trainings of `LONG` come last."""
     later, of_points = [], [(point, design.families(point, store.base)) for point in design.points]
     for seed in range(design.seeds):
-        for point, families in of_points:
-            yield seed, point, [family for family in families if family.method != LONG]
-            later += [(seed, point, [family]) for family in families if family.method == LONG]
+        for form in design.forms:
+            for point, families in of_points:
+                yield seed, point, [family for family in families if family.form == form and family.method != LONG]
+        later += [(seed, point, [row]) for point, families in of_points for row in families if row.method == LONG]
     yield from later
 
 
@@ -188,7 +207,7 @@ def compare_points(
     """Compare the methods at each point, on the seeds that are finished for all that is compared.
 
     Args:
-        trained: of `train_points`.
+        trained: the table of `train_points`.
 
     Returns:
         Two tables. One row per point and pair (``one`` minus ``other``): seeds, slots that single-task LoRA lifts above

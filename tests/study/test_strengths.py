@@ -23,7 +23,7 @@ class Kept(World):
         return {cell.key: cell for cell in cells if cell.key not in self.finished}
 
     def keyed(self, cells):
-        return [replace(cell, key=f"{cell.name}-{cell.form}") for cell in cells]
+        return [replace(cell, key=f"{cell.name}-{cell.form}-{cell.held_out}") for cell in cells]
 
     def run(self, cells, label):
         return self.keyed(super().run(cells, label))
@@ -54,8 +54,7 @@ def truth(cell, slot):
 
 
 def table(store, design=DESIGN, **more):
-    chosen = strengths.tune(design, 4000, FIXED, store, 50)
-    trained = strengths.train_points(design, chosen, store, **more)
+    trained, _ = strengths.train_points(design, 4000, FIXED, store, 50, **more)
     return trained, strengths.compare_points(trained, store, SLOTS, 0.02, 200)
 
 
@@ -77,9 +76,10 @@ def test_planted_differences_are_seen_at_their_point_and_nowhere_else(world):
 
 def test_the_same_rates_are_tried_for_all_on_the_one_base(world):
     store = world(truth)
-    chosen = strengths.tune(replace(DESIGN, as_many_steps=[Point(None, 2)]), 4000, SWEPT, store, 50)
+    design = replace(DESIGN, as_many_steps=[Point(None, 2)])
+    _, chosen = strengths.train_points(design, 4000, SWEPT, store, 50)
     tried = {}
-    for cell in store.cells:
+    for cell in filter(lambda cell: cell.held_out, store.cells):
         assert (cell.base_steps, cell.form, cell.seed, cell.held_out) == (4000, "bare", 0, 5)
         tried.setdefault(cell.family, set()).add(cell.learning_rate)
     long = {name: rates for name, rates in tried.items() if LONG in name}
@@ -108,6 +108,28 @@ def test_without_time_left_only_what_is_finished_is_compared(world):
     begun = trained[trained["cells"].map(len) > 0]
     assert {cell.key for cells in begun["cells"] for cell in cells} == set(finished)
     assert set(points["base"]) == {"finished"} and (points["seeds"] == 1).all() and len(trained) == len(everything)
+
+
+def test_bare_answers_at_all_points_come_first_and_a_rank_is_tuned_when_it_is_needed(world):
+    store = world(truth)
+    trained, rates = strengths.train_points(DESIGN, 4000, SWEPT, store, 50)
+    forms = trained["family"].str.contains(REASONING, regex=False).tolist()
+    assert forms == ([False] * 16 + [True] * 16) * 2  # two seeds, four points, four methods
+    ranks = [cell.options["r"] for cell in store.cells if cell.method == "ilora"]
+    assert ranks == [1] * 3 + [1] * 2 + [2] * 3 + [2] * 2 + [1, 1, 2, 2] * 3  # three rates; two bases; then the rest
+    assert set(rates.chosen.values()) <= set(SWEPT.tried) and len(rates.points) == 2 * 4 * 3
+
+
+def test_without_time_a_rank_that_is_tuned_is_not_forgotten(world):
+    store = world(truth)
+    everything, _ = strengths.train_points(DESIGN, 4000, SWEPT, store, 50)
+    tuned = [cell.key for cell in store.keyed([cell for cell in store.cells if cell.held_out])]
+    first = [cell.key for cells in everything.iloc[:4]["cells"] for cell in cells]
+    store = world(truth, tuned + first)
+    trained, rates = strengths.train_points(DESIGN, 4000, SWEPT, store, 50, minutes=1e-9)
+    assert [len(cells) > 0 for cells in trained["cells"]] == [True] * 4 + [False] * 60 and len(rates.chosen) == 8
+    trained, rates = strengths.train_points(DESIGN, 4000, SWEPT, world(truth), 50, minutes=1e-9)
+    assert not rates.chosen and not trained["cells"].map(len).any()
 
 
 def test_costs_are_those_of_one_seed(world):
