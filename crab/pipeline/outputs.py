@@ -54,10 +54,11 @@ def table(html: str, label: str) -> str:
     return f"{box}{head}{found}{body}</div>"
 
 
-def picture(source: str, label: str) -> str:
-    """An image that opens at its full size."""
+def picture(source: str, label: str, size: Mapping[str, int]) -> str:
+    """An image that opens at its full size. ``size`` may hold the ``width`` and ``height`` at which it is shown."""
     source = escape(source)
-    return f'<a class="figure" href="{source}"><img src="{source}" alt="{escape(label)}" loading="lazy"></a>'
+    shape = "".join(f' {side}="{size[side]}"' for side in ("width", "height") if side in size)
+    return f'<a class="figure" href="{source}"><img src="{source}"{shape} alt="{escape(label)}" loading="lazy"></a>'
 
 
 def shown(output: Any, label: str, figures: Mapping[bytes, str], top: str) -> Any:
@@ -71,9 +72,9 @@ def shown(output: Any, label: str, figures: Mapping[bytes, str], top: str) -> An
     data = output.get("data", {})
     if png := data.get("image/png"):
         if path := figures.get(base64.b64decode(png)):
-            output.data = {"text/html": picture(top + path, label)}
+            output.data = {"text/html": picture(top + path, label, output.metadata.get("image/png", {}))}
         else:
-            output.metadata["image/png"] = {"alt": label}
+            output.metadata["image/png"] = {**output.metadata.get("image/png", {}), "alt": label}
         return output
     for kind in ("text/html", "text/markdown"):
         if kind in data:

@@ -189,6 +189,9 @@ def test_a_page_refers_to_figures_names_them_and_shows_no_bars_and_no_defaults(r
     assert html.count("samples") == 1  # the default that was replaced is not shown
     assert len(html) < 10_000 and "50%|" not in target.read_text(encoding="utf-8").replace("{50}%|", "")
 
+    run(repository, code(SHOW[:-1] + ", width=7, height=5)"))
+    assert 'height="5"' in read_page(repository) and 'width="7"' in read_page(repository)
+
     figure.write_bytes(b"another figure")
     report.write(repository, "tiny")
     assert "data:image/png;base64," in read_page(repository)
