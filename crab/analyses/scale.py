@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from crab.study.train import RECORD, train
 
 SLOT = "ks"
 MIB = 2**20
+LINKS = 50_000  # names of one file; ext4 allows 65,000
 
 
 def linked_tree(root: Path, count: int, clip: Mapping[str, int]) -> Path:
@@ -56,8 +57,12 @@ def linked_tree(root: Path, count: int, clip: Mapping[str, int]) -> Path:
     record = {"media": tasks.media_paths(SLOT, {"video_path": "clip.mp4", "audio_path": "clip.wav"})}
     filmed(root, record, **clip)
     for kind, suffix in (("video", "mp4"), ("audio", "wav")):
-        for name in names:
-            os.link(root / f"clip.{suffix}", folder / kind / f"{name}.{suffix}")
+        for number, name in enumerate(names):
+            path = folder / kind / f"{name}.{suffix}"
+            if number % LINKS:
+                os.link(first, path)
+            else:
+                first = shutil.copy(root / f"clip.{suffix}", path)
     rows = [
         {"video_path": f"{name}.mp4", "audio_path": f"{name}.wav", "action": f"action {number % 9}",
          "label": f"<answer>action {number % 9}</answer>"}
@@ -96,7 +101,16 @@ def _peak():
 def alone(work: Callable, *arguments: Any) -> Any:
     """Call a function in a process of its own, so that it begins with fresh memory. It ends with this process."""
     with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
-        return pool.submit(work, *arguments).result()
+        return pool.submit(_childless, work, *arguments).result()
+
+
+def _childless(work: Callable, *arguments: Any) -> Any:
+    """Call a function and end the workers that it leaves: a process waits for its children, and they for more work."""
+    try:
+        return work(*arguments)
+    finally:
+        for child in active_children():
+            child.terminate()
 
 
 def encoding_memory(base: Path, data: Path, out: Path, mib: float) -> dict[str, float]:
