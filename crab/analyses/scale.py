@@ -59,10 +59,10 @@ def linked_tree(root: Path, count: int, clip: Mapping[str, int]) -> Path:
     for kind, suffix in (("video", "mp4"), ("audio", "wav")):
         for number, name in enumerate(names):
             path = folder / kind / f"{name}.{suffix}"
-            if number % LINKS:
-                os.link(first, path)
+            if number % LINKS == 0:
+                source = shutil.copy(root / f"clip.{suffix}", path)
             else:
-                first = shutil.copy(root / f"clip.{suffix}", path)
+                os.link(source, path)
     rows = [
         {"video_path": f"{name}.mp4", "audio_path": f"{name}.wav", "action": f"action {number % 9}",
          "label": f"<answer>action {number % 9}</answer>"}
