@@ -52,8 +52,7 @@ plan: $(READY) ## print what training takes in the profile that params.yaml choo
 	@$(BIN)/python -m crab.pipeline plan
 
 scale: $(READY) ## measure memory, equality and cost of training at the size of full; half an hour
-	@mkdir -p reports/scale
-	$(BIN)/papermill --cwd notebooks notebooks/scale.ipynb reports/scale/notebook.ipynb
+	$(BIN)/python -m crab.pipeline page scale
 
 report: $(READY) ## render the pages from executed notebooks and figures; runs no notebook
 	$(BIN)/python -m crab.pipeline report

@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("defaults", help="write the default values into the notebooks' parameters cells")
     commands.add_parser("resolve", help="check everything and write what each stage depends on")
     commands.add_parser("run", help="execute the notebook of a stage").add_argument("stage")
+    commands.add_parser("page", help="execute a notebook that is no stage").add_argument("notebook")
     commands.add_parser("report", help="render the report from executed notebooks").add_argument("--profile")
     plan = commands.add_parser("plan", help="print what training takes; fail if it does not fit")
     plan.add_argument("--profile")
@@ -63,6 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
                 stage.end_with_dvc()
                 stage.show_output()
                 stage.run(folder, options.stage)
+            case "page":
+                from crab.pipeline import stage
+
+                stage.show_output()
+                print(stage.run_alone(folder, options.notebook))
             case "plan":
                 from crab.pipeline.plan import plan_of, text
 

@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,21 +146,55 @@ def run(folder: Path, stage: str) -> Path:
         StageError: a cell failed; the page shows which and why.
         DiskFullError: there is no space for the executed notebook or its page.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
     if stage not in params.STAGES:
         raise ValueError(f"{stage}: there is no such stage; {params.nearest(stage, params.STAGES)}")
     source = params.notebooks(folder)[stage]
     values = read_json(folder / FOLDER / f"{stage}.json")["parameters"]
     reports = folder / "reports" / values["profile"]
+    notebook, failure = _execute(folder, source, reports / stage, values)
+    page = report.write_page(notebook, stage, reports)
+    if failure:
+        raise StageError(f"{failure}\nSee {page.relative_to(folder)}")
+    return _write(notebook, reports / stage)
+
+
+def run_alone(folder: Path, name: str) -> Path:
+    """Execute ``notebooks/<name>.ipynb``, which is no stage, with the parameters that it holds.
+
+    Returns:
+        The executed notebook, ``reports/<name>/notebook.ipynb``. It is written only if every cell succeeded.
+
+    Raises:
+        ValueError: there is no such notebook.
+        StageError: a cell failed.
+    """
+    source = folder / "notebooks" / f"{name}.ipynb"
+    if not source.is_file():
+        raise ValueError(f"{source}: there is no such notebook")
+    notebook, failure = _execute(folder, source, folder / "reports" / name, {})
+    if failure:
+        raise StageError(failure)
+    return _write(notebook, folder / "reports" / name)
+
+
+def _write(notebook: Any, reports: Path) -> Path:
+    with atomic_file(reports / "notebook.ipynb") as part:
+        nbformat.write(notebook, part)
+    return reports / "notebook.ipynb"
+
+
+def _execute(folder: Path, source: Path, reports: Path, values: Mapping[str, Any]) -> tuple[Any, str]:
+    """The executed notebook, without what differs between runs, and what went wrong; empty if nothing did."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
     for name in ("data", "models", "reports", "runs"):
         clear_unfinished(folder / name)
     failure: Exception | None = None
     meter, begin = _Meter(), time.monotonic()
     meter.start()
     # outside the stage's folder, which the notebook itself may replace as a whole
-    with temporary_folder(reports / stage) as scratch:
+    with temporary_folder(reports) as scratch:
         temporary = scratch / "notebook.ipynb"
         try:
             with _environment(folder, scratch):
@@ -182,15 +216,11 @@ def run(folder: Path, stage: str) -> Path:
     meter.join()
     _tidy(notebook, folder)
     notebook.metadata["crab"] = {"seconds": round(time.monotonic() - begin, 1), "peak_gib": round(meter.peak, 2)}
-    page = report.write_page(notebook, stage, reports)
-    if failure is not None:
-        cause = str(failure)
-        if "DiskFullError" in cause:  # one line without the traceback
-            cause = failure.evalue
-        elif "No space left on device" in cause:
-            cause = f"{failure.evalue}; free some space, and run the stage again"
-        raise StageError(f"{source.relative_to(folder)}: {cause}\nSee {page.relative_to(folder)}")
-    target = reports / stage / "notebook.ipynb"
-    with atomic_file(target) as part:
-        nbformat.write(notebook, part)
-    return target
+    if failure is None:
+        return notebook, ""
+    cause = str(failure)
+    if "DiskFullError" in cause:  # one line without the traceback
+        cause = failure.evalue
+    elif "No space left on device" in cause:
+        cause = f"{failure.evalue}; free some space, and run the stage again"
+    return notebook, f"{source.relative_to(folder)}: {cause}"

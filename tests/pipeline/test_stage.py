@@ -252,3 +252,25 @@ def test_two_runs_with_equal_results_give_equal_notebooks(repository):
     names = [re.search(r'<table id="(\w+)"', text)[1] for text in html]
     assert len(set(names)) == 2  # the front page shows tables of many notebooks, and their styles go by name
     assert all(f"{name}_row1_col0" in text for name, text in zip(names, html, strict=True))
+
+
+def test_a_notebook_that_is_no_stage_is_run_as_it_is(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    path = write_notebook(
+        repository, "routing", {"count": 3}, code("print(count)\nimport sys\nprint('50%|', file=sys.stderr)")
+    )
+    path.rename(path.with_name("apart.ipynb"))
+    main(["page", "apart"])
+    target = repository / "reports/apart/notebook.ipynb"
+    done = nbformat.read(target, as_version=4)
+    assert [output.text for output in done.cells[-1].outputs] == ["3\n"] and "papermill" not in done.metadata
+    broken = nbformat.read(path.with_name("apart.ipynb"), as_version=4)
+    broken.cells.append(code("1 / 0"))
+    nbformat.write(broken, path.with_name("apart.ipynb"))
+    for name, message in [
+        ("apart", "error: notebooks/apart.ipynb: [^$]*division by zero"),
+        ("none", "no such notebook"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main(["page", name])
+    assert nbformat.read(target, as_version=4) == done
