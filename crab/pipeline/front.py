@@ -39,7 +39,7 @@ class Card:
 
     Attributes:
         picture: path of a figure from the report's folder. part: left, top, right and bottom of the part of it that is
-            shown, in pixels; all of it if the figure is smaller.
+            shown, as shares of its width and height.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Card:
     text: str
     picture: str
     alt: str
-    part: tuple[int, int, int, int] | None = None
+    part: tuple[float, float, float, float] = (0, 0, 1, 1)
 
 
 def _data(reports: Path, models: Path) -> Card:
     records = read_json(reports / "build" / "metrics.json")["records"]
     text = "samples in the layout of AV-UIE v2. Each one, and each media file, is checked."
     alt = "Frames of one clip, in which things of two colours come and go"
-    return Card("Data", "build", f"{records:,}", text, "build/figures/samples.png", alt, (36, 405, 715, 598))
+    return Card("Data", "build", f"{records:,}", text, "build/figures/samples.png", alt, (0.023, 0.0625, 0.464, 0.0923))
 
 
 def _model(reports: Path, models: Path) -> Card:
@@ -64,7 +64,7 @@ def _model(reports: Path, models: Path) -> Card:
     number = f"{read_json(record)['parameters'] / 1e6:.1f} M"
     text = "parameters of the frozen base, a Qwen2.5-Omni trained from random weights."
     alt = "Accuracy of the base on nine skills of space and time, growing over its training"
-    return Card("Model", "base", number, text, "base/figures/stages.png", alt, (650, 310, 1210, 575))
+    return Card("Model", "base", number, text, "base/figures/stages.png", alt, (0.537, 0.344, 1, 0.637))
 
 
 def _study(reports: Path, models: Path) -> Card:
@@ -104,8 +104,8 @@ def _thumbnail(card: Card, reports: Path) -> tuple[str, int, int]:
     from PIL import Image
 
     with Image.open(reports / card.picture) as whole:
-        part = card.part if card.part and card.part[2] <= whole.width and card.part[3] <= whole.height else None
-        picture = whole.convert("RGB").crop(part or (0, 0, *whole.size))
+        part = [round(share * side) for share, side in zip(card.part, 2 * whole.size, strict=True)]
+        picture = whole.convert("RGB").crop(part)
     picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
     path = reports / "pages" / f"card-{card.name.lower()}.png"
     with atomic_file(path) as temporary:
