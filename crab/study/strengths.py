@@ -27,6 +27,9 @@ from crab.study.variants import adapter_parameters, plain_rank
 SINGLE, JOINT, SIZED, ROUTED = "single-task LoRA", "joint LoRA", "joint LoRA, I-LoRA's size", "I-LoRA"
 LONG = "single-task LoRA, joint LoRA's steps"
 REASONING = " + reasoning"
+#: Columns of the comparisons at points; each share and mean has its interval beside it.
+POINTS = ["base", "rank", "one", "other", "seeds", "slots", "gain", "tie", "loss"]
+POINTS += [f"{name}{end}" for name in ("gains", "losses", "mean") for end in ("", "_low", "_high")]
 
 
 class Point(NamedTuple):
@@ -228,7 +231,7 @@ def compare_points(
             table, summaries = judge(samples, chance, others, SINGLE, margin, resamples)
             tables.append(table.assign(base=point[0], rank=point[1]))
             rows += [_row(point, one, other, summaries[one]) for one, other in others.items()]
-    return pd.DataFrame(rows), pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return pd.DataFrame(rows, columns=POINTS), pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _pairs(known: set[str]) -> Iterator[dict[str, str]]:

@@ -144,3 +144,4 @@ def test_costs_are_those_of_one_seed(world):
 def test_no_points_are_nothing_done(world):
     trained, (points, by_slot) = table(world(truth), replace(DESIGN, steps=[]))
     assert trained.empty and points.empty and by_slot.empty and variants is not None
+    assert {"one", "other", "losses", "mean"} <= set(points.columns)  # the page asks for them
