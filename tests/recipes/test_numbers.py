@@ -52,9 +52,9 @@ def measured() -> set[tuple[str, str, str]]:
     known = [t for path in REPORTS.rglob("*.json") for t in triples(json.loads(path.read_text(encoding="utf-8")))]
     for path in REPORTS.rglob("*.csv"):
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("low")]
-        for name in ("mean", "difference"):
-            known += [tuple(float(row[key]) for key in (name, "low", "high")) for row in rows if row.get(name)]
+            rows = list(csv.DictReader(file))
+        for keys in (("mean", "low", "high"), ("difference", "low", "high"), ("mean", "mean_low", "mean_high")):
+            known += [tuple(float(row[key]) for key in keys) for row in rows if all(row.get(key) for key in keys)]
     return {tuple(map(short, triple)) for triple in known}
 
 
