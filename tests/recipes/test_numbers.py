@@ -121,3 +121,17 @@ def test_shares_and_mechanism_in_the_findings():
     half = [mechanism["conflict"][f"{family}, half-way, all"]["clear_negative"] for family in
             ("joint-lora-bare", "joint-lora_matched-bare", "joint-ilora-bare")]  # fmt: skip
     assert "{} (LoRA), {} (LoRA of I-LoRA's size) and {} (I-LoRA)".format(*half) in text
+
+
+def test_rank_one_on_bases_of_four_strengths():
+    with (REPORTS / "strength/strength/points.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["rank"] == "1" and row["other"] == "single-task LoRA"]
+    losses = {row["one"]: [] for row in rows}
+    for row in rows:
+        losses[row["one"]].append(float(row["losses"]))
+    joint, routed, sized = (losses[one] for one in ("joint LoRA", "I-LoRA", "joint LoRA, I-LoRA's size"))
+    assert f"loses on {min(joint):.0%} to {max(joint):.0%} of the slots".replace("%", " %") in text_of("README.md")
+    assert len(joint) == 4 and all(a > b > c for a, b, c in zip(joint, routed, sized, strict=True))
+    counts = [f"{row['gain']} / {row['tie']} / {row['loss']}" for row in rows if row["one"] == "joint LoRA"]
+    assert f"| joint LoRA: gain / tie / loss | {' | '.join(counts)} |" in text_of("reports/README.md")
+    assert {row["seeds"] for row in rows} == {"1"}, "the findings say one seed"
