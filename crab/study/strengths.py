@@ -162,8 +162,8 @@ def train_points(
         minutes: after this time no further point begins. The next call goes on.
 
     Returns:
-        The rates that are chosen, and one row per family, seed and point: ``base`` (its `base_name`), ``rank``,
-        ``family``, ``seed``, and ``cells``, a list of keyed cells; empty where it was not begun.
+        One row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and ``cells``, a
+        list of keyed cells, empty where it was not begun. And the rates that were chosen.
     """
     began, rows, rates = time.monotonic(), [], Rates({}, pd.DataFrame(columns=COLUMNS), {})
     how = at, grid, store, resamples
