@@ -169,7 +169,7 @@ def train_points(
     how = at, grid, store, resamples
     for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
         late = minutes is not None and time.monotonic() - began >= 60 * minutes
-        if at_rank(SINGLE, point.rank) not in rates.chosen and not (late and _untuned(design, point.rank, *how)):
+        if at_rank(SINGLE, point.rank) not in rates.chosen and not (late and _untuned(design, point.rank, at, grid, store)):
             rates = rates.joined(tune(design, point.rank, *how))
         if families[0].method == LONG and at_rank(LONG, point.rank) not in rates.chosen and not late:
             rates = rates.joined(tune_long(design, point.rank, *how, rates))
@@ -177,16 +177,16 @@ def train_points(
         if all(at_rank(family.method, point.rank) in rates.chosen for family in families):
             chosen = [rates.chosen[at_rank(family.method, point.rank)] for family in families]
             cells = [family.cells(rate, [seed], 0, None) for family, rate in zip(families, chosen, strict=True)]
-            together = store.keyed([cell for part in cells for cell in part])
-            if not (late and store.missing(together)):
-                store.run(together, f"{place(point)}, seed {seed}")
-                keyed = [store.keyed(part) for part in cells]
+            together = [cell for part in cells for cell in part]
+            if not (late and store.missing(store.keyed(together))):
+                done = iter(store.run(together, f"{place(point)}, seed {seed}"))
+                keyed = [[next(done) for _ in part] for part in cells]
         for family, part in zip(families, keyed, strict=True):
             rows.append([base_name(point.steps), point.rank, family.name, seed, part])
     return pd.DataFrame(rows, columns=["base", "rank", "family", "seed", "cells"]), rates
 
 
-def _untuned(design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int) -> bool:
+def _untuned(design: Design, rank: int, at: int | None, grid: Grid, store: Store) -> bool:
     """Whether choosing the rates of a rank would train."""
     families = _tuned(design, rank, at, store).values() if grid.swept else ()
     cells = [family(rate, grid.seeds, grid.held_out, grid.passes) for family in families for rate in grid.tried]
