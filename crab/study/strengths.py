@@ -169,7 +169,8 @@ def train_points(
     how = at, grid, store, resamples
     for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
         late = minutes is not None and time.monotonic() - began >= 60 * minutes
-        if at_rank(SINGLE, point.rank) not in rates.chosen and not (late and _untuned(design, point.rank, at, grid, store)):
+        first = at_rank(SINGLE, point.rank) not in rates.chosen
+        if first and not (late and _untuned(design, point.rank, at, grid, store)):
             rates = rates.joined(tune(design, point.rank, *how))
         if families[0].method == LONG and at_rank(LONG, point.rank) not in rates.chosen and not late:
             rates = rates.joined(tune_long(design, point.rank, *how, rates))
