@@ -124,12 +124,13 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def page(entries: Sequence[Entry], reports: Path, models: Path) -> str:
+def page(entries: Sequence[Entry], reports: Path, models: Path, everywhere: tuple[str, Entry] | None = None) -> str:
     """The front page as HTML; writes the cards' pictures beside the pages.
 
     Args:
         entries: in the order of the page; the first one gives the finding.
         reports: the folder of the profile's report. models: that of the models of all profiles.
+        everywhere: the front page of another report, and its entry whose figure this page shows, too.
     """
     from jinja2 import Environment, FileSystemLoader
     from nbconvert.filters import markdown2html
@@ -142,6 +143,7 @@ def page(entries: Sequence[Entry], reports: Path, models: Path) -> str:
         "profile": reports.name,
         "entries": entries,
         "leading": next((entry for entry in entries if entry.leading), None),
+        "everywhere": everywhere,
         "cards": [(card, *_thumbnail(card, reports)) for card in _cards(reports, models)],
         "words": (TEMPLATES / "words.md").read_text(encoding="utf-8"),
     }

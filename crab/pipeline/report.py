@@ -28,6 +28,9 @@ ORDER = (
     "base", "train", "encode", "build",
 )  # fmt: skip
 
+#: Profile and stage of the figure that every front page shows: where joint training hurts.
+EVERYWHERE = ("strength", "strength")
+
 
 def _tagged(cell: Any, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
@@ -191,6 +194,18 @@ def _entry(stage: str, notebook: Any, figures: Mapping[bytes, str]) -> front.Ent
     )
 
 
+def _everywhere(folder: Path) -> tuple[str, front.Entry] | None:
+    """The page of `EVERYWHERE` as `crab.pipeline.front.page` takes it; None if its figure is not there."""
+    profile, stage = EVERYWHERE
+    reports = folder / "reports" / profile
+    if not (reports / stage / "notebook.ipynb").is_file():
+        return None
+    notebook = params.read_notebook(reports / stage / "notebook.ipynb")
+    figures = {content: f"../{profile}/{path}" for content, path in _figures(reports, stage).items()}
+    entry = _entry(stage, notebook, figures)
+    return (f"../{profile}/index.html", entry) if entry.leading else None
+
+
 def write(folder: Path, profile: str) -> Path:
     """Write ``index.html``, ``pages`` and ``metrics.json``, the `headline`; returns the path of the index.
 
@@ -210,6 +225,7 @@ def write(folder: Path, profile: str) -> Path:
         entries.append(_entry(stage, notebook, _figures(reports, stage)))
     if (metrics := reports / "transfer" / "metrics.json").is_file():
         write_json(reports / "metrics.json", headline(read_json(metrics)))
+    everywhere = None if profile == EVERYWHERE[0] else _everywhere(folder)
     with atomic_file(reports / "index.html") as part:
-        part.write_text(front.page(entries, reports, folder / "models"), encoding="utf-8")
+        part.write_text(front.page(entries, reports, folder / "models", everywhere), encoding="utf-8")
     return reports / "index.html"

@@ -79,6 +79,22 @@ def test_the_front_page_starts_with_the_finding_and_its_figure(written):
     assert again == html
 
 
+def test_every_front_page_shows_where_joint_training_hurts_and_links_to_its_report(written):
+    reports = written.parent
+    figure = reports / "strength/strength/figures/strength.png"
+    figure.parent.mkdir(parents=True)
+    figure.write_bytes(BYTES)
+    run = new_notebook(cells=[
+        new_markdown_cell("# Strength: where?"), shows("a", {"text/markdown": "At rank 1. It is."}, "answer"),
+        shows("b", {"image/png": PIXEL}, "leading"),
+    ])  # fmt: skip
+    nbformat.write(run, reports / "strength/strength/notebook.ipynb")
+    html = report.write(reports.parent, "tiny").read_text(encoding="utf-8")
+    text = text_of(html)
+    assert text.index("I-LoRA gains on 3") < text.index("Strength: where?") < text.index("At rank 1. It is.")
+    assert 'src="../strength/strength/figures/strength.png"' in html and 'href="../strength/index.html"' in html
+
+
 def test_a_card_has_a_number_of_a_metrics_file_and_a_small_picture(written):
     for folder in ("build", "evaluate"):
         (written / folder / "figures").mkdir(parents=True)
