@@ -101,7 +101,7 @@ def test_what_the_front_page_says():
     assert f"joint LoRA loses on {joint['loss']} of {count} slots and gains on {joint['gain']}" in text
     assert f"over {count} slots and" in text and interval(joint) in text
     assert interval(metrics["against_rival"]["joint-ilora-bare"]) in text
-    weak = json.loads((REPORTS / "weaker-bases/weak-three-passes/metrics.json").read_text(encoding="utf-8"))
+    weak = json.loads((REPORTS / "earlier/weaker-bases/weak-three-passes/metrics.json").read_text(encoding="utf-8"))
     weak = weak["joint-lora-bare"]
     assert f"{weak['loss']} of {weak['slots_counted']} slots" in text
     base = json.loads((REPOSITORY / "models/base/training.json").read_text(encoding="utf-8"))
