@@ -194,15 +194,20 @@ def _entry(stage: str, notebook: Any, figures: Mapping[bytes, str]) -> front.Ent
     )
 
 
-def _everywhere(folder: Path) -> tuple[str, front.Entry] | None:
+def _recorded(reports: Path, stage: str, now: Mapping[str, Path]) -> Any:
+    """The executed notebook of a stage, `refreshed` from today's, whose path is in ``now``."""
+    run = params.read_notebook(reports / stage / "notebook.ipynb")
+    return refreshed(run, params.read_notebook(now[stage]), stage)
+
+
+def _everywhere(folder: Path, now: Mapping[str, Path]) -> tuple[str, front.Entry] | None:
     """The page of `EVERYWHERE` as `crab.pipeline.front.page` takes it; None if its figure is not there."""
     profile, stage = EVERYWHERE
     reports = folder / "reports" / profile
     if not (reports / stage / "notebook.ipynb").is_file():
         return None
-    notebook = params.read_notebook(reports / stage / "notebook.ipynb")
     figures = {content: f"../{profile}/{path}" for content, path in _figures(reports, stage).items()}
-    entry = _entry(stage, notebook, figures)
+    entry = _entry(stage, _recorded(reports, stage, now), figures)
     return (f"../{profile}/index.html", entry) if entry.leading else None
 
 
@@ -219,13 +224,12 @@ def write(folder: Path, profile: str) -> Path:
     shutil.rmtree(reports / "pages", ignore_errors=True)
     entries = []
     for stage in stages:
-        run = params.read_notebook(reports / stage / "notebook.ipynb")
-        notebook = refreshed(run, params.read_notebook(now[stage]), stage)
+        notebook = _recorded(reports, stage, now)
         write_page(notebook, stage, reports, stages)
         entries.append(_entry(stage, notebook, _figures(reports, stage)))
     if (metrics := reports / "transfer" / "metrics.json").is_file():
         write_json(reports / "metrics.json", headline(read_json(metrics)))
-    everywhere = None if profile == EVERYWHERE[0] else _everywhere(folder)
+    everywhere = None if profile == EVERYWHERE[0] else _everywhere(folder, now)
     with atomic_file(reports / "index.html") as part:
         part.write_text(front.page(entries, reports, folder / "models", everywhere), encoding="utf-8")
     return reports / "index.html"
