@@ -115,8 +115,8 @@ Bridge = _section("Bridge", {
     **same(str, "language vision audio"), "projector": Literal["mlp", "qformer"],
     **same(Count, "picture_tokens sound_tokens scenes"),
     "align": {
-        **same(Count, "steps batch_size check_every check_contexts gate_contexts"), "learning_rate": Positive,
-        "precision": Precision,
+        **same(Count, "steps batch_size check_every check_contexts gate_contexts"), "word_steps": Whole,
+        "learning_rate": Positive, "precision": Precision,
     },
 })  # fmt: skip
 #: By section, the kind of each parameter; a dict is a map with these keys.

@@ -1,7 +1,8 @@
 """Train the projectors of a bridge; its encoders and its language model stay frozen.
 
-The bridge answers the same plain questions about generated scenes that a small base learns from, and tells what it sees
-and hears. It never sees an instruction of a task.
+First they are fitted to the words of what is there (`crab.models.base.words`). Then the bridge answers the same plain
+questions about generated scenes that a small base learns from, and tells what it sees and hears. It never sees an
+instruction of a task.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from crab.core.files import atomic_file, digest_of, read_json
 from crab.models import bridge, encoders
-from crab.models.base import curriculum, probes
+from crab.models.base import curriculum, probes, words
 from crab.models.base.bank import Bank, round_trip
 from crab.models.base.packing import BLANK, Packer, Row, visible
 from crab.models.base.train import STORED_AS
@@ -177,7 +178,7 @@ def make_bridge(
     last = [sample_scene(section["scenes"] + i, seed) for i in range(section["held_out"])]
     held_out = BridgeBank(model, processor, last, seed + 1, workers, through_files=True)
     unfinished = None if phases is None else Path(phases) / f"align-{key}.unfinished"
-    history = train_projectors(
+    curves, history = train_projectors(
         model, processor, BridgeBank(model, processor, scenes, seed, workers), held_out, plan, seed, unfinished
     )
     with torch.no_grad():  # the gates measure what is stored
@@ -189,7 +190,7 @@ def make_bridge(
     packer = BridgePacker(model, processor, plan["precision"])
     report = {
         "key": key,
-        "encoders": {},
+        "encoders": curves,
         "history": history,
         "gates": curriculum.probe_accuracy(packer, checker, plan["gate_contexts"], plan["batch_size"]),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -206,11 +207,15 @@ def taught() -> dict[str, float]:
 def train_projectors(
     model, processor, train: Bank, held_out: Bank, plan: Mapping[str, Any], seed: int, unfinished: Path | None = None,
     stop_at: int | None = None,
-) -> list[dict]:  # fmt: skip
-    """Train the projectors by AdamW; returns one record per check: step, stage, loss, and the accuracy of each skill.
+) -> tuple[dict, list[dict]]:  # fmt: skip
+    """Train the projectors by AdamW.
+
+    Returns the losses of `crab.models.base.words.fit`, and one record per check: step, stage, loss, and the accuracy of
+    each skill.
 
     Args:
-        plan: ``base.bridge.align`` of params.yaml. ``precision`` is fp32 or bf16 (autocast).
+        plan: ``base.bridge.align`` of params.yaml. ``precision`` is fp32 or bf16 (autocast). ``word_steps`` fit the
+            projectors to words, before ``steps`` of questions; 0 starts from noise.
         unfinished: a file that keeps the training as it was at the last check. If it exists, training goes on from
             there, to the same weights as without an interruption.
         stop_at: raise KeyboardInterrupt after this step (for tests).
@@ -227,13 +232,18 @@ def train_projectors(
     )
     sampler.weights = checker.weights = taught()
     packer = BridgePacker(model, processor, plan["precision"])
+    # in training, torch's fused attention is slow in bf16 on CPUs
+    eager = plan["precision"] == "bf16" and model.device.type == "cpu"
+    model.language_model.set_attn_implementation("eager" if eager else "sdpa")
     learning: Sequence[Any] = (*projectors, optimizer, schedule)
-    state: dict[str, Any] = {"done": 0, "history": []}
+    state: dict[str, Any] = {"done": 0, "curves": {}, "history": []}
     if unfinished is not None and unfinished.exists():
         state, weights, draws = torch.load(unfinished, weights_only=True)
         for part, saved in zip(learning, weights, strict=True):
             part.load_state_dict(saved)
         sampler.rng.bit_generator.state, checker.rng.bit_generator.state = draws
+    elif plan["word_steps"]:
+        state["curves"] = words.fit(model, processor.tokenizer, train, plan["word_steps"], seed)
     losses: list[torch.Tensor] = []
     bar = tqdm(range(state["done"], steps), "projectors", initial=state["done"], total=steps, mininterval=5)
     for step in bar:
@@ -252,7 +262,7 @@ def train_projectors(
             report = curriculum.probe_accuracy(packer, checker, plan["check_contexts"], plan["batch_size"])
             accuracy = {skill: numbers["accuracy"] for skill, numbers in report.items()}
             record = {"step": step + 1, "stage": "alignment", "loss": torch.stack(losses).mean().item(), **accuracy}
-            losses, state = [], {"done": step + 1, "history": [*state["history"], record]}
+            losses, state = [], {**state, "done": step + 1, "history": [*state["history"], record]}
             bar.write(f"step {step + 1}, loss {record['loss']:.3f}, accuracy {np.mean(list(accuracy.values())):.2f}")
             if unfinished is not None:
                 draws = [part.rng.bit_generator.state for part in (sampler, checker)]
@@ -260,4 +270,4 @@ def train_projectors(
                     torch.save((state, [part.state_dict() for part in learning], draws), path)
         if stop_at is not None and step + 1 >= stop_at:
             raise KeyboardInterrupt(f"stopped at step {step + 1}")
-    return state["history"]
+    return state["curves"], state["history"]
