@@ -1,17 +1,20 @@
 """Alignment moves the projectors alone, and one that was killed ends at the same weights."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from bridges import write_parts
 
 from crab.models import bridge
-from crab.models.base import align, probes
+from crab.models.base import align, probes, words
 from crab.models.base.packing import Row
 from crab.models.base.train import keep
-from crab.world.scene import sample_scene
+from crab.world.scene import FACE, Scene, Thing, sample_scene
 
-PLAN = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "precision": "fp32", "check_every": 2, "check_contexts": 2}
+PLAN = {"word_steps": 3, "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "precision": "fp32", "check_every": 2}
+PLAN |= {"check_contexts": 2}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_a_question_of_a_row_sees_what_it_would_see_as_a_prompt(parts, banks):
 def trained(parts, banks, **options):
     model, processor = bridge.assemble(**parts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    history = align.train_projectors(model, processor, *banks, PLAN, 5, **options)
+    _, history = align.train_projectors(model, processor, *banks, PLAN, 5, **options)
     return before, model.state_dict(), history
 
 
@@ -82,3 +85,49 @@ def test_a_bridge_is_made_once(parts, tmp_path):
     stored = bridge.load_model(tmp_path / "base")  # what the gates measured, to the bit
     pairs = zip(model.state_dict().values(), stored.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+RED = Thing("bell", "red", "swaying", (56, 56), (24, 32), (0, 4), (3, 5))
+SAD = Thing(FACE, "blue", "still", (168, 168), (40, 40), (2, 10), (3, 10), emotion="sad", voice="fear")
+
+
+def shares(tokens):
+    """The words of each token, with their shares."""
+    return [{words.VOCABULARY[i]: round(float(row[i]), 3) for i in row.nonzero()[:, 0]} for row in tokens]
+
+
+def test_the_words_of_a_token_are_those_of_its_place_and_its_second():
+    scene, nothing = Scene(0, 0, (RED, SAD)), {"nothing": 1.0}
+    bell, face = dict.fromkeys(("bell", "red", "swaying"), 0.333), dict.fromkeys(("face", "blue", "still", "sad"), 0.25)
+    assert shares(words.picture_words(scene, (2, 3), 4)) == [bell, nothing, nothing, face]
+    sixteen = shares(words.picture_words(scene, (2, 3), 16))
+    assert sixteen[:4] == [bell, bell, nothing, nothing] and sixteen[-1] == face
+    (all_of_it,) = shares(words.picture_words(scene, (2, 3), 1))
+    assert all_of_it["nothing"] == 0.5 and all_of_it["bell"] == 0.083
+    first, second, *others = shares(words.picture_words(scene, (0, 0), 5))  # a still does not move
+    assert first == {"bell": 0.5, "red": 0.5} and second["bell"] == 0.25 and others == [nothing] * 3
+    heard = [shares(tokens) for tokens in words.sound_words(scene, 10, 2)]
+    assert (
+        heard[2] == [{"nothing": 0.5, "2": 0.5}] * 2
+        and heard[4] == [dict.fromkeys(("bell", "face", "fear", "4"), 0.25)] * 2
+    )
+    assert shares(words.sound_words(scene, 1, 2, only=5)[0]) == [{"face": 0.5, "fear": 0.5}] * 2
+
+
+def test_a_projector_learns_to_give_the_embedding_of_the_word_that_its_token_holds(parts, banks):
+    model, processor = bridge.assemble(**parts)
+    told, generator = words.words_of(banks[0]), torch.Generator().manual_seed(0)
+    widths = {kind: tokens.shape[-1] for kind, tokens in banks[0].tokens.items()}
+    code = {width: torch.randn(len(words.VOCABULARY), width, generator=generator) for width in set(widths.values())}
+    bank = SimpleNamespace(scenes=banks[0].scenes, seconds=banks[0].seconds)
+    bank.tokens = {kind: shares @ code[widths[kind]] for kind, shares in told.items()}  # encoders that tell all
+    for part in align.PARTS:
+        model.get_submodule(part).projector.requires_grad_(True)
+    words.fit(model, processor.tokenizer, bank, 400, 0)
+    weight = model.get_input_embeddings().weight
+    ids = [processor.tokenizer.convert_tokens_to_ids(word) for word in words.VOCABULARY]
+    for kind, part in (("video", model.visual), ("audio", model.audio_tower)):
+        given = part.projector(bank.tokens[kind].flatten(0, 1)) - weight.mean(0)
+        wanted = told[kind].flatten(0, 1) @ (weight[ids] - weight.mean(0))
+        assert torch.cosine_similarity(given, wanted, -1).mean() > 0.95
+        assert given.square().mean().item() == pytest.approx(weight.square().mean().item(), rel=0.2)
