@@ -213,6 +213,7 @@ def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tenso
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # layers that were compiled to train would be compiled anew at each length
 def generate(model, tokenizer, batch: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
     """Greedy answers to a left-padded batch with ``inputs_embeds``."""
     core = bare(model)
@@ -231,6 +232,7 @@ def generate(model, tokenizer, batch: Mapping[str, torch.Tensor], max_new_tokens
     return tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
+@torch.compiler.set_stance("force_eager")
 def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Hidden states of the last layer [B, L, hidden]."""
     return bare(model).language_model.base_model(

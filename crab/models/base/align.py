@@ -8,7 +8,6 @@ instruction of a task.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from crab.models.base.packing import BLANK, Packer, Row, visible
 from crab.models.base.train import STORED_AS
 from crab.models.batches import media_mask
 from crab.models.checkpoint import RECORD, base_digest
+from crab.models.language import compile_layers
 from crab.models.protocol import IGNORE
 from crab.world import render
 from crab.world.scene import SECONDS, sample_scene
@@ -205,19 +205,6 @@ def taught() -> dict[str, float]:
     return {skill: 1.0 for skill in probes.SKILLS if skill not in UNTAUGHT}
 
 
-def quicken(language) -> None:
-    """Prepare a frozen language model for training in bf16 through it: its weights are rounded to it once.
-
-    On CPUs its layers are compiled too, if there is a compiler for C++. A step takes about half as long then.
-    """
-    language.to(torch.bfloat16)
-    if language.device.type == "cpu":
-        language.set_attn_implementation("eager")  # the backward pass of torch's fused attention is slow there
-        if shutil.which("c++"):
-            for layer in getattr(language.base_model, "layers", ()):
-                layer.compile(dynamic=True)
-
-
 def train_projectors(
     model, processor, train: Bank, held_out: Bank, plan: Mapping[str, Any], seed: int, unfinished: Path | None = None,
     stop_at: int | None = None,
@@ -247,7 +234,12 @@ def train_projectors(
     sampler.weights = checker.weights = taught()
     packer = BridgePacker(model, processor, plan["precision"])
     if plan["precision"] == "bf16":
-        quicken(model.language_model)
+        # The language model learns nothing: its weights are rounded once, not in each step. And torch's fused attention
+        # is slow in bf16 on CPUs when there are gradients.
+        model.language_model.to(torch.bfloat16).set_attn_implementation(
+            "eager" if model.device.type == "cpu" else "sdpa"
+        )
+        compile_layers(model.language_model)
     learning: Sequence[Any] = (*projectors, optimizer, schedule)
     state: dict[str, Any] = {"done": 0, "curves": {}, "history": []}
     if unfinished is not None and unfinished.exists():
