@@ -37,13 +37,13 @@ PLACEHOLDER = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
 
 def assemble(
     language: str, vision: str, audio: str, *, projector: str = "mlp", picture_tokens: int = 4, sound_tokens: int = 2,
-    seed: int = 0,
+    words: int = 1, seed: int = 0,
 ) -> tuple[Bridge, BridgeProcessor]:  # fmt: skip
     """A bridge with untrained projectors, and its processor.
 
     Args:
         language: see `crab.models.language.located`. vision, audio: see `crab.models.encoders.load_encoder`.
-        projector: see `crab.models.encoders.Projector`. picture_tokens, sound_tokens: of a unit.
+        projector, words: see `crab.models.encoders.Projector`. picture_tokens, sound_tokens: of a unit.
 
     Raises:
         ValueError: a part cannot be read; naming the parameter.
@@ -56,7 +56,7 @@ def assemble(
     tokens = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(text) for kind, text in PLACEHOLDER.items()}
     config = BridgeConfig(
         text_config=model.config, vision_config=eye.config, audio_config=ear.config, language=language,
-        projector=projector, picture_tokens=picture_tokens, sound_tokens=sound_tokens, **tokens,
+        projector=projector, picture_tokens=picture_tokens, sound_tokens=sound_tokens, words=words, **tokens,
     )  # fmt: skip
     torch.manual_seed(seed)
     bridge = Bridge(config, model)

@@ -35,6 +35,7 @@ class BridgeConfig(PreTrainedConfig):
     projector: str = "mlp"
     picture_tokens: int = 4
     sound_tokens: int = 2
+    words: int = 1
     image_token_id: int = 0
     video_token_id: int = 0
     audio_token_id: int = 0
@@ -59,8 +60,8 @@ class Bridge(PreTrainedModel, GenerationMixin):
         weight = self.get_input_embeddings().weight
         size = 1.0 if weight.is_meta else float(weight.detach().float().pow(2).mean().sqrt())
         shape = config.projector, text.hidden_size
-        self.visual = encoders.Eye(config.vision_config, *shape, config.picture_tokens, size)
-        self.audio_tower = encoders.Ear(config.audio_config, *shape, config.sound_tokens, size)
+        self.visual = encoders.Eye(config.vision_config, *shape, config.picture_tokens, size, config.words)
+        self.audio_tower = encoders.Ear(config.audio_config, *shape, config.sound_tokens, size, config.words)
         self.set_attn_implementation("sdpa")
         self._compiled: bool | None = None  # whether layers are compiled, where that is faster; None until asked
 

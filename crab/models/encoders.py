@@ -82,15 +82,20 @@ class Projector(nn.Module):
         kind: ``mlp`` averages the tokens of a unit and takes each through two layers; ``qformer`` has learned queries
             that attend to them first.
         width, hidden: of the encoder's tokens, and of the language model's. tokens: of a unit.
+        words: how many of these come from the same part of a unit: its tokens are averaged to ``tokens / words``, and
+            each of these becomes that many. Only for ``mlp``.
         size: root mean square of the numbers given out, at the start: that of word embeddings.
 
     Attributes:
         ends: float [2, hidden], the tokens before and after the units of one item.
     """
 
-    def __init__(self, kind: str, width: int, hidden: int, tokens: int, size: float = 1.0):
+    def __init__(self, kind: str, width: int, hidden: int, tokens: int, size: float = 1.0, words: int = 1):
         super().__init__()
-        self.tokens = tokens
+        self.words = words if kind == "mlp" else 1
+        self.parts, rest = divmod(tokens, self.words)
+        if rest:
+            raise ValueError(f"base.bridge: {tokens} tokens cannot be {words} words of each part; give a multiple")
         self.queries = None
         if kind == "qformer":
             heads = max(1, width // 64)
@@ -101,10 +106,11 @@ class Projector(nn.Module):
             self.qformer = Blip2QFormerModel(config)
             self.queries = nn.Parameter(0.02 * torch.randn(1, tokens, width))
         self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.RMSNorm(hidden)
-        )
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, self.words * hidden),
+            nn.Unflatten(-1, (self.words, hidden)), nn.RMSNorm(hidden), nn.Flatten(-3, -2),
+        )  # fmt: skip
         self.ends = nn.Parameter(size * torch.randn(2, hidden))
-        nn.init.constant_(self.layers[-1].weight, size)
+        nn.init.constant_(self.layers[-2].weight, size)
 
     def forward(self, units: torch.Tensor) -> torch.Tensor:
         """[units, tokens of the encoder, width] to [units, tokens, hidden]."""
@@ -124,15 +130,15 @@ class Eye(nn.Module):
     """A frozen visual encoder and its projector. A unit is a frame, or a pair of frames.
 
     Args:
-        config: of the encoder. kind, hidden, tokens, size: see `Projector`.
+        config: of the encoder. kind, hidden, tokens, size, words: see `Projector`.
     """
 
-    def __init__(self, config, kind: str, hidden: int, tokens: int, size: float):
+    def __init__(self, config, kind: str, hidden: int, tokens: int, size: float, words: int = 1):
         super().__init__()
         self.tower, self.paired = build_encoder(config), config.model_type == PAIRED
         self.pooled = kind == "mlp"
         self.projector = Projector(
-            kind, config.out_hidden_size if self.paired else config.hidden_size, hidden, tokens, size
+            kind, config.out_hidden_size if self.paired else config.hidden_size, hidden, tokens, size, words
         )
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -146,9 +152,9 @@ class Eye(nn.Module):
             seen = self.tower(pixel_values=pixels).last_hidden_state
             side = math.isqrt(seen.shape[1])
             seen = seen[:, seen.shape[1] - side**2 :]  # without the token of the whole picture
-        if not self.pooled or seen.shape[1] == self.projector.tokens:
+        if not self.pooled or seen.shape[1] == self.projector.parts:
             return seen
-        side, few = math.isqrt(seen.shape[1]), math.isqrt(self.projector.tokens)
+        side, few = math.isqrt(seen.shape[1]), math.isqrt(self.projector.parts)
         grid = seen.transpose(1, 2).unflatten(2, (side, side))
         return F.adaptive_avg_pool2d(grid, few).flatten(2).transpose(1, 2)
 
@@ -156,11 +162,11 @@ class Eye(nn.Module):
 class Ear(nn.Module):
     """A frozen audio encoder and its projector. A unit is a second, begun or whole. Arguments as for `Eye`."""
 
-    def __init__(self, config, kind: str, hidden: int, tokens: int, size: float):
+    def __init__(self, config, kind: str, hidden: int, tokens: int, size: float, words: int = 1):
         super().__init__()
         self.tower, self.own = build_encoder(config), config.model_type == OWN_EAR
         self.pooled = kind == "mlp"
-        self.projector = Projector(kind, config.output_dim if self.own else config.d_model, hidden, tokens, size)
+        self.projector = Projector(kind, config.output_dim if self.own else config.d_model, hidden, tokens, size, words)
 
     def hear(self, mel: torch.Tensor, frames: Sequence[int], seconds: Sequence[int]) -> list[torch.Tensor]:
         """Tokens of the encoder for each sound, [seconds, tokens, width].
@@ -177,7 +183,7 @@ class Ear(nn.Module):
         else:
             out = self.tower(mel).last_hidden_state
             parts = [one[: -(-count * out.shape[1] // mel.shape[2])] for one, count in zip(out, frames, strict=True)]
-        wanted = self.projector.tokens if self.pooled else HEARD
+        wanted = self.projector.parts if self.pooled else HEARD
         return [
             F.adaptive_avg_pool1d(part.T[None], count * wanted)[0].T.unflatten(0, (count, wanted))
             for part, count in zip(parts, seconds, strict=True)

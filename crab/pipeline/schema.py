@@ -113,9 +113,9 @@ Map = _section("Map", {
 })  # fmt: skip
 Bridge = _section("Bridge", {
     **same(str, "language vision audio"), "projector": Literal["mlp", "qformer"],
-    **same(Count, "picture_tokens sound_tokens scenes"),
+    **same(Count, "picture_tokens sound_tokens words scenes"),
     "align": {
-        **same(Count, "steps batch_size check_every check_contexts gate_contexts"), "word_steps": Whole,
+        **same(Count, "batch_size check_every check_contexts gate_contexts"), **same(Whole, "word_steps steps"),
         "learning_rate": Positive, "precision": Precision,
     },
 })  # fmt: skip

@@ -173,7 +173,7 @@ def make_bridge(
     began, seed, plan = time.perf_counter(), section["seed"], part["align"]
     model, processor = bridge.assemble(
         part["language"], **sources, projector=part["projector"], picture_tokens=part["picture_tokens"],
-        sound_tokens=part["sound_tokens"], seed=seed,
+        sound_tokens=part["sound_tokens"], words=part["words"], seed=seed,
     )  # fmt: skip
     scenes = [sample_scene(i, seed) for i in range(part["scenes"])]
     last = [sample_scene(section["scenes"] + i, seed) for i in range(section["held_out"])]
@@ -193,7 +193,8 @@ def make_bridge(
         "key": key,
         "encoders": curves,
         "history": history,
-        "gates": curriculum.probe_accuracy(packer, checker, plan["gate_contexts"], plan["batch_size"]),
+        "gates": words.accuracy(model, processor.tokenizer, held_out)
+        | curriculum.probe_accuracy(packer, checker, plan["gate_contexts"], plan["batch_size"]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": {"alignment": round(time.perf_counter() - began, 1)},
     }
@@ -226,14 +227,15 @@ def train_projectors(
     steps, warm_up = plan["steps"], max(1, round(WARM_UP * plan["steps"]))
     optimizer = torch.optim.AdamW(parameters, lr=plan["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        optimizer,
+        lambda step: min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / max(1, steps)))),
     )
     sampler, checker = (
         BridgeSampler(bank, processor, np.random.default_rng(seed + n)) for n, bank in enumerate((train, held_out))
     )
     sampler.weights = checker.weights = taught()
     packer = BridgePacker(model, processor, plan["precision"])
-    if plan["precision"] == "bf16":
+    if steps and plan["precision"] == "bf16":
         # The language model learns nothing: its weights are rounded once, not in each step. And torch's fused attention
         # is slow in bf16 on CPUs when there are gradients.
         model.language_model.to(torch.bfloat16).set_attn_implementation(
