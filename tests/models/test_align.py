@@ -75,7 +75,7 @@ def test_only_projectors_are_trained_and_a_killed_run_ends_at_the_same_weights(p
 
 
 def test_a_bridge_is_made_once(parts, tmp_path):
-    part = {**parts, "projector": "mlp", "picture_tokens": 4, "sound_tokens": 2, "scenes": 16}
+    part = {**parts, "projector": "mlp", "picture_tokens": 4, "sound_tokens": 2, "words": 1, "scenes": 16}
     part["align"] = {**PLAN, "steps": 2, "gate_contexts": 2}
     section = {"seed": 3, "scenes": 16, "held_out": 16, "bridge": part}
     model, processor, report = align.make_bridge(tmp_path / "base", section, tmp_path, code=str)
@@ -98,36 +98,44 @@ def shares(tokens):
 
 def test_the_words_of_a_token_are_those_of_its_place_and_its_second():
     scene, nothing = Scene(0, 0, (RED, SAD)), {"nothing": 1.0}
-    bell, face = dict.fromkeys(("bell", "red", "swaying"), 0.333), dict.fromkeys(("face", "blue", "still", "sad"), 0.25)
-    assert shares(words.picture_words(scene, (2, 3), 4)) == [bell, nothing, nothing, face]
-    sixteen = shares(words.picture_words(scene, (2, 3), 16))
+    bell, face = dict.fromkeys(("bell", "red", "swaying"), 0.333), dict.fromkeys(("face", "blue", "sad"), 0.333)
+    assert shares(words.picture_words(scene, (2, 3), 4, 1)) == [bell, nothing, nothing, face]
+    sixteen = shares(words.picture_words(scene, (2, 3), 16, 1))
     assert sixteen[:4] == [bell, bell, nothing, nothing] and sixteen[-1] == face
-    (all_of_it,) = shares(words.picture_words(scene, (2, 3), 1))
+    (all_of_it,) = shares(words.picture_words(scene, (2, 3), 1, 1))
     assert all_of_it["nothing"] == 0.5 and all_of_it["bell"] == 0.083
-    first, second, *others = shares(words.picture_words(scene, (0, 0), 5))  # a still does not move
-    assert first == {"bell": 0.5, "red": 0.5} and second["bell"] == 0.25 and others == [nothing] * 3
-    heard = [shares(tokens) for tokens in words.sound_words(scene, 10, 2)]
+    one_by_one = [next(iter(token)) for token in shares(words.picture_words(scene, (2, 3), 4, 3))]
+    assert one_by_one == ["red", "swaying", "bell", *["nothing"] * 6, "blue", "sad", "face"]
+    still = shares(words.picture_words(scene, (0, 0), 4, 3))  # a still does not move
+    assert still[:3] == [{"red": 1.0}, nothing, {"bell": 1.0}] and still[3:] == [nothing] * 9
+    heard = [shares(tokens) for tokens in words.sound_words(scene, 10, 1, 3)]
+    assert heard[2] == [nothing, nothing, {"2": 1.0}] and heard[3] == [
+        {"bell": 1},
+        {"face": 0.5, "fear": 0.5},
+        {"3": 1},
+    ]
+    assert heard[9] == [{"face": 1}, {"fear": 1}, {"9": 1}]
     assert (
-        heard[2] == [{"nothing": 0.5, "2": 0.5}] * 2
-        and heard[4] == [dict.fromkeys(("bell", "face", "fear", "4"), 0.25)] * 2
+        shares(words.sound_words(scene, 1, 2, 3, only=3)[0]) == [{"bell": 1}, {"face": 0.5, "fear": 0.5}, nothing] * 2
     )
-    assert shares(words.sound_words(scene, 1, 2, only=5)[0]) == [{"face": 0.5, "fear": 0.5}] * 2
 
 
 def test_a_projector_learns_to_give_the_embedding_of_the_word_that_its_token_holds(parts, banks):
-    model, processor = bridge.assemble(**parts)
-    told, generator = words.words_of(banks[0]), torch.Generator().manual_seed(0)
-    widths = {kind: tokens.shape[-1] for kind, tokens in banks[0].tokens.items()}
-    code = {width: torch.randn(len(words.VOCABULARY), width, generator=generator) for width in set(widths.values())}
-    bank = SimpleNamespace(scenes=banks[0].scenes, seconds=banks[0].seconds)
-    bank.tokens = {kind: shares @ code[widths[kind]] for kind, shares in told.items()}  # encoders that tell all
-    for part in align.PARTS:
-        model.get_submodule(part).projector.requires_grad_(True)
+    model, processor = bridge.assemble(**parts, picture_tokens=12, sound_tokens=6, words=3)
+    told, generator = words.words_of(model, banks[0]), torch.Generator().manual_seed(0)
+    bank = SimpleNamespace(scenes=banks[0].scenes, seconds=banks[0].seconds, tokens={})
+    codes = {}  # encoders that tell all
+    for kind, shares in told.items():
+        width = banks[0].tokens[kind].shape[-1]
+        if width not in codes:
+            codes[width] = torch.randn(3 * shares.shape[-1], width, generator=generator)
+        bank.tokens[kind] = shares.unflatten(2, (-1, 3)).flatten(3) @ codes[width]
+    assert all(gate["accuracy"] < 0.2 for gate in words.accuracy(model, processor.tokenizer, bank).values())
     words.fit(model, processor.tokenizer, bank, 400, 0)
+    assert all(gate["accuracy"] > 0.95 for gate in words.accuracy(model, processor.tokenizer, bank).values())
     weight = model.get_input_embeddings().weight
     ids = [processor.tokenizer.convert_tokens_to_ids(word) for word in words.VOCABULARY]
     for kind, part in (("video", model.visual), ("audio", model.audio_tower)):
         given = part.projector(bank.tokens[kind].flatten(0, 1)) - weight.mean(0)
         wanted = told[kind].flatten(0, 1) @ (weight[ids] - weight.mean(0))
-        assert torch.cosine_similarity(given, wanted, -1).mean() > 0.95
-        assert given.square().mean().item() == pytest.approx(weight.square().mean().item(), rel=0.2)
+        assert torch.cosine_similarity(given, wanted, -1).mean() > 0.9

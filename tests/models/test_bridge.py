@@ -1,5 +1,7 @@
 """A bridge must be its language model on the tokens of its projectors, and a saved one must be the same."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM, CLIPModel, WhisperModel
 
 from crab.models import batches, bridge, checkpoint, encoders, language, protocol
 from crab.models.protocol import Media
+from crab.study import train
 from crab.study.footprint import read_base
 
 WORDS = ["what", "is", "heard", "seen", "?", "bell", "top", "left", "<answer>", "</answer>"]
@@ -156,3 +159,35 @@ def test_the_package_of_smollm2_is_asked_for_by_name(monkeypatch, tmp_path):
 def test_seconds_are_those_begun():
     rate = encoders.RATE
     assert [bridge.seconds_of(n) for n in (1, rate, rate + 100, 2 * rate, 10 * rate)] == [1, 1, 1, 2, 10]
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="layers are compiled where there is a compiler")
+@pytest.mark.parametrize("method, options", [("lora", {"r": 4}), ("ilora", {"r": 2, "lora_alpha": 4, "num_heads": 3})])
+def test_compiled_layers_train_alike_and_leave_generation_as_it_was(parts, method, options):
+    results = {}
+    for compiled in (None, False):  # None compiles when training in bf16 begins
+        torch.manual_seed(0)
+        model, processor = bridge.assemble(**parts)
+        model.set_attn_implementation("eager")
+        model._compiled = compiled
+        adapted = train.adapted(model, method, options)
+        for seed, (name, weight) in enumerate(adapted.named_parameters()):
+            if "_B" in name:  # adapters that do something
+                weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        (sample,) = bridge.encode(model, prompts(processor, "va"))
+        batch = batches.batch(adapted, processor.tokenizer, [sample, sample], ["bell left", "what"])
+        adapted.train()
+        exact, _ = batches.answer_loss(adapted, batch)
+        assert model._compiled is compiled, "in fp32 nothing is compiled"
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = batches.answer_loss(adapted, batch)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None])
+        prompt = batches.batch(adapted, processor.tokenizer, [sample])
+        answers = bridge.generate(adapted.eval(), processor.tokenizer, prompt, 5)
+        assert bool(model._compiled) == (compiled is None)
+        results[compiled] = exact.item(), loss.item(), gradients, answers
+    one, other = results.values()
+    assert one[0] == other[0] and one[3] == other[3]
+    assert one[1] == pytest.approx(other[1], rel=1e-3)
+    assert torch.cosine_similarity(one[2], other[2], 0) > 0.99

@@ -122,8 +122,8 @@ def fit(model, tokenizer, bank, steps: int, seed: int) -> dict[str, dict[str, li
 def accuracy(model, tokenizer, bank) -> dict[str, dict[str, float | None]]:
     """How often a token is nearest to the word that it should be, of all words, by sense.
 
-    Tokens that should be *nothing*, or several words at once, are not asked. Numbers as of
-    `crab.models.base.curriculum.probe_accuracy`.
+    Tokens that should be *nothing*, or several words at once, are not asked; a sense without others has no entry.
+    Numbers as of `crab.models.base.curriculum.probe_accuracy`.
     """
     (centre, words), shares, gates = table(model, tokenizer), words_of(model, bank), {}
     senses = {"words seen": (model.visual, "video"), "words heard": (model.audio_tower, "audio")}
@@ -131,6 +131,8 @@ def accuracy(model, tokenizer, bank) -> dict[str, dict[str, float | None]]:
         given = part.projector(bank.tokens[kind].flatten(0, 1).to(words)).flatten(0, 1) - centre
         told = shares[kind].flatten(0, 2)
         asked = (told.max(1).values == 1) & (told[:, VOCABULARY.index(NOTHING)] == 0)
+        if not asked.any():
+            continue
         truth = told[asked].argmax(1)
         nearest = (F.normalize(given[asked], dim=1) @ F.normalize(words, dim=1).T).argmax(1).cpu()
         right, most = (nearest == truth).float().mean().item(), truth.bincount().max().item() / len(truth)
