@@ -219,6 +219,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "rates": CELL_RATES,
         "tuned_at": Count | None,
         "as_many_steps": list[_section("Point", {"steps": Count | None, "rank": Count})],
+        "others": dict[str, str],
         "minutes": Positive | None,
     },
 }
