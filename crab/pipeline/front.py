@@ -60,8 +60,11 @@ def _data(reports: Path, models: Path) -> Card:
 
 def _model(reports: Path, models: Path) -> Card:
     pointer = models / reports.name / "base.json"
-    record = pointer.parent / read_json(pointer)["folder"] / "training.json"
-    number = f"{read_json(record)['parameters'] / 1e6:.1f} M"
+    base = pointer.parent / read_json(pointer)["folder"]
+    number = f"{read_json(base / 'training.json')['parameters'] / 1e6:.1f} M"
+    if read_json(base / "config.json")["model_type"] == "crab_bridge":
+        text = "parameters: a frozen language model that sees and hears through projectors."
+        return Card("Model", "base", number, text, "base/figures/encoders.png", "How near projectors come to words")
     text = "parameters of the frozen base, a Qwen2.5-Omni trained from random weights."
     alt = "Accuracy of the base on nine skills of space and time, growing over its training"
     return Card("Model", "base", number, text, "base/figures/stages.png", alt, (0.537, 0.344, 1, 0.637))
