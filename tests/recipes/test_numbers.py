@@ -136,3 +136,12 @@ def test_rank_one_on_bases_of_four_strengths():
         counts = [f"{row['gain']} / {row['tie']} / {row['loss']}" for row in part]
         assert f"| {name}: gain / tie / loss | {' | '.join(counts)} |" in findings
         assert {row["seeds"] for row in part} == {"3"}, "README and findings say three seeds"
+
+
+def test_the_pretrained_language_model():
+    metrics = json.loads((REPORTS / "bridge/transfer/metrics.json").read_text(encoding="utf-8"))
+    one, sized, routed = (metrics[ROWS[name]] for name in ("LoRA", "LoRA of I-LoRA's size", "I-LoRA"))
+    counts = [f"{row['gain']} / {row['tie']} / {row['loss']}" for row in (one, sized, routed)]
+    text = text_of("reports/README.md")
+    assert "joint LoRA {}, LoRA of I-LoRA's size {}, I-LoRA {}".format(*counts) in text
+    assert f"of the {one['slots_counted']} slots" in text and one["seeds"] == 1 and "one seed" in text
