@@ -117,12 +117,12 @@ class BridgePacker(Packer):
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As the logits of a `Packer`, with gradients of the projectors."""
         model, block = self.model, batch["block"]
+        projected = []
+        for tower, sounds in ((model.visual, False), (model.audio_tower, True)):
+            chosen = [item for row in batch["media"] for kind, item in row if (kind == "audio") == sounds]
+            items = [item.to(model.device, model.dtype) for item in chosen]
+            projected.append(iter(tower.projector.items(items) if items else ()))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            projected = []
-            for tower, sounds in ((model.visual, False), (model.audio_tower, True)):
-                chosen = [item for row in batch["media"] for kind, item in row if (kind == "audio") == sounds]
-                items = [item.to(model.device, model.dtype) for item in chosen]
-                projected.append(iter(tower.projector.items(items) if items else ()))
             features = [next(projected[kind == "audio"]) for row in batch["media"] for kind, _ in row]
             embeds = model.get_input_embeddings()(batch["ids"])
             at = media_mask(model.config, batch["ids"])
