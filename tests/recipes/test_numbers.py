@@ -15,9 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 REPORTS = REPOSITORY / "reports"
 #: "+.026 (+.005 to +.049)" and "+.026, +.005 to +.049", with an interval.
 INTERVAL = re.compile(r"([+-]\.\d{3}),? \(?([+-]\.\d{3}) to ([+-]\.\d{3})\)?")
-#: Of runs whose files are not in git: another processor's, and options that are no longer in the package.
+#: Of runs whose files are not in git: another processor's.
 ELSEWHERE = {
-    ("+.041", "+.018", "+.065"), ("-.003", "-.010", "+.004"),  # without its router
     ("+.001", "-.014", "+.015"), ("+.012", "-.002", "+.026"), ("+.012", "-.002", "+.025"),  # tiny on an Intel Xeon
     ("+.017", "+.001", "+.032"),
 }  # fmt: skip
