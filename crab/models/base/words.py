@@ -19,12 +19,10 @@ from torch.nn import functional as F
 
 from crab.models.base.perception import NAMES, NOTHING, WORDS, audio_targets, visual_targets
 from crab.models.protocol import IGNORE
-from crab.world.scene import SECONDS, Scene
+from crab.world.scene import QUADRANTS, SECONDS, Scene
 
 VOCABULARY = tuple(word for key in ("name", "colour", "motion", "emotion", "second") for word in WORDS[key])
 BATCH, RATE = 64, 2e-3  # units per step; the highest learning rate
-SAMPLE = 4096  # units from which the size of a target is measured
-QUADRANTS = 4
 
 
 def picture_words(scene: Scene, seconds: tuple[int, int], parts: int, words: int) -> torch.Tensor:
@@ -37,7 +35,7 @@ def picture_words(scene: Scene, seconds: tuple[int, int], parts: int, words: int
     told = lambda key, i: WORDS[key][at[key][i]] if at[key][i] != IGNORE else None  # noqa: E731
     cells = torch.stack([
         _shares([[told("colour", i)], [told("emotion", i) or told("motion", i)], [told("name", i)]], words)
-        for i in range(QUADRANTS)
+        for i in range(len(QUADRANTS))
     ])  # fmt: skip
     side, flat = math.isqrt(parts), cells.flatten(1).T
     if side**2 == parts:
