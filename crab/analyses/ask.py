@@ -272,7 +272,7 @@ def draw(reply: Reply, cut: str = "grabcut") -> Figure:
         axes.axhline(1 / len(heads), color="0.3", linewidth=0.8, linestyle="--")
         limits = reply.routing["weight"].min() - 0.03, reply.routing["weight"].max() + 0.03
         last = axes is rows[-1]
-        axes.set(ylabel=f"head {head}", xlabel="token, coloured by kind" * last, ylim=limits, xlim=(-1, len(part)))
+        axes.set(ylabel=f"head {head + 1}", xlabel="token, coloured by kind" * last, ylim=limits, xlim=(-1, len(part)))
         axes.tick_params(labelsize=9, labelbottom=last)
     if rows:
         rows[0].set_title("routing weight at each token, mean over layers (dashed: even)", fontsize=10, pad=3)

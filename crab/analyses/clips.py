@@ -5,7 +5,7 @@ Pictures and sounds are what the model gets. Only the moving clip, which is for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -172,9 +172,3 @@ def contours(mask: np.ndarray) -> list[list[tuple[float, float]]]:
 
     lines, _ = cv2.findContours(np.ascontiguousarray(mask, np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     return [[(x + 0.5, y + 0.5) for x, y in line[:, 0].tolist()] for line in lines]
-
-
-def seconds_of(loaded: Sequence[tuple[tasks.MediaItem, Any]], record: Mapping) -> float:
-    """Length of a sample's longest sound; of its longest video if it has none."""
-    waves = [len(data) / media.RATE for item, data in loaded if item.kind == "audio"]
-    return max(waves or [media.clip_seconds(item.path) for item in record["media"] if item.kind == "video"])

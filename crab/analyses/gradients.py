@@ -40,12 +40,12 @@ def trainable(model) -> dict[str, torch.nn.Parameter]:
 
 
 def pieces(model, name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One parameter's gradient by part of the adapter: ``A``, ``B``, ``router``, or ``head 0``, ``head 1``, ..."""
+    """One parameter's gradient by part of the adapter: ``A``, ``B``, ``router``, or ``head 1``, ``head 2``, ..."""
     layer, kind, adapter, _ = name.rsplit(".", 3)
     if kind != "ilora_B":
         return {kind.rpartition("_")[2]: gradient}
     by_head = gradient.unflatten(1, (model.get_submodule(layer).num_heads[adapter], -1))  # [B_0 | B_1 | ...]
-    return {f"head {i}": by_head[:, i] for i in range(by_head.shape[1])}
+    return {f"head {i + 1}": by_head[:, i] for i in range(by_head.shape[1])}
 
 
 def sketch(values: torch.Tensor, width: int = WIDTH) -> torch.Tensor:

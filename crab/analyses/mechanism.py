@@ -161,7 +161,7 @@ def causes(
         for slot in slots:
             unchanged[slot] = likelihood(model, batches(pairs[slot]), label=partial(means.label, group=slot))
     routing, as_slot = zip(*(mean_routing(means, slot) for slot in slots), strict=True)
-    edits = {(c, str(head)): without(head, c == RESCALED) for c in (HEAD, RESCALED) for head in range(heads)}
+    edits = {(c, str(head + 1)): without(head, c == RESCALED) for c in (HEAD, RESCALED) for head in range(heads)}
     edits[UNIFORM, ""] = lambda name, weights, kinds: torch.full_like(weights, 1 / heads)
     frames = []
     for slot, as_itself in zip(slots, as_slot, strict=True):

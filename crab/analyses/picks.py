@@ -17,14 +17,13 @@ import pandas as pd
 from crab import tasks
 from crab.core.files import read_json, write_json
 from crab.study.cells import Cell
+from crab.study.faithfulness import is_right
 from crab.study.ledger import sample_scores
 from crab.study.store import Store
 from crab.tasks.labels import LABELS
 
 #: Families of runs that the gallery shows, in this order, if the profile has them.
 SHOWN = ("single-lora-bare", "joint-lora-bare", "joint-ilora-bare", "joint-ilora-explicit")
-#: Of graded scores (an overlap, a share of segments), the least that counts as right.
-HALF = 0.5
 ANY, ALL, APART = "the first of all", "the first that every method gets right", "the first that the first two divide"
 
 Texts = dict[str, dict[str, dict[str, str]]]  # family -> slot -> sample id -> raw answer
@@ -48,13 +47,13 @@ class Pick(NamedTuple):
 
 
 def graded(slot: str) -> bool:
-    """Whether an answer may be partly right: the score of a label is nothing or all."""
+    """Whether the score tells more than right or wrong: the score of a label is nothing or all."""
     return tasks.get_slot(slot).kind not in LABELS
 
 
 def right(slot: str, score: float) -> bool:
-    """Whether an answer of this score counts as right: any label that scores, and at least `HALF` of other answers."""
-    return score >= HALF if graded(slot) else score > 0
+    """Whether an answer of this score counts as right (`crab.study.faithfulness.is_right`)."""
+    return bool(is_right(slot, [score])[0])
 
 
 def place(name: str) -> str:

@@ -40,7 +40,10 @@ def near(root: Path, path: str, listings: dict[Path, dict[str, str]]) -> str:
 def _listing(folder: Path, listings: dict[Path, dict[str, str]]) -> dict[str, str]:
     """Plain name -> name, of what is in a folder."""
     if folder not in listings:
-        listings[folder] = {_plain(name): name for name in os.listdir(folder)} if folder.is_dir() else {}
+        try:
+            listings[folder] = {_plain(name): name for name in os.listdir(folder)}
+        except OSError:  # no folder, or one that may not be read
+            listings[folder] = {}
     return listings[folder]
 
 

@@ -207,7 +207,10 @@ class _Walk:
         """Note folders that look like a slot."""
         words = f"no slot has this name, so nothing in it is read; known: {', '.join(tasks.SLOTS)}"
         for folder in sorted((self.lists.root / tasks.FOLDER).iterdir()):
-            if folder.name not in tasks.SLOTS and any((folder / f"{split}.json").is_file() for split in tasks.SPLITS):
+            lists = [folder / f"{split}.json" for split in tasks.SPLITS]
+            if folder.name not in tasks.SLOTS and any(
+                map(os.path.isfile, lists)
+            ):  # which a locked folder does not stop
                 self.note(("", ""), "stranger", words, f"{tasks.FOLDER}/{folder.name}")
 
     # ------------------------------------------------------------ verdicts

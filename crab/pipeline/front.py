@@ -116,11 +116,11 @@ def _thumbnail(card: Card, reports: Path) -> tuple[str, int, int]:
     return path.relative_to(reports).as_posix(), *picture.size
 
 
-def sentences(text: str, number: int = 2) -> str:
-    """The first sentences of a text in Markdown, those of its first item if it is a list."""
+def sentences(text: str) -> str:
+    """The first two sentences of a text in Markdown, those of its first item if it is a list."""
     lines = [line for line in text.splitlines() if line.strip() and not line.rstrip().endswith(":")]
     first = lines[0].removeprefix("- ") if lines else ""
-    return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z*`])", first)[:number])
+    return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z*`])", first)[:2])
 
 
 def _span(seconds: float) -> str:

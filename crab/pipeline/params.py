@@ -64,7 +64,8 @@ def _merge(default: Any, changes: Any, place: tuple[str, ...] = ()) -> Any:
 
 def sections(params: Mapping, profile: str) -> dict[str, Any]:
     """All sections of a profile: the defaults with what the profile changes. Not checked."""
-    merged = _merge({k: v for k, v in params.items() if k not in ("profile", "profiles")}, params["profiles"][profile])
+    defaults = {name: value for name, value in params.items() if name not in ("profile", "profiles")}
+    merged = _merge(defaults, params["profiles"][profile] or {})
     match merged:  # a map of the experiments takes from them what it leaves out
         case {"experiments": {"maps": dict() as maps, "slots": slots, "passes": passes, "seeds": seeds} as plan}:
             rest = {"passes": passes, "samples": None, "conventions": 1, "seeds": seeds, "routed": None}
@@ -185,7 +186,9 @@ def write_defaults(folder: Path) -> list[str]:
 
     Names of the section that are missing are added; names that are no parameters are taken out.
     """
-    default = next(name for name, changes in load(folder)["profiles"].items() if not changes)
+    default = next((name for name, changes in load(folder)["profiles"].items() if not changes), None)
+    if default is None:
+        raise ValueError("params.yaml: every profile changes something; keep one without changes, as `tiny: {}`")
     values, changed = resolve(folder, default), []
     for stage, path in notebooks(folder).items():
         notebook = read_notebook(path)

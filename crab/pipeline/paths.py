@@ -44,8 +44,6 @@ class Paths:
         self.ledger = self.report("cells.json.xz")
         #: The cells of the train stage, with their learning rates.
         self.train_cells = self.report("train") / "cells.json"
-        #: The executed notebooks as HTML.
-        self.pages = self.report("pages")
 
     @property
     def base(self) -> Path:

@@ -241,6 +241,12 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for steps in [*values["strength"]["steps"], values["strength"]["tuned_at"]]:
         if steps not in known:
             yield "base.weaker", f"has no base of {steps} steps, which strength asks for; add it"
+    for point in values["strength"]["as_many_steps"]:
+        if point["steps"] not in values["strength"]["steps"] or point["rank"] not in values["strength"]["ranks"]:
+            yield "strength.as_many_steps", f"holds {point}, which is no point of strength.steps and strength.ranks"
+    for slot in values["encode"]["slots"] or ():
+        if slot not in (values["build"]["slots"] or SLOTS):
+            yield "encode.slots", f"holds {slot}, which build.slots does not build; add it there"
     if values["base"]["bridge"] and values["base"]["checkpoint"]:
         yield "base.checkpoint", "is set beside base.bridge, which makes another base; set one of them to null"
     for name, method in values["train"]["methods"].items():

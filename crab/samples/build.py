@@ -109,7 +109,7 @@ def _convert(
     workers: int | None,
     progress: bool,
 ) -> None:
-    """Convert the original data sets to a tree under ``folder``. Files that are in place stay."""
+    """Convert the original data sets to a tree under ``folder``. Lists that no converter wrote are refused."""
     from crab.data import sources  # only this needs it
 
     if not raw:
@@ -139,5 +139,5 @@ def _write_lists(result: Report, out: Path, folder: Path) -> None:
         records.write(out, slot, split, rows, ids=True)
     # the tokenizer of the base is made from it, whatever the data are, so that one base serves all
     write_json(out / generate.VOCABULARY, vocabulary.vocabulary())
-    records.write_root(out, folder)
+    records.write_root(out, records.media_root(folder))
     records.write_manifest(out)

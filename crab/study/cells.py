@@ -15,7 +15,6 @@ from crab import tasks
 from crab.core.files import read_json, write_json
 
 SETTINGS = ("single", "joint")
-FORMS = ("bare", "explicit")
 ORDERS = ("media", "instruction")  # what comes first in a prompt
 METHODS = ("lora", "ilora")
 #: Fields that name a cell, and do not change what is trained.
@@ -75,7 +74,7 @@ class Cell:
     key: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        known = (("method", METHODS), ("form", FORMS), ("order", ORDERS))
+        known = (("method", METHODS), ("form", tasks.FORMS), ("order", ORDERS))
         for name, values in known:
             if getattr(self, name) not in values:
                 raise ValueError(
@@ -207,7 +206,7 @@ def joint(cells: Sequence[Cell], method: str, form: str) -> Cell:
     Raises:
         ValueError: the method has no joint cell.
     """
-    families = {f"joint-{method}-{name}": name for name in FORMS}
+    families = {f"joint-{method}-{name}": name for name in tasks.FORMS}
     if not any(cell.family in families for cell in cells):
         raise ValueError(f"no joint cell of {method}; add joint-{form} to train.methods.{method}.runs")
     matching = [cell for cell in cells if cell.family in families]

@@ -19,9 +19,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def bootstrap_means(
-    values: np.ndarray, resamples: int, seed: int, stream: str | None = None, chunk: int = 500
-) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, resamples: int, seed: int, stream: str | None = None) -> np.ndarray:
     """Means as they would come out with other samples and, where there are several, other seeds.
 
     Samples are drawn again with replacement, the same ones for every seed: all seeds were tested on one test set, so
@@ -50,8 +48,8 @@ def bootstrap_means(
     rng = np.random.default_rng(seed if stream is None else [seed, zlib.crc32(stream.encode())])
     each = values.mean(0)
     means = np.empty(resamples)
-    for start in range(0, resamples, chunk):
-        stop = min(start + chunk, resamples)
+    for start in range(0, resamples, 500):  # in parts, which bounds memory
+        stop = min(start + 500, resamples)
         means[start:stop] = each[rng.integers(samples, size=(stop - start, samples))].mean(1)
     if seeds > 1:
         rng = np.random.default_rng([seed, seeds])
@@ -61,9 +59,9 @@ def bootstrap_means(
     return means
 
 
-def interval(means: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval that holds ``level`` of the resampled ``means``."""
-    low, high = np.quantile(np.asarray(means, float), [(1 - level) / 2, (1 + level) / 2])
+def interval(means: Sequence[float]) -> tuple[float, float]:
+    """Percentile interval that holds 95 % of the resampled ``means``."""
+    low, high = np.quantile(np.asarray(means, float), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -68,18 +68,16 @@ class Rates:
         points: one row per family and rate tried (`COLUMNS`): the mean over slots of the primary metric on held-out
             samples with its 95 % interval, and how far it is behind the chosen rate on the same samples. Empty if
             nothing was swept.
-        extended: how often each grid was extended.
     """
 
     chosen: dict[str, float]
     points: pd.DataFrame
-    extended: dict[str, int]
 
     def joined(self, other: Rates) -> Rates:
         """These rates and those of other families."""
         tables = [table for table in (self.points, other.points) if len(table)]
         points = pd.concat(tables, ignore_index=True) if tables else self.points
-        return Rates(self.chosen | other.chosen, points, self.extended | other.extended)
+        return Rates(self.chosen | other.chosen, points)
 
     def inside(self, family: str) -> bool | None:
         """Whether lower and higher rates were tried and are no better. None if nothing was swept."""
@@ -126,7 +124,7 @@ def choose_rates(
     """
     if not grid.swept:
         chosen = dict.fromkeys(families, float(grid.tried[0]))
-        return Rates(chosen, pd.DataFrame(columns=COLUMNS), dict.fromkeys(families, 0))
+        return Rates(chosen, pd.DataFrame(columns=COLUMNS))
     results: dict[str, dict[float, tuple[float, np.ndarray]]] = {family: {} for family in families}
     extended = dict.fromkeys(families, 0)
     waiting = {family: sorted(map(float, grid.tried)) for family in families}
@@ -153,7 +151,7 @@ def choose_rates(
         for rate, (score, draws) in sorted(tried.items()):
             behind = [best - score, *interval(best_draws - draws)]
             rows.append([family, rate, score, *interval(draws), *behind, rate == chosen[family]])
-    return Rates(chosen, pd.DataFrame(rows, columns=COLUMNS), extended)
+    return Rates(chosen, pd.DataFrame(rows, columns=COLUMNS))
 
 
 def rates_from_params(

@@ -255,6 +255,7 @@ class Store:
                     shutil.copytree(source, temporary, dirs_exist_ok=True)
                     record = {"key": cell.key, "name": cell.name, **cell.training}
                     write_json(temporary / RECORD, record)  # without times, so that equal adapters are equal files
+        Path(self.published).mkdir(parents=True, exist_ok=True)
         for folder in Path(self.published).iterdir():
             if folder.is_dir() and folder.name not in names:
                 shutil.rmtree(folder)

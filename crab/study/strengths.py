@@ -165,7 +165,7 @@ def train_points(
         One row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and ``cells``, a
         list of keyed cells, empty where it was not begun. And the rates that were chosen.
     """
-    began, rows, rates = time.monotonic(), [], Rates({}, pd.DataFrame(columns=COLUMNS), {})
+    began, rows, rates = time.monotonic(), [], Rates({}, pd.DataFrame(columns=COLUMNS))
     how = at, grid, store, resamples
     for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
         late = minutes is not None and time.monotonic() - began >= 60 * minutes
@@ -236,11 +236,13 @@ def compare_points(
 
 
 def _pairs(known: set[str]) -> Iterator[dict[str, str]]:
-    """What is compared with what: all with single-task LoRA; I-LoRA with its size; reasoning with none; long runs."""
+    """What is compared with what: all with single-task LoRA; I-LoRA with LoRA of its rank and of its size; reasoning
+    with none; long runs."""
     forms = ["", REASONING]
     pairs = [
         {method + form: SINGLE for form in forms for method in (JOINT, SIZED, ROUTED)},
         {ROUTED + form: SIZED + form for form in forms} | {SIZED + form: JOINT + form for form in forms},
+        {ROUTED + form: JOINT + form for form in forms},
         {method + REASONING: method for method in (SINGLE, JOINT, SIZED, ROUTED)},
         {JOINT: LONG, SIZED: LONG, ROUTED: LONG} if LONG in known else {},
     ]

@@ -171,7 +171,6 @@ def family_costs(store: Store, groups: Mapping[str, Sequence[Cell]], rates: Rate
             "parameters": int(cost["trainable_parameters"].iloc[0]),
             "adapters": len({(cell.slots, cell.convention) for cell in cells}),
             "rate": rates.chosen[family],
-            "tries": max(1, int((rates.points["family"] == family).sum())),
             "inside": rates.inside(family),
             "passes": cells[0].passes,
             "seeds": len({cell.seed for cell in cells}),
@@ -185,7 +184,7 @@ class Outcome:
     """Of the variants.
 
     Attributes:
-        rows: one row per variant and rival: kind, parameters, rate, score over all slots with interval, rival.
+        rows: one row per variant and rival: kind, the columns of `family_costs`, rival.
         slots: one row per comparison and slot (`crab.study.compare.COLUMNS`).
         against_baseline, against_rival: summaries by variant (`crab.study.compare.summarise`).
         points: held-out scores of all rates tried (`crab.study.rates.COLUMNS`).

@@ -5,7 +5,6 @@ from transformers import Qwen2_5OmniThinkerConfig
 
 from crab.analyses.real_shapes import WARM, training_steps
 from crab.models import small
-from crab.study import footprint
 from crab.study.footprint import Base, flops
 
 SIZE = {
@@ -35,4 +34,3 @@ def test_each_method_trains_for_the_steps_and_work_is_that_of_the_plan(monkeypat
     assert len(steps) == 2 * (WARM + 2) and rows["gib"].isna().all()
     work = 2 * flops(small_base, small_base.adapter(*METHODS["I-LoRA"]), 12, 3, checkpointing=False)
     assert rows["mfu"].iloc[-1] == work / 0.5 / 1e9
-    assert footprint.CONTEXT > 0

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,30 @@ def test_a_split_without_records_is_an_error_that_leaves_the_old_files(tmp_path)
     with pytest.raises(SourceError, match=r"no record of ave/test can be made of it; left out: \{'no video file': 2\}"):
         convert("ave", root, out, progress=False)
     assert (out / "AVUIE_2/ave/train.json").read_bytes() == before
+
+
+def test_lists_that_no_converter_wrote_stay(tmp_path):
+    root, own = write(tmp_path / "raw", "ave"), tmp_path / "data/AVUIE_2/ave/train.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match="AVUIE_2/ave: holds lists that no converter wrote; give another root"):
+        convert("ave", root, tmp_path / "data", progress=False)
+    assert [path.name for path in own.parent.iterdir()] == ["train.json"] and own.read_text(encoding="utf-8") == "[]"
+
+
+@pytest.mark.parametrize("link", ["hardlink", "copy"])
+def test_a_clip_that_was_replaced_by_an_older_file_is_placed_with_its_sound(tmp_path, link):
+    root, out = write(tmp_path / "raw", "ave"), tmp_path / "data"
+    clips = sorted((root / "AVE").glob("*.mp4"))
+    convert("ave", root, out, link=link, progress=False)
+    sound = out / f"AVUIE_2/ave/audio/{clips[0].stem}.wav"
+    before = sound.stat().st_mtime_ns
+    clips[0].unlink()
+    shutil.copy(clips[1], clips[0])
+    os.utime(clips[0], (1e9, 1e9))
+    convert("ave", root, out, link=link, progress=False)
+    assert (out / f"AVUIE_2/ave/video/{clips[0].name}").read_bytes() == clips[0].read_bytes()
+    assert sound.stat().st_mtime == 1e9 and sound.stat().st_mtime_ns != before
 
 
 def test_of_several_containers_the_first_in_order_is_taken(tmp_path):

@@ -136,7 +136,7 @@ def project() -> tuple[dict, list[str]]:
     """The project's section of pyproject.toml, and all packages it names."""
     section = tomllib.loads(read("pyproject.toml"))["project"]
     extras = section["optional-dependencies"]
-    named = section["dependencies"] + extras["study"] + extras["dev"]
+    named = section["dependencies"] + extras["study"] + extras["dev"] + extras["smollm"]
     assert "crab[study]" in extras["dev"]
     return section, [name for name in named if name != "crab[study]"]
 

@@ -101,6 +101,7 @@ WRONG = [
     ("experiments.maps", None, "experiments.maps is None"),
     ("benchmark.shapes", [[1, 2, 3]], "benchmark.shapes.0 is [1, 2, 3]"),
     ("routing", None, "routing is None"),
+    ("strength.as_many_steps", [{"steps": None, "rank": 9}], "which is no point of strength.steps and strength.ranks"),
 ]
 
 
@@ -123,6 +124,19 @@ def test_a_misspelt_name_is_told_with_the_nearest(loaded, old, new):
         resolve()
     with pytest.raises(ValueError, match="profile 'tinny' is unknown; did you mean 'tiny'"):
         resolve("tinny")
+
+
+def test_slots_are_encoded_only_if_they_are_built(loaded):
+    change(loaded, "build.slots", ["ave"])
+    assert resolve()["encode"]["slots"] is None
+    change(loaded, "encode.slots", ["ave", "ks"])
+    with pytest.raises(ValueError, match="encode.slots holds ks, which build.slots does not build; add it there"):
+        resolve()
+
+
+def test_an_empty_profile_is_the_default(loaded):
+    change(loaded, "profiles.smoke", None)
+    assert resolve("smoke") == {**resolve(), "profile": "smoke"}
 
 
 def test_all_faults_are_told_at_once(loaded):

@@ -81,6 +81,9 @@ def test_a_tree_is_read_where_it_lies_with_the_same_result(tree, tmp_path):
     loaded = [records.load(records.read(root, "ks", "test")[0], 4) for root in (out, tree)]
     np.testing.assert_equal(*loaded)
     assert json.loads((out / "root.json").read_text(encoding="utf-8")) == {"media_root": str(tree)}
+    assemble(tmp_path / "next", "tree", out, slots=SLOTS, **QUIET)  # which has lists alone: its media are the tree's
+    assert records.read_manifest(tmp_path / "next") == records.read_manifest(out)
+    assert records.read(tmp_path / "next", "ks", "test") == records.read(tree, "ks", "test")
     manifest = records.read_manifest(out)
     assert len(manifest) == 6 and manifest == records.write_manifest(out)
     assemble(out, "tree", tree, slots=["ks"], **QUIET)  # an earlier one is replaced as a whole

@@ -208,22 +208,22 @@ def test_a_planted_idle_part_is_worth_nothing(idle, adapter, dataset, encoded, b
     of_heads = costs[costs["change"] == HEAD].pivot(index="slot", columns="of", values="mean")
     if idle == "head":
         whole = costs[costs["change"] == OFF].set_index("slot")["mean"]
-        assert of_heads[["1", "2"]].abs().max(axis=None) < 1e-6
-        assert of_heads["0"].to_dict() == pytest.approx(whole.to_dict(), abs=1e-5)  # all there is
+        assert of_heads[["2", "3"]].abs().max(axis=None) < 1e-6
+        assert of_heads["1"].to_dict() == pytest.approx(whole.to_dict(), abs=1e-5)  # all there is
     else:
         assert costs.loc[costs["change"].isin([UNIFORM, OWN, OTHER]), "mean"].abs().max() < 1e-5
         assert np.allclose(vectors, 1 / 3) and of_heads.abs().max(axis=None) > 1e-3
 
 
 def test_means_over_slots_by_hand():
-    head = ("head off", "0", "head 0 off", "cost")
+    head = ("head off", "1", "head 1 off", "cost")
     rows = [("a", *head, 1.0), ("a", *head, 3.0), ("b", *head, 0.0), ("b", *head, 1.0)]
     rows += [("a", OTHER, of, OTHER, "cost", v) for of, v in (("b", 1.0), ("b", 1.0), ("c", 2.0), ("c", 4.0))]
     lost = pd.DataFrame(rows, columns=["slot", "change", "of", "label", "measure", "lost"])
     table = mechanism.mean_costs(lost, 500).set_index("label")
     # (2 + .5) / 2, and the mean of (1 + 2) / 2 and (1 + 4) / 2; the interval ends at the lowest and highest draws
-    assert table["cost"].to_dict() == {"head 0 off": 1.25, OTHER: 2.0}
-    assert table.loc["head 0 off", ["low", "high", "worst"]].tolist() == [0.5, 2.0, "a"]
+    assert table["cost"].to_dict() == {"head 1 off": 1.25, OTHER: 2.0}
+    assert table.loc["head 1 off", ["low", "high", "worst"]].tolist() == [0.5, 2.0, "a"]
     assert mechanism.effects(lost, 500)["mean"].tolist() == [2, 0.5, 1, 3]
 
 

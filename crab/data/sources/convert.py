@@ -100,7 +100,8 @@ def convert(
         ``records``, ``files``, ``left_out``: reason -> places); with `rewrite` also ``chains`` (outcome -> number).
 
     Raises:
-        ValueError: an unknown slot or option. SourceError: a fault of the raw set, or a split without records.
+        ValueError: an unknown slot or option, or lists of the slot that no converter wrote.
+        SourceError: a fault of the raw set, or a split without records.
     """
     entry, root = tasks.get_slot(slot), Path(out_root)
     _check(slot)
@@ -109,6 +110,10 @@ def convert(
     if root.resolve().is_relative_to(Path(raw_root).resolve()):
         fault = f"lies in the raw data set {raw_root}, where its files would count as the set's own"
         raise ValueError(f"{out_root}: {fault}; give another folder")
+    lists = [root / tasks.json_path(slot, split) for split in entry.splits]
+    if any(map(Path.is_file, lists)) and not (lists[0].parent / CONVERSION).is_file():
+        fault, fix = "holds lists that no converter wrote", f"give another root, or take {slot} out of `raw`"
+        raise ValueError(f"{lists[0].parent}: {fault}; {fix}")
     report: dict[str, Any] = {"slot": entry.name, "dataset": entry.dataset, "splits": {}}
     raw, records = Raw(raw_root, **reading), {}
     for split in entry.splits:
@@ -124,9 +129,9 @@ def convert(
         records[split] = [finished(slot, draft) for draft in rows]
         files = {name for draft in rows for name in draft.files}
         report["splits"][split] = {"records": len(rows), "files": len(files), "left_out": raw.left_out}
+    write_json(lists[0].parent / CONVERSION, report)  # first: lists without it count as another's
     for split, rows in records.items():
         layout.write(out_root, slot, split, rows)
-    write_json(root / tasks.FOLDER / slot / CONVERSION, report)
     return report
 
 
@@ -155,17 +160,19 @@ def _placed(rows: list[Draft], folder: Path, link: str, raw: Raw, workers: int, 
 def _place(link: str, source: Path, target: Path) -> media.MediaError | None:
     """Put one file in place, unless it is there. Returns the error if a sound cannot be read from its video.
 
+    A copy or a sound keeps the time of its source, so that a source that was replaced is seen, even by an older file.
+
     Such a sound is written as what a model hears: 16-bit PCM, 16 kHz, mono. No other file is decoded or encoded.
     """
     if target.suffix.lower() in AUDIO and source.suffix.lower() not in AUDIO:
-        if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
+        if target.is_file() and _of_one_time(target, source):
             return None
         try:
-            return media.write_audio(target, media.read_audio(source))
+            media.write_audio(target, media.read_audio(source))
         except media.MediaError as error:
             return error
-    same_size = target.exists() and target.stat().st_size == source.stat().st_size
-    if target.exists() and (same_size if link == "copy" else target.samefile(source)):
+        return os.utime(target, ns=(source.stat().st_mtime_ns,) * 2)
+    if target.exists() and (_same(target, source) if link == "copy" else target.samefile(source)):
         return None
     with atomic_file(target) as part:
         try:
@@ -177,3 +184,12 @@ def _place(link: str, source: Path, target: Path) -> media.MediaError | None:
             fault = f"cannot be hard-linked to {target.parent} ({error.strerror})"
             raise SourceError(source, fault, fix) from error
     return None
+
+
+def _of_one_time(one: Path, other: Path) -> bool:
+    """Whether two files bear the same time of change, up to the two seconds to which some file systems round it."""
+    return abs(one.stat().st_mtime - other.stat().st_mtime) <= 2
+
+
+def _same(one: Path, other: Path) -> bool:
+    return _of_one_time(one, other) and one.stat().st_size == other.stat().st_size

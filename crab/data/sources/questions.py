@@ -56,8 +56,8 @@ def avqa(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
             if len(choices) < 2 or not 0 <= index < len(choices):
                 fault = f"{index} is no place among {len(choices)} choices"
                 row.fail("answer", fault, f"give 0 to {len(choices) - 1}")
-            fields = ("id", "video_name", "video_id", "question_type", "question_text")
-            record = {field: row.need(field, (str, int)) for field in fields}
+            record = {field: row.need(field, (str, int)) for field in ("id", "video_name", "video_id")}
+            record |= {field: row.need(field) for field in ("question_type", "question_text")}
             record |= {"question_relation": relation, "multi_choice": choices, "answer": index}
             right, others = choices[index], tuple(choice for choice in choices if choice != choices[index])
             kind = record["question_type"].lower()
