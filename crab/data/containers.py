@@ -215,7 +215,9 @@ def _box_cut(path: str | os.PathLike) -> bool:
             length, name = int.from_bytes(head[:4], "big"), head[4:8]
             if name not in _BOXES or length == 0:  # another format, junk at the end, or a box that ends with the file
                 return False
-            at += int.from_bytes(head[8:], "big") if length == 1 else max(length, 8)
+            if length == 1 and len(head) < 16:  # the file ends inside the long form of a length
+                return True
+            at += max(int.from_bytes(head[8:], "big") if length == 1 else length, 8)
     return at > size
 
 

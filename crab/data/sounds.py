@@ -114,8 +114,8 @@ def _decoded(path: Path) -> tuple[np.ndarray, int, bool]:
 
 def _check_end(path: Path, sound: soundfile.SoundFile, there: int) -> None:
     """MediaError if a file of sound, of which ``there`` samples could be read, promises more."""
-    promised = sound.frames / sound.samplerate
-    if max(promised - there / sound.samplerate, _riff_missing(path) * promised) >= _MISSING:
+    promised = sound.frames / sound.samplerate * (1 + _riff_missing(path))
+    if promised - there / sound.samplerate >= _MISSING:
         raise truncated(path, f"it ends before the {promised:.1f} s that it promises")
 
 
@@ -128,7 +128,7 @@ def _riff_missing(path: Path) -> float:
     with open(path, "rb") as file:
         head = file.read(12)
     promised = int.from_bytes(head[4:8], "little") + 8
-    whole = head[:4] != b"RIFF" or promised >= 0xFFFFFF00  # a writer that cannot seek leaves the size open
+    whole = head[:4] != b"RIFF" or promised >= 0x7FFFF000  # a writer that cannot seek leaves the size open
     return 0.0 if whole else max(0, promised - size) / size
 
 

@@ -40,16 +40,20 @@ def replaced(attribute: str, values: Mapping[ILoraLayer, Any]) -> Iterator[None]
             setattr(layer, attribute, value)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and torch.compile."""
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or "_orig_mod" in model._modules:
+        model = model._modules.get("_orig_mod", model._modules.get("module"))
+    return model
+
+
 def adapted_layers(model: nn.Module, adapter_name: str | None, caller: str) -> tuple[str, dict[str, ILoraLayer]]:
     """The name of the adapter, and its layers by module name in the base model.
 
     `model` may be any module with I-LoRA layers, also inside DDP or torch.compile. An `adapter_name` of None takes the
     active adapter. Raises ValueError, starting with `caller`, without layers or without exactly one such adapter.
     """
-    whole = model
-    while isinstance(whole, (DistributedDataParallel, DataParallel)) or "_orig_mod" in whole._modules:
-        whole = whole._modules.get("_orig_mod", whole._modules.get("module"))
-    layers = {name.replace(COMPILED, ""): layer for name, layer in ilora_layers(whole).items()}
+    layers = {name.replace(COMPILED, ""): layer for name, layer in ilora_layers(unwrapped(model)).items()}
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no I-LoRA layers; give a PEFT model with ILoraConfig.")
     if adapter_name is None:

@@ -18,6 +18,14 @@ FREE = {"lora_dropout", "target_modules", "exclude_modules", "init_weights", "ro
 FREE |= set(PeftConfig.__dataclass_fields__)
 
 
+def _require_expression(name: str, value: Any) -> None:
+    """Raise ValueError unless the text is a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"`{name}` is not a valid regular expression: {value!r} ({error})") from None
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -119,10 +127,7 @@ class ILoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"`{name}` is not a valid regular expression: {value!r} ({error})") from None
+                _require_expression(name, value)
             elif value is not None:
                 setattr(self, name, set(value))
         for name, valid, wanted in self._checks():
@@ -153,6 +158,8 @@ class ILoraConfig(PeftConfig):
             pattern = getattr(self, name)
             fits = isinstance(pattern, dict) and all(map(valid, pattern.values()))
             yield name, fits, "a map to numbers like `r` or `lora_alpha`"
+            for key in pattern:
+                _require_expression(name, key)
         yield "modules_to_save", not isinstance(self.modules_to_save, str), "a list of names"
 
     def to_dict(self) -> dict:

@@ -60,9 +60,12 @@ class ILoraModel(BaseTuner):
         every = [name for name, _ in model.named_modules(remove_duplicate=False)]
         unmatched = [("modules_to_save", e) for e in sorted(entries) if not any(name.endswith(e) for name in every)]
         if targets:  # otherwise PEFT raises an error next
-            entries = () if isinstance(peft_config.target_modules, str) else sorted(peft_config.target_modules)
-            ends = [f".{name}" for name in names]
-            unmatched += [("target_modules", e) for e in entries if not any(end.endswith(f".{e}") for end in ends)]
+            for option in ("target_modules", "exclude_modules"):
+                value = getattr(peft_config, option) or ()
+                whole = {value: value} if isinstance(value, str) else {e: rf"(.*\.)?{re.escape(e)}" for e in value}
+                for entry, expression in sorted(whole.items()):
+                    if not any(re.fullmatch(expression, name) for name in names):
+                        unmatched.append((option, entry))
             for option in ("rank_pattern", "alpha_pattern"):
                 keys = {key: rf"(.*\.)?({key})$" for key in getattr(peft_config, option)}
                 unmatched += [(option, k) for k, e in keys.items() if not any(re.match(e, name) for name in targets)]

@@ -18,7 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from .adapters import WRAPPER, adapted_layers, base_name, require_fit
+from .adapters import WRAPPER, adapted_layers, base_name, require_fit, unwrapped
 from .config import ILoraConfig
 
 __all__ = ["PUBLISHED_TARGETS", "import_published", "published_state_dict", "read_published"]
@@ -136,6 +136,7 @@ def published_state_dict(model: nn.Module, adapter_name: str | None = None) -> d
     """
     caller = "published_state_dict"
     adapter_name, layers = adapted_layers(model, adapter_name, caller)
+    model = unwrapped(model)
     config = model.peft_config[adapter_name]
     for name, (value, usual) in config.differences(ILoraConfig(lora_alpha=1)).items():
         if name not in WRITTEN:

@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from .adapters import WRAPPER, adapted_layers, replaced
+from .adapters import WRAPPER, adapted_layers, replaced, unwrapped
 
 Weights = Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
 
@@ -65,6 +65,7 @@ def to_static(
     Returns the configuration, and the tensors under the names in which PEFT saves them.
     """
     adapter_name, layers, weights = _checked(task_weights, model, adapter_name, "to_static")
+    model = unwrapped(model)
     state, ranks = {}, {}
     for name, layer in layers.items():
         r, heads, shared = layer.r[adapter_name], layer.num_heads[adapter_name], layer.shared_A[adapter_name]

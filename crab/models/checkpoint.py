@@ -67,7 +67,8 @@ def load_model(path: str | Path):
     from crab.models.protocol import model_of
 
     gpu = torch.cuda.is_available()
-    published = resolve(path) or (None if (Path(path) / "audio").is_dir() else path)  # `omni.save` writes this folder
+    here = any((Path(path) / name).is_dir() for name in ("audio", "sounds"))  # `omni.save` and `bridge.save` write them
+    published = resolve(path) or (None if here else path)
     dtype = torch.bfloat16 if published and gpu else torch.float32
     model = model_of(path).load_model(published or path, dtype).requires_grad_(False)
     return model.eval().to("cuda" if gpu else "cpu")

@@ -65,7 +65,7 @@ def load_encoder(sense: str, source: str) -> tuple[nn.Module, object]:
         seen = getattr(config, "vision_config", config)
         if sense == "vision" and seen.model_type in ("clip_vision_model", "siglip_vision_model"):
             return AutoModel.from_pretrained(source, config=seen), AutoImageProcessor.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # transformers raises the latter for a model that it does not know
         problem = str(error).splitlines()[0]
         raise ValueError(
             f"{place} is {source!r}, which cannot be read ({problem}); give the folder of a base under models/, a name "
@@ -79,8 +79,8 @@ class Projector(nn.Module):
     """From the tokens of a frozen encoder to a fixed number of tokens per unit, as wide as the language model.
 
     Args:
-        kind: ``mlp`` averages the tokens of a unit and takes each through two layers; ``qformer`` has learned queries
-            that attend to them first.
+        kind: ``mlp`` takes each token through two layers, once `Eye` or `Ear` has averaged those of a part; ``qformer``
+            has learned queries that attend to all of them first.
         width, hidden: of the encoder's tokens, and of the language model's. tokens: of a unit.
         words: how many of these come from the same part of a unit: its tokens are averaged to ``tokens / words``, and
             each of these becomes that many. Only for ``mlp``.
@@ -140,6 +140,12 @@ class Eye(nn.Module):
         self.projector = Projector(
             kind, config.out_hidden_size if self.paired else config.hidden_size, hidden, tokens, size, words
         )
+        parts = self.projector.parts
+        if self.pooled and math.isqrt(parts) ** 2 != parts:
+            raise ValueError(
+                f"base.bridge.picture_tokens is {tokens}: with {words} words for each place these are {parts} places, "
+                f"which is no square; give {words} times 1, 4, 9, ..."
+            )
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tokens of the encoder for units [U, ...]: [U, tokens, width], already averaged for a plain projector."""

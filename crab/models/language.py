@@ -50,17 +50,19 @@ def _cached(path: Path, digest: str) -> Path:
 
 def load_language(source: str, dtype: torch.dtype):
     """The causal language model of ``source`` (see `located`). ValueError if it cannot be read."""
+    place = located(source)
     try:
-        return AutoModelForCausalLM.from_pretrained(located(source), dtype=dtype)
-    except OSError as error:
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    except (OSError, ValueError) as error:
         raise ValueError(_unread(source, error)) from error
 
 
 def load_language_tokenizer(source: str):
     """The tokenizer of ``source``, with a token for padding. ValueError if it cannot be read."""
+    place = located(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(located(source))
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
         raise ValueError(_unread(source, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -81,11 +81,12 @@ def encode_all(
         raise ValueError(
             f"{root}: {absent[0]} was not built; take its slot out of encode.slots, or run the build stage"
         )
-    refused = {} if cache or not probes else _too_long(root, parts, base, probes, workers)
+    version = digest_of([built, base_digest(base)])
+    refused = {} if cache or not probes else _too_long(root, parts, base, probes, workers, version)
     if refused and on_problem == "error":
-        name, problem = next(iter(refused.items()))
+        (_, name), problem = next(iter(refused.items()))
         raise ValueError(f"encode: {len(refused)} records cannot be used; the first is {name}: {problem}")
-    encoder = Encoder(root, base, compatibility, cache, on_problem == "skip", refused, words)
+    encoder = Encoder(root, base, compatibility, cache, on_problem == "skip", refused, words, version)
     settings = [base_digest(base), code_digest(*ENCODING, module_name(base)), compatibility, cache]
     settings += [{slot: vars(words[slot]) for slot in slots}] if prompts else []
     jobs, paths = {}, {}
@@ -94,7 +95,9 @@ def encode_all(
         total, key = built[name]["records"], digest_of([built[name]["digest"], *settings])
         paths[name] = [Path(out) / name / f"{number:05d}.safetensors" for number in range(-(-total // size))]
         for path in (Path(out) / name).glob("*.safetensors"):
-            if path not in paths[name] or about(path).get("key") != key:  # it follows from something else
+            known = about(path)
+            other = path not in paths[name] or known.get("key") != key  # it follows from something else
+            if other or (on_problem == "error" and int(known.get("skipped", 0))):
                 path.unlink()
         for number, path in enumerate(paths[name]):
             if not path.is_file():
@@ -115,8 +118,9 @@ def encode_all(
 
 @dataclass(frozen=True)
 class Encoder:
-    """Writes shards. The arguments are those of `encode_all`; ``refused`` has the problem of records by their id, and
-    ``words`` the templates of prompts by slot.
+    """Writes shards. The arguments are those of `encode_all`; ``refused`` has the problem of records by their
+    ``slot/split`` and id, ``words`` the templates of prompts by slot. ``version`` is a digest of records and base: a
+    worker keeps both in memory from one call to the next, while they are the same.
     """
 
     root: str | Path
@@ -124,8 +128,9 @@ class Encoder:
     compatibility: str = "none"
     cache: bool = True
     skip: bool = False
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[tuple[str, str], str] = field(default_factory=dict)
     words: Mapping[str, tasks.Prompt] = field(default_factory=lambda: tasks.PROMPTS)
+    version: str = ""
 
     def write(self, slot: str, split: str, path: Path, chosen: range, key: str = "") -> None:
         """Write the shard of the records with these indices.
@@ -135,11 +140,10 @@ class Encoder:
             crab.data.media.MediaError: naming the file that is missing or cannot be read.
             RuntimeError: the encoders fail; naming the records.
         """
-        rows = _records(self.root, slot, split)
-        skipped = [
-            {"id": rows[i]["id"], "problem": self.refused[rows[i]["id"]]} for i in chosen if self._refuses(rows[i])
-        ]
-        rows = [rows[i] for i in chosen if not self._refuses(rows[i])]
+        rows = [_records(self.root, slot, split, self.version)[i] for i in chosen]
+        problems = {row["id"]: self.refused.get((f"{slot}/{split}", row["id"])) for row in rows}
+        skipped = [{"id": name, "problem": problem} for name, problem in problems.items() if problem]
+        rows = [row for row in rows if not problems[row["id"]]]
         samples = self._encoded(slot, split, rows, skipped) if self.cache else self._listed(slot, split, rows)
         metadata = {"key": key, "compatibility": self.compatibility, "base": base_digest(self.base)}
         write_shard(path, samples, skipped, metadata)
@@ -148,18 +152,16 @@ class Encoder:
         """Records of a shard, if all prompts are as long as that of the first one that can be read."""
         if not self.cache:
             return LISTED
-        rows = _records(self.root, slot, split)
+        rows = _records(self.root, slot, split, self.version)
         if not rows:
             raise ValueError(f"{Path(self.root) / tasks.json_path(slot, split)}: no records to encode")
         config, _ = model_of(self.base).read_config(resolve(self.base) or self.base)
         wide = 2 * config.get_text_config().hidden_size
         return max(1, int(mib * 2**20 / (self._tokens(slot, rows) * wide) / BATCH)) * BATCH
 
-    def _refuses(self, row: Mapping) -> bool:
-        return row["id"] in self.refused
-
     def _prompt(self, slot: str, row: Mapping):
-        return prompt_of(_processor(self.base), slot, row, tasks.prompt(slot, row, self.words), self.compatibility)
+        processor, words = _processor(self.base, self.version), tasks.prompt(slot, row, self.words)
+        return prompt_of(processor, slot, row, words, self.compatibility)
 
     def _text(self, slot: str, split: str, row: Mapping) -> dict[str, str]:
         # Test records may hold their truth outside the answer, which then is not there to be learned.
@@ -176,7 +178,7 @@ class Encoder:
         return 1
 
     def _encoded(self, slot: str, split: str, rows: Sequence[Mapping], skipped: list) -> Iterator[dict[str, Any]]:
-        model, module = _loaded(self.base), model_of(self.base)
+        model, module = _loaded(self.base, self.version), model_of(self.base)
         for first in range(0, len(rows), BATCH):
             part, prompts = [], []
             for row in rows[first : first + BATCH]:
@@ -208,22 +210,24 @@ class Encoder:
 
 
 @lru_cache(maxsize=2)  # the shards of a list follow each other
-def _records(root: str | Path, slot: str, split: str) -> list[dict]:
+def _records(root: str | Path, slot: str, split: str, version: str) -> list[dict]:
     return records.read(root, slot, split)
 
 
 @lru_cache(maxsize=1)
-def _loaded(base: str | Path):
+def _loaded(base: str | Path, version: str):
     return load_model(base)
 
 
 @lru_cache(maxsize=1)
-def _processor(base: str | Path):
+def _processor(base: str | Path, version: str):
     return load_processor(base)
 
 
-def _too_long(root: str | Path, parts: Sequence, base: str | Path, probes: str | Path, workers: int) -> dict[str, str]:
-    """By id of a record: the file with a sound that is longer than the base hears, and how to fix it."""
+def _too_long(
+    root: str | Path, parts: Sequence, base: str | Path, probes: str | Path, workers: int, version: str
+) -> dict[tuple[str, str], str]:
+    """By ``slot/split`` and id of a record: the file with a sound longer than the base hears, and how to fix it."""
     folder, problems = records.media_root(root), {}
     files = Files(folder, probes)
     for slot, split in parts:
@@ -233,6 +237,6 @@ def _too_long(root: str | Path, parts: Sequence, base: str | Path, probes: str |
         files.probe([(path, "audio") for path in paths.values()], False, 60, workers, progress=False)
         for name, item in sounds:
             seconds = files.probes[paths[item.path], "audio"].seconds or 0
-            if problem := published.cut_off(_processor(base), range(round(seconds * RATE))):
-                problems[name] = f"{item.path} {problem}"
+            if problem := published.cut_off(_processor(base, version), range(round(seconds * RATE))):
+                problems[f"{slot}/{split}", name] = f"{item.path} {problem}"
     return problems

@@ -138,6 +138,8 @@ def mask_path(slot: str | Slot, record: Record) -> str:
     frame = PurePosixPath(media_paths(slot, record)[0].path)
     clip, referring = frame.parent.parent, slot.kind == "referring"
     number = str(required(slot, record, "fid")) if referring else "0"
+    if not number.isdigit():
+        number = str(whole(number))  # 1.0, as tables write a whole number
     if not (number.isascii() and number.isdigit()):
         raise field_error(slot, record, "fid", "give the number of the thing")
     if frame.parent.name != "frames" or (referring and clip.parent.name != "media"):

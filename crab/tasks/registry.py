@@ -171,6 +171,6 @@ def get_slot(name: str | Slot) -> Slot:
         return name
     if name not in SLOTS:
         near = difflib.get_close_matches(str(name), SLOTS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise ValueError(f"unknown slot '{name}'{hint} Known slots: {', '.join(SLOTS)}")
     return SLOTS[name]

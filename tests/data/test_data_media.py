@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from crab.data import media, probe
+from crab.data import containers, media, probe
 from crab.data.media import MediaError
 
 
@@ -206,7 +206,29 @@ def test_frames_that_no_other_needs_are_not_decoded(tmp_path, monkeypatch):
     assert len(set(decoded)) > 80
 
 
+@pytest.mark.parametrize(
+    ("rest", "cut"), [(b"", True), (bytes(4), True), (bytes(8), False), (bytes(7) + b"\x20", True)]
+)
+def test_a_box_with_a_long_length_ends_the_search(tmp_path, rest, cut):
+    """Of 64 bits, behind the name: absent, cut, 0 or beyond the end."""
+    path = tmp_path / "v.mp4"
+    path.write_bytes(b"\0\0\0\x10ftypisom\0\0\2\0" + b"\0\0\0\1mdat" + rest)
+    assert containers._box_cut(path) is cut
+
+
 # ---------------------------------------------------------------- sound, images, masks
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x80000000, 0xFFFFFFFF])
+def test_a_wav_whose_writer_could_not_seek_is_whole_and_half_a_wav_is_not(tmp_path, size):
+    soundfile.write(tmp_path / "a.wav", tone(10), 16000)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    (tmp_path / "half.wav").write_bytes(content[: len(content) // 2])
+    content[4:8], content[40:44] = struct.pack("<I", min(size + 36, 0xFFFFFFFF)), struct.pack("<I", size)
+    (tmp_path / "open.wav").write_bytes(content)
+    assert media.read_audio(tmp_path / "open.wav").shape == (160000,)
+    with pytest.raises(MediaError, match="is truncated: it ends before the 10.0 s that it promises"):
+        media.read_audio(tmp_path / "half.wav")
 
 
 @pytest.mark.parametrize("suffix, floor", [(".wav", 60), (".mp3", 20)])

@@ -110,6 +110,10 @@ def refused(base, message, **choices):
         (dict(target_modules=["gate_proj"]), "'gate_proj'.*not found"),
         (dict(target_modules=["up", "gate_proj"]), "`target_modules` entry 'gate_proj' matches no module"),
         (dict(target_modules=["up"], exclude_modules=["up"]), "No modules were targeted.*excluded"),
+        (dict(exclude_modules=["attn"]), "`exclude_modules` entry 'attn' matches no module"),
+        (dict(exclude_modules=r".*layers\.9\..*"), r"`exclude_modules` entry .* matches no module"),
+        (dict(rank_pattern={"*up": 4}), r"`rank_pattern` is not a valid regular expression: '\*up'"),
+        (dict(alpha_pattern={"(up": 4}), r"`alpha_pattern` is not a valid regular expression: '\(up'"),
         (dict(rank_pattern={"gate_proj": 4}), "`rank_pattern` entry 'gate_proj' matches no adapted module"),
         (dict(alpha_pattern={"embed": 4}), "`alpha_pattern` entry 'embed' matches no adapted module"),
         (

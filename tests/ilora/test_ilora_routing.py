@@ -322,7 +322,7 @@ def test_static_lora_equals_the_adapter_with_these_weights(choices, fold, rank, 
     before = logits(model.eval())
     with fixed_routing(model, FIXED):
         expected = logits(model)
-    lora, state = to_static(model, FIXED, tmp_path, fold=fold)
+    lora, state = to_static(nn.DataParallel(model), FIXED, tmp_path, fold=fold)
     assert torch.equal(logits(model), before) and not torch.allclose(before, expected)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path)
     assert isinstance(loaded.peft_config["default"], LoraConfig) and lora.r == rank

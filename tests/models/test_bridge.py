@@ -103,7 +103,7 @@ def test_the_loss_of_a_batch_is_that_of_its_samples_with_features_shown_or_embed
             torch.testing.assert_close(batches.answer_loss(model, batch)[0], sum(rows) / 5)
 
 
-def test_a_saved_bridge_is_the_bridge_and_only_names_its_language_model(pair, tmp_path):
+def test_a_saved_bridge_is_the_bridge_and_only_names_its_language_model(pair, tmp_path, monkeypatch):
     model, processor = pair
     bridge.save(tmp_path, model, processor)
     again, reader = checkpoint.load_base(tmp_path)
@@ -111,6 +111,9 @@ def test_a_saved_bridge_is_the_bridge_and_only_names_its_language_model(pair, tm
     assert protocol.model_of(tmp_path) is protocol.model_of(reader) is protocol.model_of(again) is bridge
     one, two = (prompts(p, "vai")[0] for p in (processor, reader))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: self)
+    assert checkpoint.load_model(tmp_path).dtype == torch.float32  # on a GPU as here: it is no published checkpoint
     from safetensors import safe_open
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -135,6 +138,9 @@ def test_the_plan_of_a_bridge_counts_what_is_there(pair, tmp_path):
 
 
 def test_what_cannot_be_read_is_named_with_its_fix(parts, tmp_path):
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text('{"model_type": "new"}', encoding="utf-8")
     for changes, problem in (
         ({"language": str(tmp_path)}, f"base.bridge.language is '{tmp_path}', and .*config.json is missing; give"),
         (
@@ -143,6 +149,9 @@ def test_what_cannot_be_read_is_named_with_its_fix(parts, tmp_path):
         ),
         ({"vision": parts["audio"]}, "base.bridge.vision is .*, a whisper model; give a CLIP or SigLIP model"),
         ({"audio": parts["vision"]}, "base.bridge.audio is .*, a clip model; give a Whisper model"),
+        ({"audio": str(unknown)}, "base.bridge.audio is .* cannot be read .*give the folder of a base"),
+        ({"language": str(unknown)}, "base.bridge.language is .* cannot be read "),
+        ({"projector": "mlp", "picture_tokens": 6, "words": 3}, "picture_tokens is 6: with 3 words .* 2 places"),
         ({"vision": str(tmp_path / "none")}, "base.bridge.vision is .* cannot be read .*give the folder of a base"),
     ):
         with pytest.raises(ValueError, match=problem):

@@ -65,6 +65,16 @@ def test_a_killed_one_goes_on(base, section):  # noqa: F811
     assert not list((folder.parent / "weaker").iterdir())
 
 
+def test_more_that_are_asked_for_after_a_kill_are_kept_too(base, section):  # noqa: F811
+    folder, on_the_way = base
+    killed = mock.Mock(wraps=curriculum.probe_accuracy, side_effect=[mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt])
+    with mock.patch.object(curriculum, "probe_accuracy", killed), pytest.raises(KeyboardInterrupt):
+        make(folder, section, [6], code=lambda name: "newer")  # after step 4, past the one that is asked for next
+    assert set(make(folder, section, [2, 6], code=lambda name: "newer")) == {2, 6}
+    model, _ = omni.load(checkpoint.weaker_folder(folder, 2))
+    assert all(torch.equal(value, on_the_way[2][name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("number", [3, 8, 0])
 def test_a_number_of_steps_at_which_nothing_can_be_kept_is_named(base, section, number):  # noqa: F811
     with pytest.raises(ValueError, match=rf"base.weaker: {number} cannot be kept; give multiples of .*\(2\)"):

@@ -1,5 +1,8 @@
 """Encoding real files of a small world, and reading the result back."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -232,7 +235,7 @@ def test_damaged_records_are_skipped_and_counted_or_stop_the_stage(world, base, 
     short = rows[0]["media"][0]._replace(path=str(tmp_path / "short.mp4"))
     (tmp_path / "short.mp4").write_bytes(b"no clip")
     bad = [{**rows[0], "media": [short, rows[0]["media"][1]]}, rows[1]]
-    monkeypatch.setattr(encode, "_records", lambda root, slot, split: bad if split == "train" else rows)
+    monkeypatch.setattr(encode, "_records", lambda root, slot, split, version: bad if split == "train" else rows)
     with pytest.raises(RuntimeError, match="cremad/train, shard 0 failed: .*short.mp4"):
         encode_all(world, ["cremad"], base, tmp_path / "out", workers=1)
     counts = encode_all(world, ["cremad"], base, tmp_path / "out", workers=1, on_problem="skip")
@@ -240,11 +243,27 @@ def test_damaged_records_are_skipped_and_counted_or_stop_the_stage(world, base, 
     (entry,) = Shards(tmp_path / "out" / "cremad" / "train").skipped()
     assert entry["id"] == rows[0]["id"] and "short.mp4" in entry["problem"]
     assert read_slot(tmp_path / "out", "cremad", "train").ids == [rows[1]["id"]]
+    with pytest.raises(RuntimeError, match="cremad/train, shard 0 failed: .*short.mp4"):  # not the shard without it
+        encode_all(world, ["cremad"], base, tmp_path / "out", workers=1)
     bad[1] = bad[0]
     with pytest.raises(ValueError, match="cremad/train: all 2 records were skipped"):
         encode_all(world, ["cremad"], base, tmp_path / "none", workers=1, on_problem="skip")
     with pytest.raises(ValueError, match="shared.on_problem is 'drop'; choose one of error, skip"):
         encode_all(world, ["cremad"], base, tmp_path / "none", workers=1, on_problem="drop")
+
+
+def test_records_that_changed_are_read_again_in_the_same_process(world, base, tmp_path):
+    root = tmp_path / "world"
+    shutil.copytree(world / "AVUIE_2/cremad", root / "AVUIE_2/cremad")
+    records.write_manifest(root)
+    encode_all(root, ["cremad"], base, tmp_path / "out", workers=1)
+    path = root / tasks.json_path("cremad", "test")
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows[0]["id"] = "renamed"
+    write_json(path, rows)
+    records.write_manifest(root)
+    encode_all(root, ["cremad"], base, tmp_path / "out", workers=1)
+    assert read_slot(tmp_path / "out", "cremad", "test").ids[0] == "renamed"
 
 
 def test_without_cached_features_samples_are_decoded_when_they_are_read(world, base, tmp_path):

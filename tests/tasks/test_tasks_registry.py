@@ -53,6 +53,7 @@ def test_the_number_of_a_frame_is_whole():
 
 def test_masks_of_ref_avs_lie_in_another_folder():
     assert tasks.mask_path("ref_avs", FRAME) == "AVUIE_2/ref_avs/gt_mask/c/fid_2/00007.png"
+    assert tasks.mask_path("ref_avs", FRAME | {"fid": 2.0}) == tasks.mask_path("ref_avs", FRAME)
     deep = FRAME | {"visual_path": "REFAVS/media/c/frames/0.jpg", "fid": "0"}
     assert tasks.mask_path("ref_avs", deep) == "AVUIE_2/ref_avs/REFAVS/gt_mask/c/fid_0/00000.png"
     train = {"image_path": "media/c/frames/3.jpg", "audio_path": "media/c/audio.wav", "fid": 1, "idx": 3}
@@ -62,7 +63,7 @@ def test_masks_of_ref_avs_lie_in_another_folder():
 @pytest.mark.parametrize(
     ("slot", "field", "values", "message"),
     [
-        ("ref_avs", "fid", ["../1", -1], "'fid' is .*; give the number"),
+        ("ref_avs", "fid", ["../1", -1, 1.5], "'fid' is .*; give the number"),
         ("ref_avs", "visual_path", ["c/frames/0.jpg", "0.jpg", "media/c/0.jpg"], "must be media/<clip>/frames/"),
         ("s4", "visual_path", ["0.jpg", "c/0.jpg", "c/Frames/0.jpg"], "must be <clip>/frames/"),
         ("ms3", "frame_idx", ["first"], "frame_idx"),

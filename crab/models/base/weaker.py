@@ -91,7 +91,7 @@ def make_weaker(
             _share(part, Path(base))
             write_json(part / RECORD, report)
 
-    unfinished = Path(phases) / f"weaker-{digest_of(decides)}.unfinished"
+    unfinished = Path(phases) / f"weaker-{digest_of([*decides, sorted(steps)])}.unfinished"  # on its way it keeps these
     curriculum.train_language_model(
         model, processor, learned, held_out, plan, seed, unfinished, keep=keep, until=max(missing)
     )
