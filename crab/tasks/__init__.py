@@ -4,7 +4,7 @@ This room needs NumPy and ruamel.yaml, no torch, and nothing else of crab. `regi
 words that the model is asked in. `labels`, `temporal` and `segmentation` hold the kinds of answers: grammar, truth and
 metrics together. `answers` has their base class and reads tagged text. `fields` knows what a record holds.
 
-To add a data set, add an entry to `registry.SLOTS`, and its question to ``prompts.yaml``. Its fields are text unless
+To add a data set, add an entry to `registry._ENTRIES`, and its question to ``prompts.yaml``. Its fields are text unless
 `fields.FIELD_TYPES` names them. If no kind of answer fits, write a subclass of `answers.Kind` and add it to
 :data:`KINDS`.
 
@@ -97,7 +97,7 @@ def truth(slot: str | Slot, record: Record) -> Any:
 
 
 def agree(slot: str | Slot, one: Any, other: Any) -> bool:
-    """Whether two answers, or an answer and a truth, are the same to the scorer."""
+    """Whether two answers, or an answer and a truth, say the same, in the same order."""
     kind = KINDS[get_slot(slot).kind]
     return kind.compared(one) == kind.compared(other)
 
@@ -165,7 +165,10 @@ def score(
 
 
 def chance(slot: str | Slot, records: Sequence[Record], *, masks: Masks | None = None) -> float:
-    """The primary metric of the best constant answer, chosen by the truths of the test records."""
+    """The primary metric of the best constant answer among those that the kind tries, chosen by the test records.
+
+    For labels and for one event these are all; for boxes, masks and LLP others may be a little better.
+    """
     slot = _benchmark(slot, records, masks)
     return KINDS[slot.kind].chance(slot, records, masks)
 

@@ -94,7 +94,7 @@ class Kind:
     * `parse(text, record)`: what an answer says, of the type of a truth; None if it says nothing definite. The record
       is None, or the one that was asked about: a letter means one of its choices;
     * `measure(slot, records, answers, masks)`: the metrics and the score of each sample, whose mean is the primary one;
-    * `chance(slot, records, masks)`: the primary metric of the best constant answer.
+    * `chance(slot, records, masks)`: the primary metric of the best constant answer that it tries.
     """
 
     tags: ClassVar[tuple[str, ...]] = ()

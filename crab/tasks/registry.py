@@ -1,6 +1,6 @@
 """The slots of AV-UIE v2, one entry per data set.
 
-To add a data set, add a :class:`Slot` to :data:`SLOTS`, and its question to ``prompts.yaml``.
+To add a data set, add a :class:`Slot` to `_ENTRIES`, and its question to ``prompts.yaml``.
 """
 
 import difflib

@@ -259,6 +259,14 @@ def test_avvp_by_hand():
     assert score("avvp", [truth], [text])["metrics"] == pytest.approx(expected)
 
 
+def test_avvp_nothing_there_has_a_bare_answer_that_says_so():
+    record = {"label_content": "I hear nothing and I see nothing."}
+    text = tasks.target("avvp", record, "bare")
+    assert (
+        text == "<audio></audio> <visual></visual>" and tasks.parse("avvp", text) == tasks.truth("avvp", record) == ()
+    )
+
+
 def test_avvp_nothing_there_and_nothing_said_counts_one_but_not_for_an_unreadable_answer():
     assert set(score("avvp", [HEARD], ["<audio>bell,(0 4)</audio>"])["metrics"].values()) == {1.0}
     metrics = score("avvp", [HEARD, HEARD], ["<audio>drum,(0 4)</audio>", "silence"])["metrics"]

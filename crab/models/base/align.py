@@ -21,7 +21,7 @@ from tqdm import tqdm
 from crab.core.files import atomic_file, digest_of, read_json
 from crab.models import bridge, encoders
 from crab.models.base import curriculum, probes, words
-from crab.models.base.bank import Bank, round_trip
+from crab.models.base.bank import Bank, Clips, round_trip
 from crab.models.base.packing import BLANK, Packer, Row, visible
 from crab.models.base.train import STORED_AS
 from crab.models.batches import media_mask
@@ -55,14 +55,8 @@ class BridgeBank(Bank):
         return {kind: torch.cat(values) for kind, values in parts.items()}
 
 
-class _Clips(torch.utils.data.Dataset):
+class _Clips(Clips):
     """What the encoders read of each scene: the clip and its sound, and one second of both."""
-
-    def __init__(self, processor, scenes, seconds, through_files):
-        self.processor, self.scenes, self.seconds, self.through_files = processor, scenes, seconds, through_files
-
-    def __len__(self):
-        return len(self.scenes)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         scene, second, rate = self.scenes[i], int(self.seconds[i]), encoders.RATE

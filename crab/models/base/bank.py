@@ -38,7 +38,7 @@ class Bank:
             self.tokens = self._encoded(model, processor, through_files, workers)
 
     def _encoded(self, model, processor, through_files: bool, workers: int) -> dict[str, torch.Tensor]:
-        clips = _Clips(processor, self.scenes, self.seconds, through_files)
+        clips = Clips(processor, self.scenes, self.seconds, through_files)
         loader = torch.utils.data.DataLoader(clips, batch_size=16, num_workers=workers, collate_fn=_join)
         parts: dict[str, list[torch.Tensor]] = {k: [] for k in ("video", "audio", "image", "second")}
         for patches, index, mel, mel_of_second in tqdm(loader, desc="encoding scenes", mininterval=5):
@@ -50,7 +50,7 @@ class Bank:
         return {kind: torch.cat(values) for kind, values in parts.items()}
 
 
-class _Clips(torch.utils.data.Dataset):
+class Clips(torch.utils.data.Dataset):
     """What the encoders read of each scene: pairs of frames, which pair stands where, and two spectrograms."""
 
     def __init__(self, processor, scenes, seconds, through_files):
