@@ -244,9 +244,6 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for point in values["strength"]["as_many_steps"]:
         if point["steps"] not in values["strength"]["steps"] or point["rank"] not in values["strength"]["ranks"]:
             yield "strength.as_many_steps", f"holds {point}, which is no point of strength.steps and strength.ranks"
-    for slot in values["encode"]["slots"] or ():
-        if slot not in (values["build"]["slots"] or SLOTS):
-            yield "encode.slots", f"holds {slot}, which build.slots does not build; add it there"
     if values["base"]["bridge"] and values["base"]["checkpoint"]:
         yield "base.checkpoint", "is set beside base.bridge, which makes another base; set one of them to null"
     for name, method in values["train"]["methods"].items():

@@ -126,14 +126,6 @@ def test_a_misspelt_name_is_told_with_the_nearest(loaded, old, new):
         resolve("tinny")
 
 
-def test_slots_are_encoded_only_if_they_are_built(loaded):
-    change(loaded, "build.slots", ["ave"])
-    assert resolve()["encode"]["slots"] is None
-    change(loaded, "encode.slots", ["ave", "ks"])
-    with pytest.raises(ValueError, match="encode.slots holds ks, which build.slots does not build; add it there"):
-        resolve()
-
-
 def test_an_empty_profile_is_the_default(loaded):
     change(loaded, "profiles.smoke", None)
     assert resolve("smoke") == {**resolve(), "profile": "smoke"}
