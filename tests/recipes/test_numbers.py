@@ -142,3 +142,14 @@ def test_the_pretrained_language_model():
     rows = [metrics[family] for family in ROWS.values()]
     assert all(f"of the {row['slots_counted']} slots" in text and row["seeds"] == 1 for row in rows)
     assert "rank 4, one seed" in text and "(one seed, six slots)" in text_of("README.md")
+
+
+def test_how_many_statements_are_true_in_the_reasons_of_i_lora():
+    shares, text = {}, text_of("reports/README.md")
+    for profile in ("bridge", "study"):
+        with (REPORTS / profile / "evaluate/faithfulness.csv").open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["measure"] == "statements true"]
+        shares[profile] = {r["slot"]: float(r["value"]) for r in rows if r["family"] == ROWS["I-LoRA + reasoning"]}
+    own, small = shares["bridge"], [shares["study"][slot] for slot in shares["bridge"]]
+    assert len(small) == 9 and f"[{min(own.values()):.0%} to {max(own.values()):.0%} are".replace("%", " %") in text
+    assert f"of the small base's, {min(small):.0%} to {max(small):.0%}".replace("%", " %") in text
