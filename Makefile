@@ -46,7 +46,7 @@ study: $(READY) ## the same, for hours: first the main result, then the rest; st
 strength: $(READY) ## bases of four strengths, three ranks: a day on two cores; stopped, it goes on where it was
 	@$(BIN)/python -m crab.pipeline choose $@
 	$(BIN)/dvc repro strength@strength
-	$(BIN)/python -m crab.pipeline report --profile strength
+	$(BIN)/python -m crab.pipeline report --profile strength tiny study bridge # all show its figure
 
 bridge: $(READY) ## another kind of model, SmolLM2 behind projectors: hours; stopped, it goes on where it was
 	$(BIN)/pip install -q -c constraints.txt -e '.[smollm]'

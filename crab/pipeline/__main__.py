@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("resolve", help="check everything and write what each stage depends on")
     commands.add_parser("run", help="execute the notebook of a stage").add_argument("stage")
     commands.add_parser("page", help="execute a notebook that is no stage").add_argument("notebook")
-    commands.add_parser("report", help="render the report from executed notebooks").add_argument("--profile")
+    commands.add_parser("report", help="render the report from executed notebooks").add_argument("--profile", nargs="+")
     plan = commands.add_parser("plan", help="print what training takes; fail if it does not fit")
     plan.add_argument("--profile")
     for name, unit in MACHINE.items():
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
             case "report":
                 from crab.pipeline import report
 
-                print(report.write(folder, options.profile or params.load(folder)["profile"]))
+                for profile in options.profile or [params.load(folder)["profile"]]:
+                    print(report.write(folder, profile))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from PIL import Image
 from toys import PIXEL, REPOSITORY, code
 
-from crab.pipeline import front, outputs, report
+from crab.pipeline import front, outputs, params, report
 
 OPENING = "# Toy: does it help?\n\n**Question.** Is it so?\n\nHow it is done.\n\n**Bad news would be** no."
 BYTES = base64.b64decode(PIXEL)
@@ -53,8 +54,15 @@ def written(repository):
     return repository / "reports/tiny"
 
 
-def text_of(html):
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+@pytest.mark.parametrize("profile", ["tiny", "study", "bridge"])
+def test_the_front_pages_in_git_show_what_strength_says_now(profile):
+    _, entry = report._everywhere(REPOSITORY, params.notebooks(REPOSITORY))
+    index = html.unescape(text_of((REPOSITORY / "reports" / profile / "index.html").read_text(encoding="utf-8")))
+    assert front.sentences(entry.answer).replace("**", "") in index
+
+
+def text_of(page):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
 
 
 def test_a_page_opens_with_what_it_asks_what_came_out_and_what_would_be_bad_news(written):

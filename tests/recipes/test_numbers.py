@@ -72,8 +72,8 @@ ROWS = {
 }
 
 
-def study(stage: str) -> dict:
-    return json.loads((REPORTS / "study" / stage / "metrics.json").read_text(encoding="utf-8"))
+def study(stage: str, profile: str = "study") -> dict:
+    return json.loads((REPORTS / profile / stage / "metrics.json").read_text(encoding="utf-8"))
 
 
 def interval(row: dict) -> str:
@@ -81,13 +81,13 @@ def interval(row: dict) -> str:
     return f"{short(row['mean_difference'])} ({short(low)} to {short(high)})"
 
 
+@pytest.mark.parametrize("profile, size", [("study", r"[\d.]+ x \|"), ("bridge", "")])
 @pytest.mark.parametrize("words", ROWS)
-def test_the_table_of_the_main_result(words):
-    metrics = study("transfer")
+def test_the_tables_of_both_kinds_of_model(words, profile, size):
+    metrics = study("transfer", profile)
     row, rival = metrics[ROWS[words]], metrics["against_rival"].get(ROWS[words])
-    (line,) = re.findall(
-        rf"^\| {re.escape(words)} \| [\d.]+ x \|(.*)\|$", (REPORTS / "README.md").read_text(encoding="utf-8"), re.M
-    )
+    text = (REPORTS / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^\| {re.escape(words)} \| {size} ?(\d+ / \d+ / \d+ \|[^/]*)\|$", text, re.M)
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[:2] == [f"{row['gain']} / {row['tie']} / {row['loss']}", interval(row)]
     assert cells[2] == (interval(rival) if rival else "")
@@ -138,9 +138,18 @@ def test_rank_one_on_bases_of_four_strengths():
 
 
 def test_the_pretrained_language_model():
-    metrics = json.loads((REPORTS / "bridge/transfer/metrics.json").read_text(encoding="utf-8"))
-    one, sized, routed = (metrics[ROWS[name]] for name in ("LoRA", "LoRA of I-LoRA's size", "I-LoRA"))
-    counts = [f"{row['gain']} / {row['tie']} / {row['loss']}" for row in (one, sized, routed)]
-    text = text_of("reports/README.md")
-    assert "joint LoRA {}, LoRA of I-LoRA's size {}, I-LoRA {}".format(*counts) in text
-    assert f"of the {one['slots_counted']} slots" in text and one["seeds"] == 1 and "one seed" in text
+    metrics, text = study("transfer", "bridge"), text_of("reports/README.md")
+    rows = [metrics[family] for family in ROWS.values()]
+    assert all(f"of the {row['slots_counted']} slots" in text and row["seeds"] == 1 for row in rows)
+    assert "rank 4, one seed" in text and "(one seed, six slots)" in text_of("README.md")
+
+
+def test_how_many_statements_are_true_in_the_reasons_of_i_lora():
+    shares, text = {}, text_of("reports/README.md")
+    for profile in ("bridge", "study"):
+        with (REPORTS / profile / "evaluate/faithfulness.csv").open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["measure"] == "statements true"]
+        shares[profile] = {r["slot"]: float(r["value"]) for r in rows if r["family"] == ROWS["I-LoRA + reasoning"]}
+    own, small = shares["bridge"], [shares["study"][slot] for slot in shares["bridge"]]
+    assert len(small) == 9 and f"[{min(own.values()):.0%} to {max(own.values()):.0%} are".replace("%", " %") in text
+    assert f"of the small base's, {min(small):.0%} to {max(small):.0%}".replace("%", " %") in text
