@@ -208,9 +208,8 @@ class _Walk:
         words = f"no slot has this name, so nothing in it is read; known: {', '.join(tasks.SLOTS)}"
         for folder in sorted((self.lists.root / tasks.FOLDER).iterdir()):
             lists = [folder / f"{split}.json" for split in tasks.SPLITS]
-            if folder.name not in tasks.SLOTS and any(
-                map(os.path.isfile, lists)
-            ):  # which a locked folder does not stop
+            # unlike Path.is_file, this does not stop at a folder that may not be read
+            if folder.name not in tasks.SLOTS and any(map(os.path.isfile, lists)):
                 self.note(("", ""), "stranger", words, f"{tasks.FOLDER}/{folder.name}")
 
     # ------------------------------------------------------------ verdicts
