@@ -25,6 +25,7 @@ VERDICTS = {"gain": "#2b8a4b", "tie": "#9a9a9a", "loss": "#c0392b", "at chance":
 #: Name for readers and colour by family of runs. The same on every page, and told apart by colour-blind readers.
 FAMILIES = {
     "single-lora-bare": ("single-task LoRA", "#767676"),
+    "single-lora-explicit": ("single-task LoRA + reasoning", "#404040"),
     "joint-lora-bare": ("joint LoRA", "#e69f00"),
     "joint-lora-explicit": ("joint LoRA + reasoning", "#b87800"),
     "joint-lora_matched-bare": ("joint LoRA, I-LoRA's size", "#56b4e9"),
