@@ -191,13 +191,13 @@ def kill(job, folder, victim, when, later):
 
 @pytest.fixture
 def long(store, cell, tmp_path):
-    """By name, a store and a cell that trains for half a minute, on two processes with a checkpoint every second."""
+    """By name, a store and a cell that trains for 10 to 60 s, on two processes with a checkpoint every second."""
 
     def make(name, **fields):
         hardware = replace(TWO, loaders=1, save_minutes=0.01, **fields)
         here = replace(store, hardware=hardware, cells=tmp_path / name, ledger=tmp_path / f"{name}.xz")
         dropout = {"r": 2, "lora_alpha": 4, "num_heads": 2, "lora_dropout": 0.1}
-        (keyed,) = here.keyed([cell("joint-ilora-bare", "ilora", passes=20, options=dropout)])
+        (keyed,) = here.keyed([cell("joint-ilora-bare", "ilora", passes=40, options=dropout)])
         return here, keyed
 
     return make
@@ -216,7 +216,7 @@ def test_killed_it_goes_on_to_the_same_adapter(long, tmp_path):
         assert kill(job, folder, victim, when, later), f"it ended before {victim} was killed, {when}"
         assert (folder / "adapter" / RECORD).exists() or newest(folder) >= before
     record = read_json(folder / "adapter" / RECORD)
-    assert record["resumed_from"] >= before > 0 and record["steps"] == 80
+    assert record["resumed_from"] >= before > 0 and record["steps"] == 160
     here.run([keyed], "test", need="answers")
     ours, expected = weights(here, keyed), weights(whole, keyed)
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
