@@ -26,6 +26,11 @@ def text_of(name: str) -> str:
     return re.sub(r"\s+", " ", (REPOSITORY / name).read_text(encoding="utf-8").replace("\n> ", " "))
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def short(value: float, digits: int = 3) -> str:
     """As the findings write it: +.026."""
     return f"{value:+.{digits}f}".replace("0.", ".", 1)
@@ -50,8 +55,7 @@ def measured() -> set[tuple[str, str, str]]:
     """All means with intervals that a file in reports holds, as the findings write them."""
     known = [t for path in REPORTS.rglob("*.json") for t in triples(json.loads(path.read_text(encoding="utf-8")))]
     for path in REPORTS.rglob("*.csv"):
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = rows_of(path)
         for keys in (("mean", "low", "high"), ("difference", "low", "high"), ("mean", "mean_low", "mean_high")):
             known += [tuple(float(row[key]) for key in keys) for row in rows if all(row.get(key) for key in keys)]
     return {tuple(map(short, triple)) for triple in known}
@@ -72,7 +76,7 @@ ROWS = {
 }
 
 
-def study(stage: str, profile: str = "study") -> dict:
+def metrics_of(stage: str, profile: str = "study") -> dict:
     return json.loads((REPORTS / profile / stage / "metrics.json").read_text(encoding="utf-8"))
 
 
@@ -84,7 +88,7 @@ def interval(row: dict) -> str:
 @pytest.mark.parametrize("profile, size", [("study", r"[\d.]+ x \|"), ("bridge", "")])
 @pytest.mark.parametrize("words", ROWS)
 def test_the_tables_of_both_kinds_of_model(words, profile, size):
-    metrics = study("transfer", profile)
+    metrics = metrics_of("transfer", profile)
     row, rival = metrics[ROWS[words]], metrics["against_rival"].get(ROWS[words])
     text = (REPORTS / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(rf"^\| {re.escape(words)} \| {size} ?(\d+ / \d+ / \d+ \|[^/]*)\|$", text, re.M)
@@ -94,7 +98,7 @@ def test_the_tables_of_both_kinds_of_model(words, profile, size):
 
 
 def test_what_the_front_page_says():
-    metrics, text = study("transfer"), text_of("README.md")
+    metrics, text = metrics_of("transfer"), text_of("README.md")
     joint = metrics["joint-lora-bare"]
     count = joint["slots_counted"]
     assert f"joint LoRA loses on {joint['loss']} of {count} slots and gains on {joint['gain']}" in text
@@ -105,7 +109,7 @@ def test_what_the_front_page_says():
 
 
 def test_shares_and_mechanism_in_the_findings():
-    text, transfer, mechanism = text_of("reports/README.md"), study("transfer"), study("mechanism")
+    text, transfer, mechanism = text_of("reports/README.md"), metrics_of("transfer"), metrics_of("mechanism")
     for family, name, form in (
         ("joint-lora-bare", "negative_rate", "({:.0f} %, {:.0f} % to {:.0f} %; the paper: nearly 55 %)"),
         ("joint-ilora-explicit", "positive_rate", "{:.0f} % ({:.0f} % to {:.0f} %; the paper: nearly 88 %)"),
@@ -120,8 +124,8 @@ def test_shares_and_mechanism_in_the_findings():
 
 
 def test_rank_one_on_bases_of_four_strengths():
-    with (REPORTS / "strength/strength/points.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["rank"] == "1" and row["other"] == "single-task LoRA"]
+    rows = rows_of(REPORTS / "strength/strength/points.csv")
+    rows = [row for row in rows if row["rank"] == "1" and row["other"] == "single-task LoRA"]
     front, findings = text_of("README.md"), text_of("reports/README.md")
     for one, name, verb in (
         ("joint LoRA", "joint LoRA", "joint LoRA loses on {}"),
@@ -138,7 +142,7 @@ def test_rank_one_on_bases_of_four_strengths():
 
 
 def test_the_pretrained_language_model():
-    metrics, text = study("transfer", "bridge"), text_of("reports/README.md")
+    metrics, text = metrics_of("transfer", "bridge"), text_of("reports/README.md")
     rows = [metrics[family] for family in ROWS.values()]
     assert all(f"of the {row['slots_counted']} slots" in text and row["seeds"] == 1 for row in rows)
     assert "rank 4, one seed" in text and "(one seed, six slots)" in text_of("README.md")
@@ -147,8 +151,8 @@ def test_the_pretrained_language_model():
 def test_how_many_statements_are_true_in_the_reasons_of_i_lora():
     shares, text = {}, text_of("reports/README.md")
     for profile in ("bridge", "study"):
-        with (REPORTS / profile / "evaluate/faithfulness.csv").open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["measure"] == "statements true"]
+        rows = rows_of(REPORTS / profile / "evaluate/faithfulness.csv")
+        rows = [row for row in rows if row["measure"] == "statements true"]
         shares[profile] = {r["slot"]: float(r["value"]) for r in rows if r["family"] == ROWS["I-LoRA + reasoning"]}
     own, small = shares["bridge"], [shares["study"][slot] for slot in shares["bridge"]]
     assert len(small) == 9 and f"[{min(own.values()):.0%} to {max(own.values()):.0%} are".replace("%", " %") in text
