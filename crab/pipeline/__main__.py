@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("run", help="execute the notebook of a stage").add_argument("stage")
     commands.add_parser("page", help="execute a notebook that is no stage").add_argument("notebook")
     commands.add_parser("report", help="render the report from executed notebooks").add_argument("--profile", nargs="+")
+    accept = commands.add_parser("accept", help="let changed code count as older code, whose results it gives")
+    accept.add_argument("revision", help="of git, e.g. HEAD: the code that made the results")
+    accept.add_argument("why", help="how you know that the results are the same")
     plan = commands.add_parser("plan", help="print what training takes; fail if it does not fit")
     plan.add_argument("--profile")
     for name, unit in MACHINE.items():
@@ -69,6 +72,15 @@ def main(arguments: list[str] | None = None) -> None:
 
                 stage.show_output()
                 print(stage.run_alone(folder, options.notebook))
+            case "accept":
+                from crab.pipeline.accept import accept
+
+                changed = accept(folder, options.revision, options.why)
+                print(
+                    f"count as the code of {options.revision}:",
+                    *(changed or ["nothing; no result would be stale"]),
+                    sep="\n",
+                )
             case "plan":
                 from crab.pipeline.plan import plan_of, text
 

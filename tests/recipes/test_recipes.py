@@ -43,7 +43,7 @@ def follow(folder: Path, script: str, **variables: str) -> str:
 
 def test_no_recipe_is_long():
     names = re.findall(r"^### (.+)", RECIPES, re.MULTILINE)
-    assert len(names) == 9
+    assert len(names) == 10
     for name in names:
         assert sum(len(source.splitlines()) for _, source in blocks(name)) <= 12, name
 
@@ -104,6 +104,17 @@ def test_an_option_of_the_adapter_is_added(tmp_path):
         "print([m.base_model.model[0].scaling['default'] for m in made])"
     )
     assert sh(folder, "python", "-c", doubled) == "[1.0, 2.0]\n"
+
+
+def test_code_is_tidied(tmp_path):
+    folder = clone(tmp_path)
+    digest = "from crab.core.code import code_digest; print(code_digest('crab.models.base.train'))"
+    before = sh(folder, "python", "-c", digest)
+    with (folder / "crab/models/omni.py").open("a", encoding="utf-8") as file:
+        file.write("\n\nNOTHING_READS_THIS = 1\n")
+    changed = sh(folder, "python", "-c", digest)
+    assert "crab.models.base.train" in follow(folder, bash("Tidy code without training again"))
+    assert changed != before == sh(folder, "python", "-c", digest)
 
 
 @pytest.fixture(scope="module")

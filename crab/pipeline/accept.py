@@ -1,0 +1,63 @@
+"""State that code gives the same results as before it was changed, so that these still count.
+
+Keys of results hold digests of the code that decides them. A renamed variable changes the digest, and everything would
+be trained again. Like `dvc commit` for stages, this is a statement of the user, and nothing checks it. It stands in
+``crab/core/accepted.json``, which belongs into the commit of the change.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from crab.core.code import ACCEPTED, digest_in, own_digest
+from crab.core.files import read_json, write_json
+from crab.models.protocol import MODELS
+from crab.samples.encode import ENCODING
+from crab.study.store import ANSWERING, PROMPTS, REASONING, SCORING, TRAINING
+
+#: What makes the bases.
+BASES = ("perception", "train", "weaker", "align")
+
+
+def keyed_modules() -> list[tuple[str, ...]]:
+    """Each set of modules whose digest is part of a key."""
+    with_model = (ENCODING, TRAINING, (*TRAINING, *PROMPTS), ANSWERING)
+    sets = [(*names, entry.module) for entry in MODELS for names in with_model]
+    bases = [(f"crab.models.base.{name}",) for name in BASES]
+    return [*sets, SCORING, (*SCORING, *REASONING), *bases, ("crab.models.bridge",)]
+
+
+def accept(folder: Path, revision: str, why: str) -> list[str]:
+    """Let the code in ``folder`` count as that of a git ``revision``, and return the sets of modules that changed.
+
+    Raises:
+        ValueError: git does not know the revision, or no reason is given.
+    """
+    if not why.strip():
+        raise ValueError("accept: say why the results are the same, e.g. 'names only; two cells trained by both agree'")
+    archive = subprocess.run(["git", "archive", revision, "crab"], cwd=folder, capture_output=True)
+    if archive.returncode:
+        raise ValueError(f"accept: git has no code of '{revision}' ({archive.stderr.decode().strip()}); see `git log`")
+    path = folder / ACCEPTED
+    known, changed = read_json(path) if path.is_file() else {}, []
+    accepted = {}  # of the code as it is now; git keeps the older statements
+    with TemporaryDirectory() as older:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(older, filter="data")
+        for names in keyed_modules():
+            now = own_digest(folder, names)
+            try:
+                then = digest_in(Path(older), names)
+            except ValueError:  # a module that is new: nothing was made with it
+                continue
+            if then != digest_in(folder, names):
+                changed.append(" ".join(names))
+                accepted[now] = {"modules": " ".join(names), "counts_as": then, "why": why.strip()}
+            elif now in known:
+                accepted[now] = known[now]
+    write_json(path, accepted)
+    return changed
