@@ -115,7 +115,7 @@ class Events(Kind):
         events = [self._event(a.inside, b.inside) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
         return None if None in events else tuple(events)
 
-    def compared(self, answer: Sequence[EventRange] | None) -> Sequence[EventRange] | None:
+    def compared(self, answer: Sequence[NamedTuple] | None) -> Sequence[NamedTuple] | None:
         return answer and tuple(event._replace(event=same(event.event)) for event in answer)
 
     def _event(self, name: str, inside: str) -> EventRange | None:
@@ -144,6 +144,7 @@ class Parsing(Kind):
 
     tags = ("audio", "visual")
     example = f"events such as <audio>bell,(2 6)</audio>, whole seconds 0 <= start < end <= {SEGMENTS}"
+    compared = Events.compared
     metrics = [f"{level}_{kind}" for level in ("segment", "event") for kind in ("a", "v", "av", "type_av", "event_av")]
 
     def bare(self, text: str) -> str:
@@ -184,9 +185,6 @@ class Parsing(Kind):
                 return None
             events.append(ModalEvent(modality, event, int(start), int(end)))
         return events
-
-    def compared(self, answer: Sequence[ModalEvent] | None) -> Sequence[ModalEvent] | None:
-        return answer and tuple(event._replace(event=same(event.event)) for event in answer)
 
     def truth(self, slot: Slot, record: Record) -> tuple[ModalEvent, ...]:
         """The true events, from the answer, or from a field `event` that holds the tags."""
