@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TRUTHS, make_records, options
+from task_records import TRUTHS, make_records, options
 
 from crab import tasks
 

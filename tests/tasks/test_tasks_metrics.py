@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import MASKS, PROMPTS, box_mask, make_record, make_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as known
+from task_records import MASKS, PROMPTS, box_mask, make_record, make_records
 
 from crab import tasks
 from crab.tasks.segmentation import mask_scores

@@ -27,7 +27,7 @@ def quadrant(thing):
 
 
 def samples(slot, count=60):
-    for split in ("train", "test") if tasks.get_slot(slot).test else ("train",):
+    for split in tasks.get_slot(slot).splits:
         for index in range(count):
             yield split, index, view(slot, split, index, 3)
 
