@@ -138,12 +138,8 @@ def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, bframes):
 
 @pytest.mark.parametrize(
     "matrix, exif, sides",  # where the white left half and the black right half must appear
-    [
-        ((1, 0, 0, 1), 1, "left right"),
-        ((0, 1, -1, 0), 6, "top bottom"),
-        ((-1, 0, 0, -1), 3, "right left"),
-        ((0, -1, 1, 0), 8, "bottom top"),
-    ],
+    [((1, 0, 0, 1), 1, "left right"), ((0, 1, -1, 0), 6, "top bottom")]
+    + [((-1, 0, 0, -1), 3, "right left"), ((0, -1, 1, 0), 8, "bottom top")],
 )
 def test_pictures_that_are_marked_as_rotated_are_upright(tmp_path, matrix, exif, sides):
     picture = np.zeros((64, 128, 3), np.uint8)
@@ -206,9 +202,7 @@ def test_frames_that_no_other_needs_are_not_decoded(tmp_path, monkeypatch):
     assert len(set(decoded)) > 80
 
 
-@pytest.mark.parametrize(
-    ("rest", "cut"), [(b"", True), (bytes(4), True), (bytes(8), False), (bytes(7) + b"\x20", True)]
-)
+@pytest.mark.parametrize("rest, cut", [(b"", True), (bytes(4), True), (bytes(8), False), (bytes(7) + b"\x20", True)])
 def test_a_box_with_a_long_length_ends_the_search(tmp_path, rest, cut):
     """Of 64 bits, behind the name: absent, cut, 0 or beyond the end."""
     path = tmp_path / "v.mp4"
@@ -307,9 +301,8 @@ def test_an_error_names_file_fault_and_fix(tmp_path, read, name, fault, problem)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
     with pytest.raises(MediaError, match=fault) as caught:
         read(tmp_path / name)
-    assert (
-        re.match(rf"{re.escape(str(tmp_path / name))}: .+; .+", str(caught.value)) and caught.value.problem == problem
-    )
+    assert re.match(rf"{re.escape(str(tmp_path / name))}: .+; .+", str(caught.value))
+    assert caught.value.problem == problem
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it crosses a process pool
 
 

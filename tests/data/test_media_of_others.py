@@ -212,14 +212,12 @@ def test_compressed_text_that_is_too_long_is_refused(tmp_path):
 # ---------------------------------------------------------------- streams
 
 
-@pytest.mark.parametrize(
-    "read", [lambda path: media.read_video(path, 4)[0], lambda path: published.read_video(path, 4)]
-)
+@pytest.mark.parametrize("read", [lambda path, n: media.read_video(path, n)[0], published.read_video])
 @pytest.mark.parametrize("name", ["v.mkv", "v.mp4", "v.mov"])
 def test_the_film_is_shown_not_a_still_before_it(tmp_path, name, read):
     path = muxed(tmp_path / name, (GREYS, range(40)), ("aac", sine(4), 48000, "mono", 0, 0), still=True)
     agreed(path, "video")
-    means = read(path).mean((1, 2, 3))
+    means = read(path, 4).mean((1, 2, 3))
     assert (np.diff(means) > 30).all() and means[0] < 60
     assert len(agreed(path, "audio")) / 16000 == pytest.approx(4, abs=0.06)
 
@@ -281,11 +279,9 @@ def test_an_avi_of_10_frames_a_second_at_30_ticks_is_whole(tmp_path):
 
 def test_a_built_tree_is_read_as_by_a_plain_reading(tmp_path):
     """Ten lines of PyAV, soundfile and Pillow, as the first reader had them: results of earlier runs stand."""
-    generate.build(
-        tmp_path, 0, slots=["ucf", "ave", "s4", "a2v"], train=2, test=1, caption=1, workers=1, progress=False
-    )
-    kinds = set()
-    for slot in ("ucf", "ave", "s4", "a2v"):
+    slots, kinds = ["ucf", "ave", "s4", "a2v"], set()
+    generate.build(tmp_path, 0, slots=slots, train=2, test=1, caption=1, workers=1, progress=False)
+    for slot in slots:
         for record in records.read(tmp_path, slot, "train"):
             for item, data in zip(record["media"], records.load(record, 10), strict=True):
                 kinds.add(item.path[-3:])
