@@ -3,8 +3,8 @@
 A probe opens a file as its reader does (`crab.data.media`), by the same functions, decodes the first frame of the
 stream that is needed, and makes sure that the end is there: a clip must reach as far as its index says, a sound must
 have a sample near its end. Pictures are read completely. This finds the files that the reader refuses, and the length
-that it gives, without decoding hundreds of gigabytes. Damage in the middle of a clip
-or sound is only found if they are decoded completely ("whole video", "whole audio").
+that it gives, without decoding hundreds of gigabytes. Damage in the middle of a clip or sound is only found if they are
+decoded completely ("whole video", "whole audio").
 """
 
 from __future__ import annotations
@@ -31,17 +31,7 @@ from tqdm import tqdm
 
 from crab.core.files import atomic_file
 from crab.core.workers import end_with_parent
-from crab.data.containers import (
-    AGAIN,
-    RATE,
-    MediaError,
-    chosen,
-    decoding,
-    existing,
-    open_container,
-    picture_seconds,
-    reason,
-)
+from crab.data.containers import AGAIN, RATE, MediaError, decoding, open_container, picture_seconds, reason
 from crab.data.pictures import read_image, read_mask
 from crab.data.sounds import read_audio, sound_seconds
 
@@ -93,11 +83,9 @@ def probe(path: str, kind: str) -> Probe:
 
 
 def _video(path: str, whole: bool) -> tuple[float, str]:
-    path = existing(path)
-    with open_container(path) as container:
-        streams = chosen(path, container, "video")
-        seconds = picture_seconds(path, container, streams, quick=True)
-        frames, done = container.decode(streams.video), 1
+    with open_container(path, "video") as streams:
+        seconds = picture_seconds(streams, quick=True)
+        frames, done = streams.container.decode(streams.video), 1
         if next(frames, None) is None:
             raise MediaError(path, "has a video stream without frames that decode", AGAIN, "no frames")
         try:
@@ -106,7 +94,7 @@ def _video(path: str, whole: bool) -> tuple[float, str]:
         except av.error.FFmpegError as error:
             fault = f"breaks off inside: {done} frames decode, the next does not ({error.strerror})"
             raise MediaError(path, fault, AGAIN) from None
-        return seconds, container.format.name.split(",")[0]
+        return seconds, streams.container.format.name.split(",")[0]
 
 
 # ---------------------------------------------------------------- many files

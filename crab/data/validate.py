@@ -21,10 +21,10 @@ from tqdm import tqdm
 from crab import tasks
 from crab.data import records
 from crab.data.findings import CONVERSION, NOTES, TOLERABLE, Count, Finding, Report, ValidationError
-from crab.data.media import LEAST
 from crab.data.names import near
 from crab.data.probe import Files
 from crab.data.records import RecordError
+from crab.data.sounds import LEAST
 from crab.tasks.fields import numbered
 
 ON_PROBLEM = ("error", "skip")
