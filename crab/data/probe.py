@@ -136,10 +136,9 @@ def _result(future, limit: float) -> Probe:
     except ProcessExpired as error:
         return Probe("crashes", f"makes the decoder crash (exit code {error.exitcode}); {AGAIN}")
     except BrokenProcessPool as error:
-        raise RuntimeError(
-            "the processes that probe media files could not be started; try again with fewer workers, and in a script "
-            "call this under `if __name__ == '__main__':`, since each process imports the script"
-        ) from error
+        fault = "the processes that probe media files could not be started; try again with fewer workers"
+        fix = "in a script call this under `if __name__ == '__main__':`, since each process imports the script"
+        raise RuntimeError(f"{fault}, and {fix}") from error
 
 
 class File(NamedTuple):

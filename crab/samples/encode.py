@@ -78,9 +78,8 @@ def encode_all(
     parts = [(slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
     words = tasks.read_prompts(prompts, slots) if prompts else tasks.PROMPTS
     if absent := [f"{slot}/{split}" for slot, split in parts if f"{slot}/{split}" not in built]:
-        raise ValueError(
-            f"{root}: {absent[0]} was not built; take its slot out of encode.slots, or run the build stage"
-        )
+        fix = "take its slot out of encode.slots, or run the build stage"
+        raise ValueError(f"{root}: {absent[0]} was not built; {fix}")
     version = digest_of([built, base_digest(base)])
     refused = {} if cache or not probes else _too_long(root, parts, base, probes, workers, version)
     if refused and on_problem == "error":
@@ -133,13 +132,7 @@ class Encoder:
     version: str = ""
 
     def write(self, slot: str, split: str, path: Path, chosen: range, key: str = "") -> None:
-        """Write the shard of the records with these indices.
-
-        Raises:
-            ValueError: a sound too short or too long for the base; naming the record.
-            crab.data.media.MediaError: naming the file that is missing or cannot be read.
-            RuntimeError: the encoders fail; naming the records.
-        """
+        """Write the shard of the records with these indices. Errors are those of `prompt_of`, and of the encoders."""
         rows = [_records(self.root, slot, split, self.version)[i] for i in chosen]
         problems = {row["id"]: self.refused.get((f"{slot}/{split}", row["id"])) for row in rows}
         skipped = [{"id": name, "problem": problem} for name, problem in problems.items() if problem]
@@ -194,9 +187,8 @@ class Encoder:
             try:
                 encoded = module.encode(model, prompts)
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}: {error}"
-                ) from error
+                place = f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}"
+                raise RuntimeError(f"{place}: {error}") from error
             for row, sample in zip(part, encoded, strict=True):
                 yield {**sample, "text": self._text(slot, split, row), "tokens": len(sample["input_ids"])}
 

@@ -24,10 +24,7 @@ def check_compatibility(compatibility: str) -> None:
 
 
 def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compatibility: str = "none") -> BatchFeature:
-    """The prompt of a record that `crab.data.records.read` gave, as the model encodes it.
-
-    Args:
-        prompt: the words of `tasks.prompt`.
+    """The prompt of a record that `crab.data.records.read` gave, with the words of `tasks.prompt`, for the model.
 
     Raises:
         ValueError: a sound is too short or too long for the base; naming the file and the record.
@@ -42,13 +39,10 @@ def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compa
 
 
 def load_media(record: Mapping, frames: int) -> list[Media]:
-    """Decoded media of a record that `crab.data.records.read` gave, in the order of the prompt.
+    """The media of `crab.data.records.load`, each with its kind, and a video with its rate.
 
-    The rate of a video is that at which its frames were taken, from their time stamps: a clip of 3 s and one of 60 s
-    that are shown by equally many frames differ in it.
-
-    Raises:
-        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    This is the rate at which its frames were taken, from their time stamps: a clip of 3 s and one of 60 s that are
+    shown by equally many frames differ in it.
     """
     items = []
     for item, data in zip(record["media"], records.load(record, frames), strict=True):
@@ -66,12 +60,8 @@ def load_media(record: Mapping, frames: int) -> list[Media]:
 def prepared(processor, record: Mapping, frames: int, instruction: str, **around: str) -> BatchFeature:
     """The prompt of a record, as the model's ``prepare`` makes it, in which each video keeps its own seconds per frame.
 
-    ``around`` are ``system`` and ``lead`` of `crab.models.protocol.AudioVisualModel.prepare`.
-
-    Raises:
-        ValueError: a sound is too short to be heard, or longer than the model hears. It would be cut off, while the
-            frames span the whole clip.
-        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    ``around`` are ``system`` and ``lead`` of `crab.models.protocol.AudioVisualModel.prepare`. Errors are those of
+    `prompt_of`: a sound that is too long would be cut off, while the frames span the whole clip.
     """
     media = load_media(record, frames)
     for item, source in zip(media, record["media"], strict=True):

@@ -93,11 +93,7 @@ def encoded_slots(root: str | Path) -> list[str]:
 
 
 def benchmarks(root: str | Path, slots: Sequence[str] | None = None) -> list[str]:
-    """The encoded slots (or those of ``slots``) that have a test split. The others are only trained on.
-
-    Raises:
-        ValueError: one of ``slots`` is not encoded.
-    """
+    """The encoded slots (or those of ``slots``) that have a test split. ValueError if one of these is not encoded."""
     manifest = read_manifest(root)
     slots = encoded_slots(root) if slots is None else slots
     for slot in slots:

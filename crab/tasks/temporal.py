@@ -231,17 +231,17 @@ class Parsing(Kind):
             for modalities in (self.tags[:1], self.tags[1:], self.tags)
         ]
         answer = _grid((), classes)
-        f, present = _class_f(_segment_counts(true, np.broadcast_to(answer, true.shape)))
+        f, present = _class_f(_segment_counts(true, answer))
         best = float(_average(f.sum(-1), present.sum(-1)).mean())
         while additions:
             # An addition changes one class. The share of the other classes in the mean of a clip stays the same.
-            f, present = _class_f(_segment_counts(true, np.broadcast_to(answer, true.shape)))
+            f, present = _class_f(_segment_counts(true, answer))
             other_f, other_present = f.sum(-1, keepdims=True) - f, present.sum(-1, keepdims=True) - present
             tried = []
             for c, addition in additions:
                 row = answer[:, c] | addition
                 row[2] = row[0] & row[1]
-                f, present = _class_f(_segment_counts(true[:, :, c], np.broadcast_to(row, true[:, :, c].shape)))
+                f, present = _class_f(_segment_counts(true[:, :, c], row))
                 value = _average(other_f[..., c] + f, other_present[..., c] + present).mean()
                 tried.append((float(value), c, row))
             value, c, row = max(tried, key=lambda trial: trial[0])
@@ -262,7 +262,7 @@ def _grid(events: Sequence[ModalEvent], classes: Sequence[str]) -> np.ndarray:
 
 
 def _segment_counts(true: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Counts [3 (TP, FP, FN), ...] of segments, the last axis of [..., segments]."""
+    """Counts [3 (TP, FP, FN), ...] of segments, the last axis of [..., segments]; the shapes broadcast."""
     return np.stack([(true & answer).sum(-1), (~true & answer).sum(-1), (true & ~answer).sum(-1)])
 
 

@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+from functools import partial
 
 import av
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 
 from crab.data import containers, media, probe
 from crab.data.media import MediaError
+
+write_clip = partial(media.write_video, fps=2)
 
 
 def psnr(a, b):
@@ -309,9 +312,9 @@ def test_an_error_names_file_fault_and_fix(tmp_path, read, name, fault, problem)
 @pytest.mark.parametrize(
     "write, name, value, words",
     [
-        (media.write_video, "v.mp4", [*blocks(2), np.zeros((10, 10, 3), np.uint8)], "a frame is"),
-        (media.write_video, "v.mp4", [], "first frame"),
-        (media.write_video, "v.webm", blocks(2), "v.webm: a clip is written as .mp4 or .avi"),
+        (write_clip, "v.mp4", [*blocks(2), np.zeros((10, 10, 3), np.uint8)], "a frame is"),
+        (write_clip, "v.mp4", [], "first frame"),
+        (write_clip, "v.webm", blocks(2), "v.webm: a clip is written as .mp4 or .avi"),
         (media.write_audio, "a.ogg", tone(1), "a.ogg: sound is written as"),
         (media.write_audio, "a.wav", np.zeros(0), "a.wav: sound has shape"),
         (media.write_audio, "a.wav", np.zeros((2, 5)), "a.wav: sound has shape"),
@@ -319,5 +322,5 @@ def test_an_error_names_file_fault_and_fix(tmp_path, read, name, fault, problem)
 )
 def test_wrong_input_leaves_no_file(tmp_path, write, name, value, words):
     with pytest.raises(ValueError, match=words):
-        write(tmp_path / name, value, 2)
+        write(tmp_path / name, value)
     assert not list(tmp_path.iterdir())
