@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from made_media import blocks, muxed, remux, tone
 from PIL import Image
 
 from crab.data import containers, media, probe
@@ -25,56 +26,9 @@ def snr(clean, noisy):
     return 10 * np.log10(np.mean(clean**2) / np.mean((clean - noisy) ** 2))
 
 
-def blocks(count, size=224):
-    """Frames of coloured blocks of 16 pixels, each frame different."""
-    colours = np.random.default_rng(0).integers(40, 200, (count, size // 16, size // 16, 3))
-    return np.repeat(np.repeat(colours, 16, 1), 16, 2).astype(np.uint8)
-
-
-def tone(seconds, rate=16000, hertz=440):
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
-
-
-def film(path, pictures, stamps=None, codec="libx264", rate=30, **options):
-    """Write a clip with any codec, any options, and time stamps in units of 1 / rate s."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for place, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = stamps[place] if stamps else None
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
 def moving(path, count, **options):
     """A clip of moving blocks."""
-    return film(path, [np.roll(blocks(1, 64)[0], 3 * i, 1) for i in range(count)], **options)
-
-
-def remux(source, target, start=0.0, end=np.inf, **options):
-    """Copy packets between two times without decoding them. They begin at a key frame; an edit list hides the rest."""
-    with av.open(str(source)) as old, av.open(str(target), "w", **options) as new:
-        stream = old.streams[0]
-        into = new.add_stream_from_template(stream)
-        old.seek(int(start * 1e6))
-        for packet in old.demux(stream):
-            if packet.dts is not None and packet.pts * stream.time_base < end:
-                packet.pts, packet.dts = (stamp - int(start / stream.time_base) for stamp in (packet.pts, packet.dts))
-                packet.stream = into
-                new.mux(packet)
-    return target
-
-
-def aac(path, wave, rate):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), format="fltp", layout="mono")
-        frame.sample_rate = rate
-        container.mux([*stream.encode(frame), *stream.encode()])
-    return path
+    return muxed(path, [np.roll(blocks(1, 64)[0], 3 * i, 1) for i in range(count)], rate=30, **options)
 
 
 # ---------------------------------------------------------------- clips
@@ -107,7 +61,7 @@ def test_frames_are_on_display_at_the_middles_and_have_their_own_times(tmp_path,
 
 
 def test_uneven_time_stamps_are_used(tmp_path):
-    path = film(tmp_path / "v.mp4", blocks(6, 64), [0, 100, 900, 1000, 2900, 3000], rate=1000)
+    path = muxed(tmp_path / "v.mp4", blocks(6, 64), [0, 100, 900, 1000, 2900, 3000], rate=1000)
     _, times = media.read_video(path, 3)  # about 3 s: middles near 0.5, 1.5, 2.5
     np.testing.assert_allclose(times, [0.1, 1.0, 1.0], atol=1e-6)
 
@@ -124,7 +78,7 @@ def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, bframes):
     """20 s at 4 frames/s, a key frame every 10 s, cut to 6 to 16 s: the frames of 0 to 6 s are decoded and hidden."""
     seconds = [np.full((64, 64, 3), 20 + 10 * (i // 4), np.uint8) for i in range(80)]  # the second, in grey
     options = {"g": "40", "sc_threshold": "0", "bf": str(bframes), "crf": "5"}
-    path = remux(film(tmp_path / "whole.mp4", seconds, rate=4, **options), tmp_path / "v.mp4", 6, 16)
+    path = remux(muxed(tmp_path / "whole.mp4", seconds, rate=4, **options), tmp_path / "v.mp4", 6, 16)
     read, times = media.read_video(path, 10)
     np.testing.assert_allclose(times, np.arange(10) + 0.5, atol=1e-6)
     np.testing.assert_allclose(read.mean((1, 2, 3)), 20 + 10 * np.arange(6, 16), atol=3)
@@ -253,7 +207,8 @@ def test_a_window_of_sound(tmp_path):
 
 
 def test_the_sound_of_a_video_file(tmp_path):
-    read = media.read_audio(aac(tmp_path / "a.mp4", tone(1, 44100), 44100))
+    path = muxed(tmp_path / "a.mp4", sound=("aac", tone(1, 44100)[None], 44100, "mono", 0, 0))
+    read = media.read_audio(path)
     assert abs(len(read) - 16000) < 1500  # aac pads
     assert np.abs(np.fft.rfft(read[:16000])).argmax() == pytest.approx(440, abs=8)
 
