@@ -20,9 +20,9 @@ from crab.data import records
 from crab.data.media import RATE, MediaError
 from crab.data.probe import Files
 from crab.models import published
-from crab.models.checkpoint import base_digest, load_model, load_processor, resolve
+from crab.models.checkpoint import base_digest, load_model, resolve
 from crab.models.protocol import model_of, module_name
-from crab.samples.inputs import check_compatibility, prompt_of
+from crab.samples.inputs import check_compatibility, processor_of, prompt_of
 from crab.samples.reading import MANIFEST
 from crab.samples.shards import about, write_shard
 
@@ -153,7 +153,7 @@ class Encoder:
         return max(1, int(mib * 2**20 / (self._tokens(slot, rows) * wide) / BATCH)) * BATCH
 
     def _prompt(self, slot: str, row: Mapping):
-        processor, words = _processor(self.base, self.version), tasks.prompt(slot, row, self.words)
+        processor, words = processor_of(self.base, self.version), tasks.prompt(slot, row, self.words)
         return prompt_of(processor, slot, row, words, self.compatibility)
 
     def _text(self, slot: str, split: str, row: Mapping) -> dict[str, str]:
@@ -211,11 +211,6 @@ def _loaded(base: str | Path, version: str):
     return load_model(base)
 
 
-@lru_cache(maxsize=1)
-def _processor(base: str | Path, version: str):
-    return load_processor(base)
-
-
 def _too_long(
     root: str | Path, parts: Sequence, base: str | Path, probes: str | Path, workers: int, version: str
 ) -> dict[tuple[str, str], str]:
@@ -229,6 +224,6 @@ def _too_long(
         files.probe([(path, "audio") for path in paths.values()], False, 60, workers, progress=False)
         for name, item in sounds:
             seconds = files.probes[paths[item.path], "audio"].seconds or 0
-            if problem := published.cut_off(_processor(base, version), range(round(seconds * RATE))):
+            if problem := published.cut_off(processor_of(base, version), range(round(seconds * RATE))):
                 problems[f"{slot}/{split}", name] = f"{item.path} {problem}"
     return problems

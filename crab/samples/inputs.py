@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 
 from transformers import BatchFeature
 
@@ -10,6 +12,7 @@ from crab import tasks
 from crab.data import records
 from crab.data.media import RATE, clip_seconds
 from crab.models import published
+from crab.models.checkpoint import load_processor
 from crab.models.protocol import Media, model_of
 
 _LEAST_FRAMES = 3  # of a spectrogram, for one token: the encoder halves their number twice
@@ -21,6 +24,12 @@ def check_compatibility(compatibility: str) -> None:
     """ValueError if ``compatibility`` is unknown."""
     if compatibility not in COMPATIBILITY:
         raise ValueError(f"encode.compatibility is {compatibility!r}; choose one of {', '.join(COMPATIBILITY)}")
+
+
+@lru_cache(maxsize=2)
+def processor_of(base: str | Path, version: str):
+    """The processor of a base, loaded once per process. ``version`` is another one once the base has changed."""
+    return load_processor(base)
 
 
 def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compatibility: str = "none") -> BatchFeature:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from trees import PARTS, spoil
 
 from crab import tasks
+from crab.core.files import write_json
 from crab.data import export, records
 
 TAGS = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
@@ -185,48 +186,33 @@ def test_escape_leaves_no_tag_of_media_and_can_be_taken_back(text):
     assert export.unescape(export.escape(text)) == text
 
 
-def _no_answer(root):
-    spoil(root, "ave", lambda rows: rows[2].update(label_content="a dog barks"))
-
-
-def _fewer(root):
-    spoil(root, "ave", lambda rows: rows[:-1])
-
-
-def _no_clip(root):
-    next((root / "AVUIE_2/ave/video").glob("train_*")).unlink()
-
-
-def _no_sound(root):
-    next((root / "AVUIE_2/s4").rglob("train_*/audio.wav")).write_bytes(b"")
-
-
-def _nothing(root):
-    shutil.rmtree(root / "AVUIE_2")
-
-
-def _info(root):
-    (root.parent / "out").mkdir()
-    (root.parent / "out/dataset_info.json").write_text("[1]", encoding="utf-8")
+SPOILED = {
+    "nothing": lambda root: None,
+    "no answer": lambda root: spoil(root, "ave", lambda rows: rows[2].update(label_content="a dog barks")),
+    "fewer": lambda root: spoil(root, "ave", lambda rows: rows[:-1]),
+    "no clip": lambda root: next((root / "AVUIE_2/ave/video").glob("train_*")).unlink(),
+    "no sound": lambda root: next((root / "AVUIE_2/s4").rglob("train_*/audio.wav")).write_bytes(b""),
+    "all": lambda root: shutil.rmtree(root / "AVUIE_2"),
+    "info": lambda root: write_json(root.parent / "out/dataset_info.json", [1]),
+}
 
 
 @pytest.mark.parametrize(
-    "spoil, options, message",
+    "what, options, message",
     [
-        (None, ["--slots", "avee"], "unknown slot 'avee'; did you mean 'ave'?"),
-        (None, ["--slots", "unav", "--split", "test"], "slot unav has no split 'test'; choose one of train"),
-        (None, ["--slots", "ave", "ks"], "AVUIE_2/ks/train.json: no such list of records; give the root that"),
-        (_nothing, [], "AVUIE_2/ave/train.json: no such list of records; give the root that the build stage wrote"),
-        (_fewer, [], "AVUIE_2/ave/train.json: has 3 records, the manifest says 4; run the build stage again"),
-        (_no_answer, [], "train.json: record 2: field 'label_content' holds no answer that can be read: 'a dog barks'"),
-        (_no_clip, [], "mp4: does not exist; put it there, or run the build stage again"),
-        (_no_sound, ["--slots", "s4"], "audio.wav: is empty (0 bytes); copy or build it again"),
-        (_info, [], "dataset_info.json: is not a JSON object of data sets; correct it, or export to another folder"),
+        ("nothing", ["--slots", "avee"], "unknown slot 'avee'; did you mean 'ave'?"),
+        ("nothing", ["--slots", "unav", "--split", "test"], "slot unav has no split 'test'; choose one of train"),
+        ("nothing", ["--slots", "ave", "ks"], "AVUIE_2/ks/train.json: no such list of records; give the root that"),
+        ("all", [], "AVUIE_2/ave/train.json: no such list of records; give the root that the build stage wrote"),
+        ("fewer", [], "AVUIE_2/ave/train.json: has 3 records, the manifest says 4; run the build stage again"),
+        ("no answer", [], "record 2: field 'label_content' holds no answer that can be read: 'a dog barks'"),
+        ("no clip", [], "mp4: does not exist; put it there, or run the build stage again"),
+        ("no sound", ["--slots", "s4"], "audio.wav: is empty (0 bytes); copy or build it again"),
+        ("info", [], "dataset_info.json: is not a JSON object of data sets; correct it, or export to another folder"),
     ],
 )
-def test_errors_are_one_line_with_the_fix_and_leave_no_half_file(small, tmp_path, spoil, options, message):
-    if spoil:
-        spoil(small)
+def test_errors_are_one_line_with_the_fix_and_leave_no_half_file(small, tmp_path, what, options, message):
+    SPOILED[what](small)
     with pytest.raises(SystemExit) as stop:
         export.main([str(small), str(tmp_path / "out"), *options])
     assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
