@@ -109,10 +109,8 @@ class Report:
 
     def write(self, path: str | os.PathLike) -> None:
         """Write all findings as csv, one per row."""
-        with (
-            atomic_file(path) as part,
-            open(part, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        ):
+        text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with atomic_file(path) as part, part.open("w", **text) as file:
             rows = csv.DictWriter(file, [f.name for f in fields(Finding)], lineterminator="\n")
             rows.writeheader()
             rows.writerows(map(vars, self.findings))

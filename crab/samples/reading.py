@@ -66,8 +66,7 @@ def read_slot(
             raise ValueError(f"{root}: features of {slot}/{split} are not cached; give the base that makes them")
         compatibility = about(shards.paths[0])["compatibility"]
         read = partial(_decoded, slot, shards, str(resolve(base) or base), base_digest(base), compatibility, on_problem)
-    ids = np.array([text["id"] for text in shards.texts()], dtype=object)
-    return SlotData(slot, split, ids.tolist(), read, shards.lengths[:, 3].tolist())
+    return SlotData(slot, split, [text["id"] for text in shards.texts()], read, shards.lengths[:, 3].tolist())
 
 
 def read_manifest(root: str | Path) -> dict[str, dict]:
