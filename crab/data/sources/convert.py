@@ -172,10 +172,8 @@ def _place(link: str, source: Path, target: Path) -> media.MediaError | None:
         except media.MediaError as error:
             return error
         return os.utime(target, ns=(source.stat().st_mtime_ns,) * 2)
-    if target.exists():
-        copied = _of_one_time(target, source) and target.stat().st_size == source.stat().st_size
-        if copied if link == "copy" else target.samefile(source):
-            return None
+    if target.exists() and (_same(target, source) if link == "copy" else target.samefile(source)):
+        return None
     with atomic_file(target) as part:
         try:
             LINKS[link](source.resolve(), part)
@@ -191,3 +189,7 @@ def _place(link: str, source: Path, target: Path) -> media.MediaError | None:
 def _of_one_time(one: Path, other: Path) -> bool:
     """Whether two files bear the same time of change, up to the two seconds to which some file systems round it."""
     return abs(one.stat().st_mtime - other.stat().st_mtime) <= 2
+
+
+def _same(one: Path, other: Path) -> bool:
+    return _of_one_time(one, other) and one.stat().st_size == other.stat().st_size
