@@ -56,8 +56,6 @@ class ValidationError(ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem."""
-
     slot: str  # both empty for a folder that belongs to no slot
     split: str
     record: str  # id; empty for a problem of the whole list

@@ -49,8 +49,6 @@ _THINGS = {"video": "a video", "audio": "sound", "image": "an image", "mask": "a
 
 @dataclass(frozen=True)
 class Probe:
-    """Result for one file."""
-
     problem: str = ""  # one of `crab.data.findings.PROBLEMS`; empty if the file can be used
     words: str = ""  # the problem and how to fix it
     seconds: float | None = None  # None for a picture

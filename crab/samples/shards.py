@@ -125,7 +125,6 @@ class Shards(Sequence):
         return sample
 
     def texts(self) -> Iterator[dict[str, Any]]:
-        """The text of each sample, one after the other."""
         for shard in range(len(self.paths)):
             texts = bytes(self._read(shard, "texts"))
             for index in range(self._first[shard], self._first[shard + 1]):

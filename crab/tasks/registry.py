@@ -56,7 +56,6 @@ class Slot:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits of the data set."""
         return SPLITS if self.test else SPLITS[:1]
 
     @property
@@ -71,7 +70,6 @@ class Slot:
 
     @property
     def truth_fields(self) -> tuple[str, ...]:
-        """The fields that hold the truth; none if the truth is read from the answer."""
         return tuple(self.truth.split())
 
     def fields(self, split: str) -> tuple[str, ...]:

@@ -126,7 +126,6 @@ def _make(folder: Path, seed: int, job: Job) -> Part:
 
 
 def _finish(folder: Path, seed: int, parts: Iterable[tuple[Job, Part]]) -> dict:
-    """Write the records, the vocabulary and the summary."""
     table: dict[str, dict[str, dict]] = {}
     for (slot, split), group in groupby(parts, key=lambda pair: pair[0][:2]):
         made, sizes = (sum(column, []) for column in zip(*(part for _, part in group), strict=True))
