@@ -150,8 +150,8 @@ class File(NamedTuple):
 
 
 class Files:
-    """The media files of a tree: what the file system says (`files`, by path under the root), and what probes found
-    (`probes`, by path and kind), now or in an earlier walk.
+    """The media files of a tree, by their paths under the root: what the file system says of one (`stat`, asked once),
+    and what probes found (`probes`, by path and kind), now or in an earlier walk.
 
     Results are kept in a JSON file, by path, kind, size and time of the last change. If it is damaged, or comes from
     other versions of the decoders, it begins again. A killed walk loses the results of its last minute.
@@ -161,9 +161,8 @@ class Files:
 
     def __init__(self, root: str | os.PathLike, cache: str | os.PathLike | None = None) -> None:
         self.root, self.cache = Path(os.path.realpath(root)), Path(cache) if cache else None
-        self.files: dict[str, File] = {}
+        self.stat, self._folder = functools.cache(self._stat), functools.cache(os.path.realpath)
         self.probes: dict[tuple[str, str], Probe] = {}
-        self._folder = functools.cache(os.path.realpath)
         try:
             content = json.loads(self.cache.read_bytes()) if cache else {}
             self._results = content["results"] if content["version"] == self._VERSION else {}
@@ -171,13 +170,8 @@ class Files:
             self._results = {}
         self._save()  # fails now, not after hours, if the file cannot be written
 
-    def stat(self, path: str) -> File:
-        """What the file system says of a path under the root."""
-        if path not in self.files:
-            self.files[path] = self._stat(path)
-        return self.files[path]
-
     def _stat(self, path: str) -> File:
+        """What the file system says of a path under the root."""
         folder, name = os.path.split(self.root / path)
         try:
             full = os.path.join(self._folder(folder), name)
@@ -221,7 +215,7 @@ class Files:
                 self.probes[path, kind] = result
                 # a decoder that hangs or crashes is tried again next time: the machine may have been busy
                 if result.problem not in ("hangs", "crashes"):
-                    self._results[f"{asked} {name}"] = [*self.files[path][1:3], *astuple(result)]
+                    self._results[f"{asked} {name}"] = [*self.stat(path)[1:3], *astuple(result)]
             if time.monotonic() - self._saved > _SAVE_EVERY:
                 self._save()
         self._save()
