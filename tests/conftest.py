@@ -1,6 +1,8 @@
 """A real, tiny model with random weights, and encoded samples without media to go with it."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +10,13 @@ from encoded_samples import store_samples
 
 from crab import tasks
 from crab.core.files import write_json
+from crab.data import probe
 from crab.models import omni, small
 from crab.samples.reading import MANIFEST
 from crab.study.cells import Cell
 from crab.study.hardware import Hardware
 from crab.study.store import Store
+from crab.world import generate
 
 SIZE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -22,6 +26,7 @@ SIZE = {
 COLOURS = ("red", "green", "blue", "yellow")
 SLOTS = ("ks", "cremad")
 COUNTS = {"train": 16, "test": 8}
+PROBE_ALL = probe.probe_all
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -112,3 +117,27 @@ def cell():
         return Cell(family, method, options, rate, tuple(slots), passes, **fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """A tiny generated tree of every slot: its numbers, its summary, and seconds of processor time that it took."""
+    root = tmp_path_factory.mktemp("world") / "tree"
+    counts = {"seed": 5, "train": 4, "test": 3, "caption": 3}
+    began = time.process_time()
+    summary = generate.build(root, **counts, workers=1, progress=False)
+    return SimpleNamespace(root=root, counts=counts, summary=summary, cost=time.process_time() - began, **counts)
+
+
+@pytest.fixture(scope="module")
+def probed_here():
+    """Probe files in this process: no other one must start, but nothing can be killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "probe_all", lambda jobs, *_: ((job, probe.probe(*job)) for job in jobs))
+        yield
+
+
+@pytest.fixture
+def probed_apart(probed_here, monkeypatch):
+    """Probe files in worker processes again."""
+    monkeypatch.setattr(probe, "probe_all", PROBE_ALL)

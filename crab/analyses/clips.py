@@ -92,11 +92,11 @@ def write_clip(path: Path, video: str | Path | None, wave: np.ndarray | None, he
     with (
         atomic_file(path) as part,
         av.open(str(part), "w", format="mp4", options=_quiet()) as container,
-        nullcontext() if video is None else media.open_container(video) as source,
+        nullcontext() if video is None else media.open_container(video, "video") as source,
     ):
         tracks = []
         if video is not None:
-            tracks.append(_pictures(container, source, media.chosen(video, source, "video").video, height, crf))
+            tracks.append(_pictures(container, source.container, source.video, height, crf))
         if wave is not None:
             tracks.append(_sound(container, wave))
         for packets in tracks:

@@ -108,9 +108,9 @@ def decode_alone(record: Mapping) -> int:
     """Decode every frame and all sound of a record's media by PyAV, in one thread; returns the number of frames."""
     count = 0
     for item in record["media"]:
-        with media.open_container(item.path) as container:
-            stream = getattr(media.chosen(item.path, container, item.kind), item.kind)  # which decodes in one thread
-            count += sum(1 for _ in container.decode(stream))
+        with media.open_container(item.path, item.kind) as streams:
+            stream = getattr(streams, item.kind)  # which decodes in one thread
+            count += sum(1 for _ in streams.container.decode(stream))
     return count
 
 

@@ -93,13 +93,45 @@ def reason(error: Exception) -> str:
 # ---------------------------------------------------------------- containers and their streams
 
 
+class Streams(NamedTuple):
+    """An open container, and its streams that are shown and heard; None if there is none."""
+
+    path: Path
+    container: av.container.InputContainer
+    video: av.VideoStream | None
+    audio: av.AudioStream | None
+
+    @property
+    def zero(self) -> float | None:
+        """Time 0 of the container by its own stamps, in seconds: picture or sound begins, as in a player.
+
+        None if one of the two is missing: then the other begins at 0.
+        """
+        both = (self.video, self.audio)
+        begins = [None if s is None or s.start_time is None else float(s.start_time * s.time_base) for s in both]
+        return None if None in begins else min(begins)
+
+    def lead(self, first: int) -> float:
+        """Seconds before the first picture, which is shown at a time stamp. MediaError if above `LONGEST_GAP`."""
+        lead = 0.0 if self.zero is None else max(0.0, float(first * self.video.time_base) - self.zero)
+        if lead > LONGEST_GAP:
+            raise MediaError(self.path, f"has sound that begins {lead:.0f} s before its picture", AGAIN)
+        return lead
+
+
 @contextmanager
-def open_container(path: str | os.PathLike):
-    """A container of FFmpeg, opened for reading. MediaError if the file ends early."""
+def open_container(path: str | os.PathLike, kind: str) -> Iterator[Streams]:
+    """Open a container of FFmpeg that has a stream of this kind, "video" or "audio".
+
+    MediaError if there is no such file or stream, or if the file or, by its index, the stream ends early.
+    """
+    path = existing(path)
     if _box_cut(path):
         raise truncated(path, "its last part would end after the file does")
     with av.open(f"file:{path}", **_OPEN) as container:  # "file:", since names may have a colon
-        yield container
+        streams = Streams(path, container, *_chosen(container))
+        _check(streams, kind)
+        yield streams
 
 
 class Packet(NamedTuple):
@@ -141,32 +173,8 @@ def _skipped(packet) -> int:
     return struct.unpack_from("<II", packet.get_sidedata("skip_samples"))[1]
 
 
-class Chosen(NamedTuple):
-    """The streams of a container that are shown and heard; None if there is none."""
-
-    video: av.VideoStream | None
-    audio: av.AudioStream | None
-
-    @property
-    def zero(self) -> float | None:
-        """Time 0 of the container by its own stamps, in seconds: picture or sound begins, as in a player.
-
-        None if one of the two is missing: then the other begins at 0.
-        """
-        begins = [None if s is None or s.start_time is None else float(s.start_time * s.time_base) for s in self]
-        return None if None in begins else min(begins)
-
-    def lead(self, first: int) -> float:
-        """Seconds before the first picture, which is shown at a time stamp. MediaError if above `LONGEST_GAP`."""
-        lead = 0.0 if self.zero is None else max(0.0, float(first * self.video.time_base) - self.zero)
-        if lead > LONGEST_GAP:
-            path = self.video.container.name.removeprefix("file:")
-            raise MediaError(path, f"has sound that begins {lead:.0f} s before its picture", AGAIN)
-        return lead
-
-
-def choose(container) -> Chosen:
-    """Choose the video and the audio stream of a container. All that shows or hears a file takes these.
+def _chosen(container) -> list:
+    """The video and the audio stream of a container, or None. All that shows or hears a file takes these.
 
     Covers, other stills and streams without a decoder do not count. Of several streams one is taken that has as many
     packets as a film (a still has one), then one that is not made for the deaf, as a comment and so on, then one that
@@ -176,7 +184,7 @@ def choose(container) -> Chosen:
     known = [s for s in known if not s.disposition & _STILL]
     kinds = [[s for s in known if s.type == kind] for kind in ("video", "audio")]
     if max(map(len, kinds)) < 2:
-        return Chosen(*(streams[0] if streams else None for streams in kinds))
+        return [streams[0] if streams else None for streams in kinds]
     counts = Counter(packet.stream for packet in packets(container, *known) if not packet.hidden)
 
     def rank(stream) -> tuple:
@@ -184,15 +192,14 @@ def choose(container) -> Chosen:
         whole = count == most or count > 1 and 10 * count >= most  # not a still, nor a picture every few seconds
         return whole, not stream.disposition & _SECOND, bool(stream.disposition & Disposition.default), -stream.index
 
-    return Chosen(*(max(streams, key=rank, default=None) for streams in kinds))
+    return [max(streams, key=rank, default=None) for streams in kinds]
 
 
-def chosen(path: str | os.PathLike, container, kind: str) -> Chosen:
-    """`choose`, with a stream of this kind ("video" or "audio") that is whole as far as its index says. MediaError."""
-    streams = choose(container)
-    stream, thing = getattr(streams, kind), {"video": "video", "audio": "sound"}[kind]
+def _check(streams: Streams, kind: str) -> None:
+    """MediaError unless there is a stream of this kind that is whole as far as its index says."""
+    path, stream, thing = streams.path, getattr(streams, kind), {"video": "video", "audio": "sound"}[kind]
     if stream is None:
-        every = getattr(container.streams, kind)
+        every = getattr(streams.container.streams, kind)
         if every and all(s.codec_context is None for s in every):
             raise MediaError(path, f"has a {thing} stream of a kind that FFmpeg does not know", AGAIN)
         fix = "give a file with moving pictures" if kind == "video" else "give a file with sound"
@@ -202,7 +209,6 @@ def chosen(path: str | os.PathLike, container, kind: str) -> Chosen:
     there = sum(entry.pos + entry.size <= size for entry in index)
     if there < len(index):
         raise truncated(path, f"{there} of {len(index)} {'frames' if kind == 'video' else 'pieces of sound'} are there")
-    return streams
 
 
 def _box_cut(path: str | os.PathLike) -> bool:
@@ -229,11 +235,12 @@ def indexed(container, stream) -> bool:
     return container.format.name.startswith("mov") and 0 < stream.frames <= len(stream.index_entries)
 
 
-def picture_stamps(path: str | os.PathLike, container, stream) -> tuple[list[int], int]:
+def picture_stamps(streams: Streams) -> tuple[list[int], int]:
     """Time stamps of the frames shown, ascending, and the end of the last one, in ticks of the stream.
 
     They come from the packets, since headers cannot be trusted: mp4 muxers add up durations in decoding order.
     """
+    path, container, stream = streams.path, streams.container, streams.video
     every = packets(container, stream)
     # A clip that was cut without encoding it again begins at a key frame before the cut; an edit list hides the frames.
     shown = [(p.stamp, p.duration) for p in every if p.stamp is not None and not p.hidden]
@@ -256,20 +263,20 @@ def picture_stamps(path: str | os.PathLike, container, stream) -> tuple[list[int
     return ticks, end
 
 
-def picture_seconds(path: str | os.PathLike, container, streams: Chosen, quick: bool = False) -> float:
+def picture_seconds(streams: Streams, quick: bool = False) -> float:
     """Length of a clip in seconds: from its beginning to the end of the last frame shown.
 
     ``quick`` takes it from the index of the file, where that says it: all frames are there, and equally far apart.
     """
     stream = streams.video
     index = stream.index_entries
-    if quick and indexed(container, stream) and len(index) > 1 and not any(entry.is_discard for entry in index):
+    if quick and indexed(streams.container, stream) and len(index) > 1 and not any(entry.is_discard for entry in index):
         stamps = sorted(entry.timestamp for entry in index)
         steps = [b - a for a, b in pairwise(stamps)]
         span = (stamps[-1] - stamps[0]) / len(steps) * len(stamps)
         if max(steps) - min(steps) <= 1 and abs((stream.duration or 0) - span) <= 1:
             return float(span * stream.time_base) + streams.lead(stream.start_time or 0)
-    stamps, end = picture_stamps(path, container, stream)
+    stamps, end = picture_stamps(streams)
     return float((end - stamps[0]) * stream.time_base) + streams.lead(stamps[0])
 
 

@@ -56,8 +56,6 @@ class ValidationError(ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem."""
-
     slot: str  # both empty for a folder that belongs to no slot
     split: str
     record: str  # id; empty for a problem of the whole list
@@ -88,9 +86,7 @@ class Count:
     left_out: Counter[str] = field(default_factory=Counter)  # the other records, by their first problem
     files: int = 0  # media of the kept records with their masks, each file once
     bytes: int = 0
-    seconds: list[float] = field(
-        default_factory=list
-    )  # lengths of their clips, or of their sounds if they have no clips
+    seconds: list[float] = field(default_factory=list)  # of their clips, or of their sounds if they have no clips
 
 
 @dataclass
@@ -99,12 +95,8 @@ class Report:
 
     counts: list[Count]
     findings: list[Finding]  # in the order of the lists
-    lists: dict[
-        tuple[str, str], list[dict[str, Any]]
-    ]  # usable records by slot and split; with ids if some are left out
-    chains: Counter[
-        str
-    ]  # of converted slots: chains of a chat model that were "taken", and that were refused, by reason
+    lists: dict[tuple[str, str], list[dict[str, Any]]]  # usable records by slot and split; with ids if some are lost
+    chains: Counter[str]  # of a chat model, in converted slots: how many were "taken", or refused, by reason
     probed: int  # media files opened in this walk
     known: int  # media files unchanged since an earlier walk
 
@@ -115,12 +107,11 @@ class Report:
 
     def write(self, path: str | os.PathLike) -> None:
         """Write all findings as csv, one per row."""
-        names = [f.name for f in fields(Finding)]
-        with atomic_file(path) as part:
-            with open(part, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                rows = csv.writer(file, lineterminator="\n")
-                rows.writerow(names)
-                rows.writerows([getattr(finding, name) for name in names] for finding in self.findings)
+        text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with atomic_file(path) as part, part.open("w", **text) as file:
+            rows = csv.DictWriter(file, [f.name for f in fields(Finding)], lineterminator="\n")
+            rows.writeheader()
+            rows.writerows(map(vars, self.findings))
 
     def complaint(self, path: str | os.PathLike | None) -> str:
         """The problems in words: how many, the first ones, where all are listed (``path``), and what to do."""

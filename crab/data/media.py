@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise, repeat
-from pathlib import Path
 
 import numpy as np
 from av.video.reformatter import VideoReformatter
@@ -21,22 +20,19 @@ from crab.data.containers import (
     RATE,
     SIZE,
     MediaError,
-    chosen,
     decoding,
-    existing,
     open_container,
     packets,
     picture_seconds,
     picture_stamps,
 )
 from crab.data.pictures import opened, read_image, read_mask
-from crab.data.sounds import LEAST, read_audio
+from crab.data.sounds import read_audio
 from crab.data.writers import write_audio, write_image, write_mask, write_video
 
 __all__ = [
-    "AGAIN", "LEAST", "RATE", "SIZE", "MediaError", "chosen", "clip_seconds", "decoding", "existing", "open_container",
-    "opened", "packets", "read_audio", "read_image", "read_mask", "read_video", "write_audio", "write_image",
-    "write_mask", "write_video",
+    "AGAIN", "RATE", "SIZE", "MediaError", "clip_seconds", "decoding", "open_container", "opened", "packets",
+    "read_audio", "read_image", "read_mask", "read_video", "write_audio", "write_image", "write_mask", "write_video",
 ]  # fmt: skip
 
 _SAME_TIME = 1e-9  # seconds; rounding may part two equal time stamps by this much
@@ -54,7 +50,6 @@ def read_video(path: str | os.PathLike, frames: int) -> tuple[np.ndarray, np.nda
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}; ask for at least 1")
-    path = existing(path)
     with decoding(path, "a video"):
         for way in ("skip", "own", "counted"):
             if (sample := _sample(path, frames, way)) is not None:
@@ -63,12 +58,11 @@ def read_video(path: str | os.PathLike, frames: int) -> tuple[np.ndarray, np.nda
 
 def clip_seconds(path: str | os.PathLike) -> float:
     """Length of a clip, over which `read_video` spreads its frames; MediaError for a clip that it cannot read."""
-    path = existing(path)
-    with decoding(path, "a video"), open_container(path) as container:
-        return picture_seconds(path, container, chosen(path, container, "video"))
+    with decoding(path, "a video"), open_container(path, "video") as streams:
+        return picture_seconds(streams)
 
 
-def _sample(path: Path, frames: int, way: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _sample(path: str | os.PathLike, frames: int, way: str) -> tuple[np.ndarray, np.ndarray] | None:
     """`read_video` in one of three ways. None if the result cannot be relied on.
 
     ``skip`` decodes only the frames that are taken and those they depend on, about half of an H.264 clip. This trusts a
@@ -76,32 +70,31 @@ def _sample(path: Path, frames: int, way: str) -> tuple[np.ndarray, np.ndarray] 
     ``counted`` gives the n-th frame the n-th time stamp of the packets: for files whose frames seem to go back in time
     (H.264 in avi).
     """
-    with open_container(path) as container:
-        streams = chosen(path, container, "video")
+    with open_container(path, "video") as streams:
         stream = streams.video
         if way == "skip" and stream.codec_context.name != "h264":  # other decoders do not say which frames are needed
             way = "own"
-        stamps, end = picture_stamps(path, container, stream)
+        stamps, end = picture_stamps(streams)
         lead, base = streams.lead(stamps[0]), stream.time_base
         times = np.array([float((stamp - stamps[0]) * base) + lead for stamp in stamps])
         middles = (np.arange(frames) + 0.5) * (float((end - stamps[0]) * base) + lead) / frames
         places = np.maximum(np.searchsorted(times, middles + _SAME_TIME, "right") - 1, 0)
-        decoded = _decoded(container, stream, {stamps[place] for place in places} if way == "skip" else None)
+        decoded = _decoded(stream, {stamps[place] for place in places} if way == "skip" else None)
         if way == "counted":
             timed = zip(chain(times, repeat(times[-1])), decoded, strict=False)
         else:
             timed = ((float((f.pts - stamps[0]) * base) + lead, f) for f in decoded if f.pts is not None)
         pictures, seconds, backwards = _on_display(timed, middles)
     if not pictures:
-        raise MediaError(path, "has a video stream without frames that decode", AGAIN, "no frames")
+        raise MediaError(streams.path, "has a video stream without frames that decode", AGAIN, "no frames")
     if way == "skip" and not np.allclose(seconds, times[places], atol=_SAME_TIME) or way == "own" and backwards:
         return None
     return np.stack(pictures), np.asarray(seconds, dtype=np.float64)
 
 
-def _decoded(container, stream, wanted: set[int] | None) -> Iterator:
+def _decoded(stream, wanted: set[int] | None) -> Iterator:
     """The frames of a stream. With ``wanted``, only frames of these time stamps and frames that others depend on."""
-    for packet in container.demux(stream):
+    for packet in stream.container.demux(stream):
         stream.codec_context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
         yield from packet.decode()
 

@@ -3,8 +3,8 @@
 A probe opens a file as its reader does (`crab.data.media`), by the same functions, decodes the first frame of the
 stream that is needed, and makes sure that the end is there: a clip must reach as far as its index says, a sound must
 have a sample near its end. Pictures are read completely. This finds the files that the reader refuses, and the length
-that it gives, without decoding hundreds of gigabytes. Damage in the middle of a clip
-or sound is only found if they are decoded completely ("whole video", "whole audio").
+that it gives, without decoding hundreds of gigabytes. Damage in the middle of a clip or sound is only found if they are
+decoded completely ("whole video", "whole audio").
 """
 
 from __future__ import annotations
@@ -31,17 +31,7 @@ from tqdm import tqdm
 
 from crab.core.files import atomic_file
 from crab.core.workers import end_with_parent
-from crab.data.containers import (
-    AGAIN,
-    RATE,
-    MediaError,
-    chosen,
-    decoding,
-    existing,
-    open_container,
-    picture_seconds,
-    reason,
-)
+from crab.data.containers import AGAIN, RATE, MediaError, decoding, open_container, picture_seconds, reason
 from crab.data.pictures import read_image, read_mask
 from crab.data.sounds import read_audio, sound_seconds
 
@@ -59,8 +49,6 @@ _THINGS = {"video": "a video", "audio": "sound", "image": "an image", "mask": "a
 
 @dataclass(frozen=True)
 class Probe:
-    """Result for one file."""
-
     problem: str = ""  # one of `crab.data.findings.PROBLEMS`; empty if the file can be used
     words: str = ""  # the problem and how to fix it
     seconds: float | None = None  # None for a picture
@@ -93,11 +81,9 @@ def probe(path: str, kind: str) -> Probe:
 
 
 def _video(path: str, whole: bool) -> tuple[float, str]:
-    path = existing(path)
-    with open_container(path) as container:
-        streams = chosen(path, container, "video")
-        seconds = picture_seconds(path, container, streams, quick=True)
-        frames, done = container.decode(streams.video), 1
+    with open_container(path, "video") as streams:
+        seconds = picture_seconds(streams, quick=True)
+        frames, done = streams.container.decode(streams.video), 1
         if next(frames, None) is None:
             raise MediaError(path, "has a video stream without frames that decode", AGAIN, "no frames")
         try:
@@ -106,7 +92,7 @@ def _video(path: str, whole: bool) -> tuple[float, str]:
         except av.error.FFmpegError as error:
             fault = f"breaks off inside: {done} frames decode, the next does not ({error.strerror})"
             raise MediaError(path, fault, AGAIN) from None
-        return seconds, container.format.name.split(",")[0]
+        return seconds, streams.container.format.name.split(",")[0]
 
 
 # ---------------------------------------------------------------- many files
@@ -148,10 +134,9 @@ def _result(future, limit: float) -> Probe:
     except ProcessExpired as error:
         return Probe("crashes", f"makes the decoder crash (exit code {error.exitcode}); {AGAIN}")
     except BrokenProcessPool as error:
-        raise RuntimeError(
-            "the processes that probe media files could not be started; try again with fewer workers, and in a script "
-            "call this under `if __name__ == '__main__':`, since each process imports the script"
-        ) from error
+        fault = "the processes that probe media files could not be started; try again with fewer workers"
+        fix = "in a script call this under `if __name__ == '__main__':`, since each process imports the script"
+        raise RuntimeError(f"{fault}, and {fix}") from error
 
 
 class File(NamedTuple):
@@ -165,8 +150,8 @@ class File(NamedTuple):
 
 
 class Files:
-    """The media files of a tree: what the file system says (`files`, by path under the root), and what probes found
-    (`probes`, by path and kind), now or in an earlier walk.
+    """The media files of a tree, by their paths under the root: what the file system says of one (`stat`, asked once),
+    and what probes found (`probes`, by path and kind), now or in an earlier walk.
 
     Results are kept in a JSON file, by path, kind, size and time of the last change. If it is damaged, or comes from
     other versions of the decoders, it begins again. A killed walk loses the results of its last minute.
@@ -176,9 +161,8 @@ class Files:
 
     def __init__(self, root: str | os.PathLike, cache: str | os.PathLike | None = None) -> None:
         self.root, self.cache = Path(os.path.realpath(root)), Path(cache) if cache else None
-        self.files: dict[str, File] = {}
+        self.stat, self._folder = functools.cache(self._stat), functools.cache(os.path.realpath)
         self.probes: dict[tuple[str, str], Probe] = {}
-        self._folder = functools.cache(os.path.realpath)
         try:
             content = json.loads(self.cache.read_bytes()) if cache else {}
             self._results = content["results"] if content["version"] == self._VERSION else {}
@@ -186,13 +170,8 @@ class Files:
             self._results = {}
         self._save()  # fails now, not after hours, if the file cannot be written
 
-    def stat(self, path: str) -> File:
-        """What the file system says of a path under the root."""
-        if path not in self.files:
-            self.files[path] = self._stat(path)
-        return self.files[path]
-
     def _stat(self, path: str) -> File:
+        """What the file system says of a path under the root."""
         folder, name = os.path.split(self.root / path)
         try:
             full = os.path.join(self._folder(folder), name)
@@ -236,7 +215,7 @@ class Files:
                 self.probes[path, kind] = result
                 # a decoder that hangs or crashes is tried again next time: the machine may have been busy
                 if result.problem not in ("hangs", "crashes"):
-                    self._results[f"{asked} {name}"] = [*self.files[path][1:3], *astuple(result)]
+                    self._results[f"{asked} {name}"] = [*self.stat(path)[1:3], *astuple(result)]
             if time.monotonic() - self._saved > _SAVE_EVERY:
                 self._save()
         self._save()

@@ -264,10 +264,8 @@ def media_root(root: str | os.PathLike) -> Path:
     folder = content.get("media_root") if isinstance(content, dict) else None
     if not isinstance(folder, str) or not (Path(folder) / tasks.FOLDER).is_dir():
         fault = f"the folder of the media, {folder!r}, is not there, or holds no {tasks.FOLDER}"
-        fix = (
-            "mount it again, or set `root` of the build section in params.yaml to its new place and run the build stage"
-        )
-        raise RecordError(str(path), f"{fault}; {fix}")
+        fix = "set `root` of the build section in params.yaml to its new place and run the build stage"
+        raise RecordError(str(path), f"{fault}; mount it again, or {fix}")
     return Path(folder)
 
 

@@ -20,9 +20,8 @@ from crab.data.containers import (
     AGAIN,
     LONGEST_GAP,
     RATE,
-    Chosen,
     MediaError,
-    chosen,
+    Streams,
     decoding,
     existing,
     indexed,
@@ -90,9 +89,8 @@ def sound_seconds(path: str | os.PathLike) -> tuple[float, str]:
             # FFmpeg uses the name mpeg for a kind of video
             return there / sound.samplerate, "mp3" if form == "mpeg" else form
     except soundfile.LibsndfileError as fault:
-        with decoding(path, "sound", f"{fault}; "), open_container(path) as container:
-            streams = chosen(path, container, "audio")
-            return _stamped_seconds(path, container, streams), container.format.name.split(",")[0]
+        with decoding(path, "sound", f"{fault}; "), open_container(path, "audio") as streams:
+            return _stamped_seconds(streams), streams.container.format.name.split(",")[0]
 
 
 def _decoded(path: Path) -> tuple[np.ndarray, int, bool]:
@@ -107,9 +105,8 @@ def _decoded(path: Path) -> tuple[np.ndarray, int, bool]:
                 mono = wave[:, 0] if sound.channels == 1 else wave.mean(axis=1)
                 return mono, sound.samplerate, sound.subtype in ("FLOAT", "DOUBLE")
         except soundfile.LibsndfileError as fault:
-            with decoding(path, "sound", f"{fault}; "), open_container(path) as container:
-                streams = chosen(path, container, "audio")
-                return *_placed(path, container, streams), streams.audio.codec_context.name.startswith("pcm_f")
+            with decoding(path, "sound", f"{fault}; "), open_container(path, "audio") as streams:
+                return *_placed(streams), streams.audio.codec_context.name.startswith("pcm_f")
 
 
 def _check_end(path: Path, sound: soundfile.SoundFile, there: int) -> None:
@@ -148,20 +145,20 @@ def _place(path: Path, begin: float | None, end: float) -> float:
     return begin
 
 
-def _placed(path: Path, container, streams: Chosen) -> tuple[np.ndarray, int]:
+def _placed(streams: Streams) -> tuple[np.ndarray, int]:
     """The sound of a container at its time stamps, float32 [samples], and its rate (of its first piece)."""
     zero, rate, end, parts, frame = streams.zero, 0, 0, [], None
-    for frame in container.decode(streams.audio):
+    for frame in streams.container.decode(streams.audio):
         piece, rate = _mono(frame), rate or frame.sample_rate
         if frame.sample_rate != rate:
             piece = resample_poly(piece, rate, frame.sample_rate)
         zero = frame.time if zero is None else zero
         begin = None if frame.time is None else frame.time - zero
-        gap = round(_place(path, begin, end / rate) * rate) - end
+        gap = round(_place(streams.path, begin, end / rate) * rate) - end
         parts += [np.zeros(max(gap, 0), np.float32), piece[max(-gap, 0) :]]
         end += len(parts[-2]) + len(parts[-1])
     if frame is None:
-        raise MediaError(path, "has a sound stream without sound that decodes", AGAIN, "no sound")
+        raise MediaError(streams.path, "has a sound stream without sound that decodes", AGAIN, "no sound")
     last = float((frame.duration or 0) * frame.time_base)
     if 0 < last < frame.samples / rate - 0.001:  # the container says how much of the last piece is padding
         parts[-1] = parts[-1][: round(last * rate)]
@@ -179,8 +176,9 @@ def _mono(frame) -> np.ndarray:
     return mean.astype(np.float32)
 
 
-def _stamps(container, stream) -> Iterator[tuple[float | None, float]]:
+def _stamps(streams: Streams) -> Iterator[tuple[float | None, float]]:
     """Begin and length of each packet of sound that is heard, in seconds; the length is 0 if it is not known."""
+    container, stream = streams.container, streams.audio
     index = [entry for entry in stream.index_entries if not entry.is_discard]
     if indexed(container, stream) and len(index) > 2:  # no packet need be read
         stamps = [entry.timestamp for entry in index]
@@ -195,16 +193,16 @@ def _stamps(container, stream) -> Iterator[tuple[float | None, float]]:
             yield None if packet.stamp is None else float(packet.stamp * stream.time_base), length
 
 
-def _stamped_seconds(path: Path, container, streams: Chosen) -> float:
+def _stamped_seconds(streams: Streams) -> float:
     """Length of the sound of a container, by its time stamps. If packets do not say their length it is decoded."""
-    stamps, zero, end = list(_stamps(container, streams.audio)), streams.zero, 0.0
+    stamps, zero, end = list(_stamps(streams)), streams.zero, 0.0
     if any(length <= 0 for _, length in stamps):
-        mono, rate = _placed(path, container, streams)
+        mono, rate = _placed(streams)
         return len(mono) / rate
-    if not stamps or next(container.decode(streams.audio), None) is None:
-        raise MediaError(path, "has a sound stream without sound that decodes", AGAIN, "no sound")
+    if not stamps or next(streams.container.decode(streams.audio), None) is None:
+        raise MediaError(streams.path, "has a sound stream without sound that decodes", AGAIN, "no sound")
     zero = stamps[0][0] if zero is None else zero
     for begin, length in stamps:
-        begin = _place(path, None if begin is None else begin - (zero or 0.0), end)
+        begin = _place(streams.path, None if begin is None else begin - (zero or 0.0), end)
         end = max(end, begin + length)
     return end

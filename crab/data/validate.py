@@ -21,10 +21,10 @@ from tqdm import tqdm
 from crab import tasks
 from crab.data import records
 from crab.data.findings import CONVERSION, NOTES, TOLERABLE, Count, Finding, Report, ValidationError
-from crab.data.media import LEAST
 from crab.data.names import near
 from crab.data.probe import Files
 from crab.data.records import RecordError
+from crab.data.sounds import LEAST
 from crab.tasks.fields import numbered
 
 ON_PROBLEM = ("error", "skip")
@@ -230,7 +230,7 @@ class _Walk:
             timed = "video" if entry.second is None else "audio"
             count.seconds += [self.media.probes[job].seconds for job in entry.media if job[1] == timed]
             for path, _ in entry.media:
-                at = self.media.files[path]
+                at = self.media.stat(path)
                 sizes[at.same] = at.size
                 if split == "test":
                     self.tested.setdefault(at.same, (slot, f"{slot}/test, record {entry.index} ({entry.id})"))
@@ -246,7 +246,7 @@ class _Walk:
         """(problem, words, file) of all that is wrong with the media of a record."""
         own_overlap = False
         for path, kind in entry.media:
-            at, result = self.media.files[path], self.media.probes[path, kind]
+            at, result = self.media.stat(path), self.media.probes[path, kind]
             if outside := self._linked(self.media, path):
                 yield "link", outside, path
             if result.problem:

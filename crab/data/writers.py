@@ -53,8 +53,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
         container.mux(stream.encode())
 
 
-def write_audio(path: str | os.PathLike, wave: np.ndarray, rate: int = RATE) -> None:
-    """Write a mono wave (float [samples] in [-1, 1]) as 16-bit PCM (.wav) or 32 kbit/s mp3."""
+def write_audio(path: str | os.PathLike, wave: np.ndarray) -> None:
+    """Write a mono wave (float [samples] in [-1, 1], 16 kHz) as 16-bit PCM (.wav) or 32 kbit/s mp3."""
     wave, suffix = np.asarray(wave), Path(path).suffix
     if wave.ndim != 1 or not len(wave):
         raise ValueError(f"{path}: sound has shape {wave.shape}; give [samples >= 1]")
@@ -63,14 +63,14 @@ def write_audio(path: str | os.PathLike, wave: np.ndarray, rate: int = RATE) -> 
     pcm = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
     with atomic_file(path) as part:
         if suffix == ".wav":
-            soundfile.write(part, pcm, rate, subtype="PCM_16", format="WAV")
+            soundfile.write(part, pcm, RATE, subtype="PCM_16", format="WAV")
             return
         # libsndfile writes mp3 too, but hides LAME's speed setting and takes twice as long
         with av.open(str(part), "w", format="mp3", options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream("libmp3lame", rate=rate, layout="mono", options=dict(_MP3))
+            stream = container.add_stream("libmp3lame", rate=RATE, layout="mono", options=dict(_MP3))
             stream.codec_context.format, stream.bit_rate = "s16p", _MP3_BITS
             frame = av.AudioFrame.from_ndarray(pcm[None], format="s16p", layout="mono")
-            frame.sample_rate, frame.pts = rate, 0
+            frame.sample_rate, frame.pts = RATE, 0
             container.mux(stream.encode(frame))
             container.mux(stream.encode())
 

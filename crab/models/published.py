@@ -88,8 +88,8 @@ def load_media(slot: str, record: Mapping, frames: int) -> list[Media]:
 
 def read_video(path: str | Path, frames: int) -> np.ndarray:
     """Frames of a clip, uint8 [frames, 224, 224, 3]. The top of this module says which, and when there are fewer."""
-    with media.decoding(path, "a video"), media.open_container(media.existing(path)) as container:
-        stream = media.chosen(path, container, "video").video
+    with media.decoding(path, "a video"), media.open_container(path, "video") as streams:
+        container, stream = streams.container, streams.video
         # an edit list discards some packets
         total = sum(not packet.hidden for packet in media.packets(container, stream))
         if total == 1:

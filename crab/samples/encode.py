@@ -20,9 +20,9 @@ from crab.data import records
 from crab.data.media import RATE, MediaError
 from crab.data.probe import Files
 from crab.models import published
-from crab.models.checkpoint import base_digest, load_model, load_processor, resolve
+from crab.models.checkpoint import base_digest, load_model, resolve
 from crab.models.protocol import model_of, module_name
-from crab.samples.inputs import check_compatibility, prompt_of
+from crab.samples.inputs import check_compatibility, processor_of, prompt_of
 from crab.samples.reading import MANIFEST
 from crab.samples.shards import about, write_shard
 
@@ -78,9 +78,8 @@ def encode_all(
     parts = [(slot, split) for slot in slots for split in tasks.get_slot(slot).splits]
     words = tasks.read_prompts(prompts, slots) if prompts else tasks.PROMPTS
     if absent := [f"{slot}/{split}" for slot, split in parts if f"{slot}/{split}" not in built]:
-        raise ValueError(
-            f"{root}: {absent[0]} was not built; take its slot out of encode.slots, or run the build stage"
-        )
+        fix = "take its slot out of encode.slots, or run the build stage"
+        raise ValueError(f"{root}: {absent[0]} was not built; {fix}")
     version = digest_of([built, base_digest(base)])
     refused = {} if cache or not probes else _too_long(root, parts, base, probes, workers, version)
     if refused and on_problem == "error":
@@ -133,13 +132,7 @@ class Encoder:
     version: str = ""
 
     def write(self, slot: str, split: str, path: Path, chosen: range, key: str = "") -> None:
-        """Write the shard of the records with these indices.
-
-        Raises:
-            ValueError: a sound too short or too long for the base; naming the record.
-            crab.data.media.MediaError: naming the file that is missing or cannot be read.
-            RuntimeError: the encoders fail; naming the records.
-        """
+        """Write the shard of the records with these indices. Errors are those of `prompt_of`, and of the encoders."""
         rows = [_records(self.root, slot, split, self.version)[i] for i in chosen]
         problems = {row["id"]: self.refused.get((f"{slot}/{split}", row["id"])) for row in rows}
         skipped = [{"id": name, "problem": problem} for name, problem in problems.items() if problem]
@@ -160,7 +153,7 @@ class Encoder:
         return max(1, int(mib * 2**20 / (self._tokens(slot, rows) * wide) / BATCH)) * BATCH
 
     def _prompt(self, slot: str, row: Mapping):
-        processor, words = _processor(self.base, self.version), tasks.prompt(slot, row, self.words)
+        processor, words = processor_of(self.base, self.version), tasks.prompt(slot, row, self.words)
         return prompt_of(processor, slot, row, words, self.compatibility)
 
     def _text(self, slot: str, split: str, row: Mapping) -> dict[str, str]:
@@ -194,9 +187,8 @@ class Encoder:
             try:
                 encoded = module.encode(model, prompts)
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}: {error}"
-                ) from error
+                place = f"encode: {slot}/{split}, records {part[0]['id']} to {part[-1]['id']}"
+                raise RuntimeError(f"{place}: {error}") from error
             for row, sample in zip(part, encoded, strict=True):
                 yield {**sample, "text": self._text(slot, split, row), "tokens": len(sample["input_ids"])}
 
@@ -219,11 +211,6 @@ def _loaded(base: str | Path, version: str):
     return load_model(base)
 
 
-@lru_cache(maxsize=1)
-def _processor(base: str | Path, version: str):
-    return load_processor(base)
-
-
 def _too_long(
     root: str | Path, parts: Sequence, base: str | Path, probes: str | Path, workers: int, version: str
 ) -> dict[tuple[str, str], str]:
@@ -237,6 +224,6 @@ def _too_long(
         files.probe([(path, "audio") for path in paths.values()], False, 60, workers, progress=False)
         for name, item in sounds:
             seconds = files.probes[paths[item.path], "audio"].seconds or 0
-            if problem := published.cut_off(_processor(base, version), range(round(seconds * RATE))):
+            if problem := published.cut_off(processor_of(base, version), range(round(seconds * RATE))):
                 problems[f"{slot}/{split}", name] = f"{item.path} {problem}"
     return problems

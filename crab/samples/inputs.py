@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 
 from transformers import BatchFeature
 
@@ -10,6 +12,7 @@ from crab import tasks
 from crab.data import records
 from crab.data.media import RATE, clip_seconds
 from crab.models import published
+from crab.models.checkpoint import load_processor
 from crab.models.protocol import Media, model_of
 
 _LEAST_FRAMES = 3  # of a spectrogram, for one token: the encoder halves their number twice
@@ -23,11 +26,14 @@ def check_compatibility(compatibility: str) -> None:
         raise ValueError(f"encode.compatibility is {compatibility!r}; choose one of {', '.join(COMPATIBILITY)}")
 
 
-def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compatibility: str = "none") -> BatchFeature:
-    """The prompt of a record that `crab.data.records.read` gave, as the model encodes it.
+@lru_cache(maxsize=2)
+def processor_of(base: str | Path, version: str):
+    """The processor of a base, loaded once per process. ``version`` is another one once the base has changed."""
+    return load_processor(base)
 
-    Args:
-        prompt: the words of `tasks.prompt`.
+
+def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compatibility: str = "none") -> BatchFeature:
+    """The prompt of a record that `crab.data.records.read` gave, with the words of `tasks.prompt`, for the model.
 
     Raises:
         ValueError: a sound is too short or too long for the base; naming the file and the record.
@@ -42,13 +48,10 @@ def prompt_of(processor, slot: str, record: Mapping, prompt: tasks.Prompt, compa
 
 
 def load_media(record: Mapping, frames: int) -> list[Media]:
-    """Decoded media of a record that `crab.data.records.read` gave, in the order of the prompt.
+    """The media of `crab.data.records.load`, each with its kind, and a video with its rate.
 
-    The rate of a video is that at which its frames were taken, from their time stamps: a clip of 3 s and one of 60 s
-    that are shown by equally many frames differ in it.
-
-    Raises:
-        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    This is the rate at which its frames were taken, from their time stamps: a clip of 3 s and one of 60 s that are
+    shown by equally many frames differ in it.
     """
     items = []
     for item, data in zip(record["media"], records.load(record, frames), strict=True):
@@ -66,12 +69,8 @@ def load_media(record: Mapping, frames: int) -> list[Media]:
 def prepared(processor, record: Mapping, frames: int, instruction: str, **around: str) -> BatchFeature:
     """The prompt of a record, as the model's ``prepare`` makes it, in which each video keeps its own seconds per frame.
 
-    ``around`` are ``system`` and ``lead`` of `crab.models.protocol.AudioVisualModel.prepare`.
-
-    Raises:
-        ValueError: a sound is too short to be heard, or longer than the model hears. It would be cut off, while the
-            frames span the whole clip.
-        crab.data.media.MediaError: naming the file that is missing or cannot be read.
+    ``around`` are ``system`` and ``lead`` of `crab.models.protocol.AudioVisualModel.prepare`. Errors are those of
+    `prompt_of`: a sound that is too long would be cut off, while the frames span the whole clip.
     """
     media = load_media(record, frames)
     for item, source in zip(media, record["media"], strict=True):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,42 +17,30 @@ from crab import tasks
 from crab.core.files import read_json
 from crab.data.media import MediaError
 from crab.models.batches import Sample
-from crab.models.checkpoint import base_digest, load_processor, resolve
-from crab.samples.inputs import prompt_of
+from crab.models.checkpoint import base_digest, resolve
+from crab.samples.inputs import processor_of, prompt_of
 from crab.samples.shards import Shards, about
 from crab.samples.slots import SlotData
 
 MANIFEST = "manifest.json"
 
 
-class _Live:
-    """Samples whose media are decoded when they are asked for."""
-
-    def __init__(self, slot: str, shards: Shards, base: str | Path, compatibility: str, on_problem: str) -> None:
-        self.slot, self.shards, self.compatibility, self.on_problem = slot, shards, compatibility, on_problem
-        self.base = str(resolve(base) or base)
-
-    @cached_property
-    def _processor(self):
-        return load_processor(self.base)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_processor"}
-
-    def __call__(self, index: int) -> Sample:
-        for other in range(len(self.shards)):
-            text = dict(self.shards[(index + other) % len(self.shards)]["text"])
-            record, around = text.pop("record"), text.pop("around", {})
-            record["media"] = [tasks.MediaItem(*item) for item in record["media"]]
-            try:
-                words = tasks.Prompt(text["instruction"], **around)
-                prompt = prompt_of(self._processor, self.slot, record, words, self.compatibility)
-                return {"prompt": prompt, "text": text}
-            except (MediaError, ValueError) as error:
-                if self.on_problem == "error":
-                    raise
-                warnings.warn(f"{text['id']} is replaced by the next sample: {error}", stacklevel=2)
-        raise ValueError(f"{self.slot}: no sample can be read; run the encode stage with encode.cache: true to see why")
+def _decoded(
+    slot: str, shards: Shards, base: str, version: str, compatibility: str, on_problem: str, index: int
+) -> Sample:
+    """A sample whose media are decoded when it is asked for."""
+    for other in range(len(shards)):
+        text = dict(shards[(index + other) % len(shards)]["text"])
+        record, around = text.pop("record"), text.pop("around", {})
+        record["media"] = [tasks.MediaItem(*item) for item in record["media"]]
+        try:
+            words = tasks.Prompt(text["instruction"], **around)
+            return {"prompt": prompt_of(processor_of(base, version), slot, record, words, compatibility), "text": text}
+        except (MediaError, ValueError) as error:
+            if on_problem == "error":
+                raise
+            warnings.warn(f"{text['id']} is replaced by the next sample: {error}", stacklevel=2)
+    raise ValueError(f"{slot}: no sample can be read; run the encode stage with encode.cache: true to see why")
 
 
 def read_slot(
@@ -77,9 +64,9 @@ def read_slot(
     if not shards.cached:
         if base is None:
             raise ValueError(f"{root}: features of {slot}/{split} are not cached; give the base that makes them")
-        read = _Live(slot, shards, base, about(shards.paths[0])["compatibility"], on_problem)
-    ids = np.array([text["id"] for text in shards.texts()], dtype=object)
-    return SlotData(slot, split, ids.tolist(), read, shards.lengths[:, 3].tolist())
+        compatibility = about(shards.paths[0])["compatibility"]
+        read = partial(_decoded, slot, shards, str(resolve(base) or base), base_digest(base), compatibility, on_problem)
+    return SlotData(slot, split, [text["id"] for text in shards.texts()], read, shards.lengths[:, 3].tolist())
 
 
 def read_manifest(root: str | Path) -> dict[str, dict]:
@@ -93,11 +80,7 @@ def encoded_slots(root: str | Path) -> list[str]:
 
 
 def benchmarks(root: str | Path, slots: Sequence[str] | None = None) -> list[str]:
-    """The encoded slots (or those of ``slots``) that have a test split. The others are only trained on.
-
-    Raises:
-        ValueError: one of ``slots`` is not encoded.
-    """
+    """The encoded slots (or those of ``slots``) that have a test split. ValueError if one of these is not encoded."""
     manifest = read_manifest(root)
     slots = encoded_slots(root) if slots is None else slots
     for slot in slots:

@@ -88,11 +88,7 @@ def about(path: Path) -> dict[str, str]:
 class Shards(Sequence):
     """The samples in the shards of a folder, in order. A sample is read from its file when it is asked for.
 
-    Attributes:
-        lengths: int64 [N, 4], see the top of this module.
-
-    Raises:
-        ValueError: there is no shard, or one is damaged.
+    ``lengths`` is int64 [N, 4], see the top of this module. ValueError if there is no shard, or if one is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -129,7 +125,6 @@ class Shards(Sequence):
         return sample
 
     def texts(self) -> Iterator[dict[str, Any]]:
-        """The text of each sample, one after the other."""
         for shard in range(len(self.paths)):
             texts = bytes(self._read(shard, "texts"))
             for index in range(self._first[shard], self._first[shard + 1]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from crab.models.batches import Sample
 
@@ -39,42 +40,25 @@ class SlotData(Sequence):
         chosen = range(len(self))[index]
         return replace(self, ids=self.ids[index], tokens=self.tokens[index], read=partial(_at, self.read, chosen))
 
-    def mapped(self, change: Callable[[Sample], Sample]) -> SlotData:
+    def mapped(self, change: Callable[[Sample], Any]) -> SlotData:
         """The same samples, each changed as it is read."""
         return replace(self, read=partial(_changed, self.read, change))
 
-    def answered(self, form: str) -> Answered:
-        """Pairs of sample and answer, for training. Raises ValueError on a form that the samples lack."""
+    def answered(self, form: str) -> SlotData:
+        """The same as pairs of sample and answer, for training. Raises ValueError on a form that the samples lack."""
         known = [name for name in self[0]["text"] if name not in ("id", "instruction")]
         if form not in known:
             raise ValueError(f"{self.slot}: no {form!r} targets; known: {', '.join(known)}")
-        return Answered(self, form)
-
-
-@dataclass(frozen=True)
-class Answered(Sequence):
-    """Pairs of sample and answer of a slot."""
-
-    samples: SlotData
-    form: str
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return Answered(self.samples[index], self.form)
-        sample = self.samples[index]
-        return sample, sample["text"][self.form]
-
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt."""
-        return list(self.samples.tokens)
+        return self.mapped(partial(_paired, form))
 
 
 def _at(read: Callable[[int], Sample], chosen: Sequence[int], index: int) -> Sample:
     return read(chosen[index])
 
 
-def _changed(read: Callable[[int], Sample], change: Callable[[Sample], Sample], index: int) -> Sample:
+def _changed(read: Callable[[int], Sample], change: Callable[[Sample], Any], index: int) -> Any:
     return change(read(index))
+
+
+def _paired(form: str, sample: Sample) -> tuple[Sample, str]:
+    return sample, sample["text"][form]

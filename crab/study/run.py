@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset
 
 from crab.core.files import read_json, write_json
 from crab.models.checkpoint import load_base
-from crab.samples.slots import Answered, SlotData
+from crab.samples.slots import SlotData
 from crab.study.answer import answer_slot, answered_slot, load_adapter
 from crab.study.cells import Cell
 from crab.study.score import score_slot, truths
@@ -29,7 +29,7 @@ def run_cell(store: Store, cell: Cell) -> None:
     parts = {slot: scored_part(store, cell, slot) for slot in cell.scored_slots}  # first: files may be damaged
     if adapter is None:
         pairs = [training_pairs(store, cell, slot) for slot in cell.slots]
-        lengths = [length for part in pairs for length in part.lengths()] if store.group_by_length else None
+        lengths = [length for part in pairs for length in part.tokens] if store.group_by_length else None
         adapter = train(
             ConcatDataset(pairs), cell.method, cell.options, store.base_of(cell), folder,
             learning_rate=cell.learning_rate, passes=cell.passes, batch_size=store.batch_size, seed=cell.seed,
@@ -64,7 +64,7 @@ def run_cell(store: Store, cell: Cell) -> None:
     })  # fmt: skip
 
 
-def training_pairs(store: Store, cell: Cell, slot: str) -> Answered:
+def training_pairs(store: Store, cell: Cell, slot: str) -> SlotData:
     """Pairs of sample and answer of a slot, without those held out, and at most as many as the cell asks for.
 
     Raises:

@@ -17,22 +17,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .answers import Kind, Partly
-from .fields import MediaItem as MediaItem
-from .fields import Record, describe, required
-from .fields import json_path as json_path
-from .fields import mask_path as mask_path
-from .fields import media_paths as media_paths
+from .fields import MediaItem, Record, describe, json_path, mask_path, media_paths, required
 from .labels import LABELS
-from .prompts import PROMPTS, Prompt
-from .prompts import read_prompts as read_prompts
-from .registry import BENCHMARKS as BENCHMARKS
-from .registry import FOLDER as FOLDER
-from .registry import SLOTS as SLOTS
-from .registry import SPLITS as SPLITS
-from .registry import Slot, get_slot
-from .segmentation import NULL as NULL
-from .segmentation import Masks, OneBox, Pixels, Referred
+from .prompts import PROMPTS, Prompt, read_prompts
+from .registry import BENCHMARKS, FOLDER, SLOTS, SPLITS, Slot, get_slot
+from .segmentation import NULL, Masks, OneBox, Pixels, Referred
 from .temporal import Events, OneEvent, Parsing
+
+__all__ = [
+    "BENCHMARKS", "FOLDER", "FORMS", "KINDS", "NULL", "PROMPTS", "SLOTS", "SPLITS", "Masks", "MediaItem", "Prompt",
+    "Slot", "agree", "answer", "chance", "get_slot", "instruction", "json_path", "mask_path", "media_paths", "parse",
+    "prompt", "read_prompts", "sample_id", "score", "tags", "target", "truth",
+]  # fmt: skip
 
 FORMS = ("bare", "explicit")
 

@@ -62,7 +62,6 @@ def describe(slot: Slot, record: Record) -> str:
 
 
 def field_error(slot: Slot, record: Record, field: str, fix: str) -> ValueError:
-    """The error for a wrong value of a field."""
     return ValueError(f"{describe(slot, record)}: field '{field}' is {record[field]!r:.80}; {fix}")
 
 
@@ -79,8 +78,6 @@ def numbered(record: Record) -> str | None:
 
 
 class MediaItem(NamedTuple):
-    """One medium of a prompt."""
-
     kind: str  # video, image or audio
     path: str  # POSIX path under the data root
     field: str  # the record's field with this path

@@ -1,8 +1,9 @@
 """The words of prompts: those in ``prompts.yaml`` beside this module, or in a file of the user's in the same form."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,8 @@ def read_prompts(path: str | Path, slots: Collection[str] = ()) -> dict[str, Pro
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     if missing := [name for name in slots if name not in prompts]:
-        raise ValueError(
-            f"{path}: slot {missing[0]}: there is no entry; add one with a field 'question', or take the slot out of "
-            "encode.slots"
-        )
+        fix = "add one with a field 'question', or take the slot out of encode.slots"
+        raise ValueError(f"{path}: slot {missing[0]}: there is no entry; {fix}")
     return prompts
 
 
@@ -73,22 +72,14 @@ def _checked(slot: Slot, texts: Any) -> Prompt:
             raise ValueError(f"{where} is unknown; use {', '.join(names)}")
         if not isinstance(text, str):
             raise ValueError(f"{where} is {text!r:.80}; give a text, in quotes")
-        for quoted in _names(text):
-            for split in slot.splits:
-                known = set(slot.fields(split)) - set(slot.optional(split))
-                if not known & set(quoted):
-                    raise ValueError(
-                        f"{where} quotes {{{'|'.join(quoted)}}}, which {split} records do not have; they have "
-                        + ", ".join(sorted(known))
-                    )
+        for place, split in product(_PLACE.finditer(text), slot.splits):
+            known = set(slot.fields(split)) - set(slot.optional(split))
+            if not known & set(place[1].split("|")):
+                fault = f"quotes {{{place[1]}}}, which {split} records do not have"
+                raise ValueError(f"{where} {fault}; they have {', '.join(sorted(known))}")
     if not texts.get("question", "").strip():
         raise ValueError(f"slot {slot.name}: field 'question' is missing; give the question to the model")
     return Prompt(**texts)
-
-
-def _names(template: str) -> Iterator[list[str]]:
-    """The names of fields at each place of a template."""
-    yield from (place[1].split("|") for place in _PLACE.finditer(template))
 
 
 def _quoted(slot: Slot, record: Record, place: re.Match) -> str:

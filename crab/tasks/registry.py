@@ -56,7 +56,6 @@ class Slot:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits of the data set."""
         return SPLITS if self.test else SPLITS[:1]
 
     @property
@@ -71,7 +70,6 @@ class Slot:
 
     @property
     def truth_fields(self) -> tuple[str, ...]:
-        """The fields that hold the truth; none if the truth is read from the answer."""
         return tuple(self.truth.split())
 
     def fields(self, split: str) -> tuple[str, ...]:
@@ -100,43 +98,20 @@ _match = partial(Slot, family="audio-visual matching", kind="matching", metrics=
 
 # name, data set, fields, fields of the truth, metrics
 _ENTRIES = (
-    _events(
-        "ave",
-        "AVE",
-        "vid event start_time end_time label_content",
-        "event start_time end_time",
-        "segment_accuracy",
-        kind="temporal",
-    ),
+    _events("ave", "AVE", "vid event start_time end_time label_content", "event start_time end_time",
+            "segment_accuracy", kind="temporal"),
     _events("unav", "UnAV-100", "vid label_content", kind="dense"),
     _events("avvp", "LLP", "filename vid event label_content", metrics="segment_type_av", kind="video_parsing"),
-    _frame(
-        "arig",
-        "AVSBench-S4 frames",
-        "a_obj label_content",
-        "top_left bottom_right",
-        "ciou",
-        family="spatial localization",
-        kind="spatial",
-        test_fields="a_obj top_left bottom_right frame_idx",
-        media_slot="s4",
-    ),
+    _frame("arig", "AVSBench-S4 frames", "a_obj label_content", "top_left bottom_right", "ciou",
+           family="spatial localization", kind="spatial", test_fields="a_obj top_left bottom_right frame_idx",
+           media_slot="s4"),
     _pixels("s4", "AVSBench single source", "vid uid a_obj label_content"),
     _pixels("ms3", "AVSBench multi source", "vid uid a_obj frame_idx label_content"),
-    _pixels(
-        "ref_avs",
-        "Ref-AVS",
-        "vid fid uid idx description output",
-        kind="referring",
-        test_fields="object split vid uid fid frame_idx",
-    ),
+    _pixels("ref_avs", "Ref-AVS", "vid fid uid idx description output", kind="referring",
+            test_fields="object split vid uid fid frame_idx"),
     _question("avqa", "MUSIC-AVQA", "video_id question_id type question answer label", kind="qa", overlap=True),
-    _question(
-        "avqa_thu",
-        "AVQA",
-        "id video_name video_id question_relation question_type multi_choice question_text answer label",
-        kind="choice",
-    ),
+    _question("avqa_thu", "AVQA", "id video_name video_id question_relation question_type multi_choice question_text "
+              "answer label", kind="choice"),
     _emotion("meld", "MELD", "Emotion label", "Emotion", "weighted_f1 accuracy"),
     _emotion("mer24", "MER2024", "discrete label", "discrete"),
     _emotion("cremad", "CREMA-D", "emotion label", "emotion", "accuracy"),
@@ -144,22 +119,12 @@ _ENTRIES = (
     _emotion("dfew", "DFEW", "emotion label", "emotion", "WAR UAR"),
     _action("ks", "Kinetics-Sounds", "action label", "action"),
     _action("ucf", "UCF-101 (AV subset)", "label new_label", "label"),
-    _match(
-        "a2v",
-        "video for a sound",
-        "correct_video audio_event video1_event video2_event label",
-        "correct_video",
-        media="two_videos_audio",
-    ),
-    _match(
-        "v2a",
-        "sound for a video",
-        "correct_audio video_event audio1_event audio2_event label",
-        "correct_audio",
-        media="video_two_audios",
-    ),
+    _match("a2v", "video for a sound", "correct_video audio_event video1_event video2_event label", "correct_video",
+           media="two_videos_audio"),
+    _match("v2a", "sound for a video", "correct_audio video_event audio1_event audio2_event label", "correct_audio",
+           media="video_two_audios"),
     Slot("avcap", "VALOR", "video_id label_content", family="captioning", kind="captioning"),
-)
+)  # fmt: skip
 
 SLOTS: dict[str, Slot] = {slot.name: slot for slot in _ENTRIES}
 BENCHMARKS: tuple[str, ...] = tuple(slot.name for slot in _ENTRIES if slot.test)

@@ -239,7 +239,7 @@ class _Score(NamedTuple):
     s: float = 1.0
 
 
-def _score(slot: Slot, masks: Masks, record: Record, answer: Prompt | str | None, null: bool = False) -> _Score:
+def _score(slot: Slot, masks: Masks, record: Record, answer: Prompt | str | None, null: bool) -> _Score:
     """The scores of an answer. `null`: the thing is not there, and the record has no true mask."""
     if null and answer == NULL:
         return _Score(True, 1.0, 1.0, 0.0)

@@ -115,7 +115,7 @@ class Events(Kind):
         events = [self._event(a.inside, b.inside) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
         return None if None in events else tuple(events)
 
-    def compared(self, answer: Sequence[EventRange] | None) -> Sequence[EventRange] | None:
+    def compared(self, answer: Sequence[NamedTuple] | None) -> Sequence[NamedTuple] | None:
         return answer and tuple(event._replace(event=same(event.event)) for event in answer)
 
     def _event(self, name: str, inside: str) -> EventRange | None:
@@ -144,6 +144,7 @@ class Parsing(Kind):
 
     tags = ("audio", "visual")
     example = f"events such as <audio>bell,(2 6)</audio>, whole seconds 0 <= start < end <= {SEGMENTS}"
+    compared = Events.compared
     metrics = [f"{level}_{kind}" for level in ("segment", "event") for kind in ("a", "v", "av", "type_av", "event_av")]
 
     def bare(self, text: str) -> str:
@@ -184,9 +185,6 @@ class Parsing(Kind):
                 return None
             events.append(ModalEvent(modality, event, int(start), int(end)))
         return events
-
-    def compared(self, answer: Sequence[ModalEvent] | None) -> Sequence[ModalEvent] | None:
-        return answer and tuple(event._replace(event=same(event.event)) for event in answer)
 
     def truth(self, slot: Slot, record: Record) -> tuple[ModalEvent, ...]:
         """The true events, from the answer, or from a field `event` that holds the tags."""
@@ -233,17 +231,17 @@ class Parsing(Kind):
             for modalities in (self.tags[:1], self.tags[1:], self.tags)
         ]
         answer = _grid((), classes)
-        f, present = _class_f(_segment_counts(true, np.broadcast_to(answer, true.shape)))
+        f, present = _class_f(_segment_counts(true, answer))
         best = float(_average(f.sum(-1), present.sum(-1)).mean())
         while additions:
             # An addition changes one class. The share of the other classes in the mean of a clip stays the same.
-            f, present = _class_f(_segment_counts(true, np.broadcast_to(answer, true.shape)))
+            f, present = _class_f(_segment_counts(true, answer))
             other_f, other_present = f.sum(-1, keepdims=True) - f, present.sum(-1, keepdims=True) - present
             tried = []
             for c, addition in additions:
                 row = answer[:, c] | addition
                 row[2] = row[0] & row[1]
-                f, present = _class_f(_segment_counts(true[:, :, c], np.broadcast_to(row, true[:, :, c].shape)))
+                f, present = _class_f(_segment_counts(true[:, :, c], row))
                 value = _average(other_f[..., c] + f, other_present[..., c] + present).mean()
                 tried.append((float(value), c, row))
             value, c, row = max(tried, key=lambda trial: trial[0])
@@ -264,7 +262,7 @@ def _grid(events: Sequence[ModalEvent], classes: Sequence[str]) -> np.ndarray:
 
 
 def _segment_counts(true: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Counts [3 (TP, FP, FN), ...] of segments, the last axis of [..., segments]."""
+    """Counts [3 (TP, FP, FN), ...] of segments, the last axis of [..., segments]; the shapes broadcast."""
     return np.stack([(true & answer).sum(-1), (~true & answer).sum(-1), (true & ~answer).sum(-1)])
 
 

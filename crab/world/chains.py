@@ -36,7 +36,6 @@ def say(kind: str, **words: str) -> str:
 
 
 def article(words: str) -> str:
-    """The words with their indefinite article."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 

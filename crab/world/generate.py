@@ -91,10 +91,8 @@ def refuse_foreign(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: is a file; give a folder for the data root")
     if root.is_dir() and any(root.iterdir()) and not any((root / name).is_file() for name in (SUMMARY, records.ROOT)):
-        raise ValueError(
-            f"{root}: has files that were not built here (no {SUMMARY}); give another folder, or delete this one "
-            "if you do not need it"
-        )
+        fix = "give another folder, or delete this one if you do not need it"
+        raise ValueError(f"{root}: has files that were not built here (no {SUMMARY}); {fix}")
 
 
 def _jobs(slots: Sequence[str], train: int, test: int, caption: int) -> list[Job]:
@@ -128,7 +126,6 @@ def _make(folder: Path, seed: int, job: Job) -> Part:
 
 
 def _finish(folder: Path, seed: int, parts: Iterable[tuple[Job, Part]]) -> dict:
-    """Write the records, the vocabulary and the summary."""
     table: dict[str, dict[str, dict]] = {}
     for (slot, split), group in groupby(parts, key=lambda pair: pair[0][:2]):
         made, sizes = (sum(column, []) for column in zip(*(part for _, part in group), strict=True))

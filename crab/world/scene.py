@@ -42,7 +42,6 @@ class Thing:
 
     @property
     def heard_emotion(self) -> str | None:
-        """The emotion in a face's voice."""
         return self.voice or self.emotion
 
     @property

@@ -133,7 +133,6 @@ class Maker:
         return sample_thing(self.rng, self.name, self.quadrant, **fixed)
 
     def sounds(self, shortest: int = 3, **fixed) -> Thing:
-        """It sounds for some seconds."""
         return self(sounding=sample_interval(self.rng, shortest), **fixed)
 
     def sounds_anywhere(self, sounding: Interval | None = None, shortest: int = 3, **fixed) -> Thing:

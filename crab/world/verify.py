@@ -94,10 +94,9 @@ def read_evidence(root: str | os.PathLike, slot: str, split: str, records: Seque
         one = view(slot, split, index, seed)
         for name, value in json.loads(json.dumps(one.record)).items():
             if name not in ADDED and (name not in record or record[name] != value):
-                raise RecordError(
-                    f"{Path(root) / tasks.json_path(slot, split)}: record {index}, field '{name}': is not what the "
-                    "views make now, so the scene is unknown; build the data again"
-                )
+                place = f"{Path(root) / tasks.json_path(slot, split)}: record {index}, field '{name}'"
+                words = "is not what the views make now, so the scene is unknown; build the data again"
+                raise RecordError(place, words)
         result.append(evidence(slot, one))
     return result
 

@@ -38,7 +38,5 @@ def check(slot: str, records: Iterable[dict]) -> None:
     known = vocabulary()
     missing = words(slot, records) - {*known["words"], *known["tags"]}
     if missing:
-        raise ValueError(
-            f"slot {slot}: words {', '.join(sorted(missing))} are not in the vocabulary; change the slot's view in "
-            f"crab/world/views so that its first {_RECORDS} train records use them"
-        )
+        fix = f"change the slot's view in crab/world/views so that its first {_RECORDS} train records use them"
+        raise ValueError(f"slot {slot}: words {', '.join(sorted(missing))} are not in the vocabulary; {fix}")

@@ -8,9 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import av
 import numpy as np
 import yaml
+from made_media import muxed
 
 from crab.data import media
 from crab.data.sources import Raw, drafts, finished
@@ -26,16 +26,7 @@ def shelf():
     root, rng = Path(folder.name), np.random.default_rng(0)
     frames = [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(8)]
     wave = np.sin(np.arange(160_000) / 5) / 2
-    with av.open(str(root / "sound.mp4"), "w") as out:
-        video, audio = out.add_stream("libx264", rate=8), out.add_stream("aac", rate=16000, layout="mono")
-        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
-        for frame in frames:
-            out.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
-        out.mux(video.encode())
-        sound = av.AudioFrame.from_ndarray(wave[None, :16000].astype(np.float32), format="fltp", layout="mono")
-        sound.sample_rate, sound.pts = 16000, 0
-        out.mux(audio.encode(sound))
-        out.mux(audio.encode())
+    muxed(root / "sound.mp4", frames, sound=("aac", wave[None, :16000], 16000, "mono", 0, 0), rate=8)
     media.write_video(root / "mute.avi", frames, 8)
     media.write_audio(root / "ten.wav", wave)
     media.write_image(root / "frame.jpg", np.repeat(np.repeat(frames[0], 4, 0), 4, 1))

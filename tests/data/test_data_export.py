@@ -11,11 +11,12 @@ import pytest
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
+from trees import PARTS, spoil
 
 from crab import tasks
+from crab.core.files import write_json
 from crab.data import export, records
 
-PARTS = [(slot.name, split) for slot in tasks.SLOTS.values() for split in slot.splits]
 TAGS = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
 PROMPTS = {  # the tags before the question; one slot of each kind of media
     "ave": "<video><audio>",
@@ -56,13 +57,9 @@ ENTRY = {
         "file_name": {"type": "string"},
         "formatting": {"const": "sharegpt"},
         "columns": NAMES | {"required": ["messages"], "propertyNames": {"enum": ["messages", *TAGS]}},
-        "tags": {
-            "const": {
-                "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
-            }
-        },
+        "tags": {"const": {f"{name}_tag": name for name in ("role", "content", "user", "assistant")}},
     },
-}  # fmt: skip
+}
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -73,9 +70,8 @@ def lines_of(path: Path) -> list[dict]:
 def exported(tree, tmp_path_factory):
     """The whole tree, exported in both forms: folder, and rows of each form."""
     out = tmp_path_factory.mktemp("export")
-    return out, {
-        form: export.export(tree.root, out, splits=tasks.SPLITS, form=form, progress=False) for form in tasks.FORMS
-    }
+    options = {"splits": tasks.SPLITS, "progress": False}
+    return out, {form: export.export(tree.root, out, form=form, **options) for form in tasks.FORMS}
 
 
 @pytest.fixture
@@ -85,14 +81,6 @@ def small(tree, tmp_path):
         shutil.copytree(tree.root / "AVUIE_2" / slot, tmp_path / "tree/AVUIE_2" / slot)
     records.write_manifest(tmp_path / "tree")
     return tmp_path / "tree"
-
-
-def change(root: Path, slot: str, split: str, edit) -> None:
-    """Change the list of records of a split in place."""
-    path = root / tasks.json_path(slot, split)
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    edit(rows)
-    path.write_text(json.dumps(rows), encoding="utf-8")
 
 
 @pytest.mark.parametrize("form", tasks.FORMS)
@@ -107,9 +95,8 @@ def test_every_line_fits_the_documented_schema_and_says_what_the_record_says(tre
         text = "".join(turn["content"] for turn in line["messages"])  # both programs look for tags in every turn
         for column, tag in TAGS.items():
             assert text.count(tag) == len(line.get(column, []))
-        assert all(
-            Path(path).is_absolute() and Path(path).is_file() for column in TAGS for path in line.get(column, [])
-        )
+        paths = [Path(path) for column in TAGS for path in line.get(column, [])]
+        assert all(path.is_absolute() and path.is_file() for path in paths)
         question, answer = (turn["content"] for turn in line["messages"])
         tags, question = re.fullmatch(r"((?:<\w+>)*)(.*)", question, re.DOTALL).groups()
         assert question == tasks.instruction(slot, record)
@@ -132,7 +119,7 @@ def test_a_heard_event_is_not_taken_for_a_sound(exported):
 
 
 def test_the_sound_of_a_picture_is_the_second_around_it(small, tmp_path):
-    change(small, "s4", "test", lambda rows: [row.update(frame_idx=second) for second, row in enumerate(rows)])
+    spoil(small, "s4", lambda rows: {row.update(frame_idx=second) for second, row in enumerate(rows)}, "test")
     truths = records.read(small, "s4", "test")
     waves = [np.random.default_rng(seed).uniform(-0.9, 0.9, 3 * 16000) for seed in range(3)]
     for record, wave in zip(truths, waves, strict=True):
@@ -157,7 +144,7 @@ def test_dataset_info_names_existing_files_and_their_columns(exported):
 
 
 def test_a_test_record_whose_truth_is_a_mask_has_no_answer(small, tmp_path):
-    change(small, "s4", "test", lambda rows: [row.pop("label_content", None) for row in rows])
+    spoil(small, "s4", lambda rows: {row.pop("label_content", None) for row in rows}, "test")
     (tmp_path / "out").mkdir()
     others = {"identity": {"file_name": "identity.json"}, "avuie_s4_test_bare": {"file_name": "stale.jsonl"}}
     (tmp_path / "out/dataset_info.json").write_text(json.dumps(others), encoding="utf-8")
@@ -190,9 +177,7 @@ def test_a_second_export_writes_the_same_bytes(small, tmp_path):
     assert content() == first and len(first) == 3 + 4 + 1  # lists, sounds of s4, dataset_info.json
 
 
-PIECES = st.sampled_from(
-    ["<audio>", "</audio>", "<video>", "<image>", "<bbox>", "<visual>", "<answer>", "a", " ", "<", ">"]
-)
+PIECES = st.sampled_from([*"<audio> </audio> <video> <image> <bbox> <visual> <answer> a < >".split(), " "])
 
 
 @given(st.lists(PIECES).map("".join))
@@ -201,52 +186,33 @@ def test_escape_leaves_no_tag_of_media_and_can_be_taken_back(text):
     assert export.unescape(export.escape(text)) == text
 
 
-def _no_answer(root):
-    change(root, "ave", "train", lambda rows: rows[2].update(label_content="a dog barks"))
-
-
-def _fewer(root):
-    change(root, "ave", "train", lambda rows: rows.pop())
-
-
-def _no_clip(root):
-    next((root / "AVUIE_2/ave/video").glob("train_*")).unlink()
-
-
-def _no_sound(root):
-    next((root / "AVUIE_2/s4").rglob("train_*/audio.wav")).write_bytes(b"")
-
-
-def _nothing(root):
-    shutil.rmtree(root / "AVUIE_2")
-
-
-def _info(root):
-    (root.parent / "out").mkdir()
-    (root.parent / "out/dataset_info.json").write_text("[1]", encoding="utf-8")
+SPOILED = {
+    "nothing": lambda root: None,
+    "no answer": lambda root: spoil(root, "ave", lambda rows: rows[2].update(label_content="a dog barks")),
+    "fewer": lambda root: spoil(root, "ave", lambda rows: rows[:-1]),
+    "no clip": lambda root: next((root / "AVUIE_2/ave/video").glob("train_*")).unlink(),
+    "no sound": lambda root: next((root / "AVUIE_2/s4").rglob("train_*/audio.wav")).write_bytes(b""),
+    "all": lambda root: shutil.rmtree(root / "AVUIE_2"),
+    "info": lambda root: write_json(root.parent / "out/dataset_info.json", [1]),
+}
 
 
 @pytest.mark.parametrize(
-    "spoil, options, message",
+    "what, options, message",
     [
-        (None, ["--slots", "avee"], "unknown slot 'avee'; did you mean 'ave'?"),
-        (None, ["--slots", "unav", "--split", "test"], "slot unav has no split 'test'; choose one of train"),
-        (
-            None,
-            ["--slots", "ave", "ks"],
-            "AVUIE_2/ks/train.json: no such list of records; give the root that the build",
-        ),
-        (_nothing, [], "AVUIE_2/ave/train.json: no such list of records; give the root that the build stage wrote"),
-        (_fewer, [], "AVUIE_2/ave/train.json: has 3 records, the manifest says 4; run the build stage again"),
-        (_no_answer, [], "train.json: record 2: field 'label_content' holds no answer that can be read: 'a dog barks'"),
-        (_no_clip, [], "mp4: does not exist; put it there, or run the build stage again"),
-        (_no_sound, ["--slots", "s4"], "audio.wav: is empty (0 bytes); copy or build it again"),
-        (_info, [], "dataset_info.json: is not a JSON object of data sets; correct it, or export to another folder"),
+        ("nothing", ["--slots", "avee"], "unknown slot 'avee'; did you mean 'ave'?"),
+        ("nothing", ["--slots", "unav", "--split", "test"], "slot unav has no split 'test'; choose one of train"),
+        ("nothing", ["--slots", "ave", "ks"], "AVUIE_2/ks/train.json: no such list of records; give the root that"),
+        ("all", [], "AVUIE_2/ave/train.json: no such list of records; give the root that the build stage wrote"),
+        ("fewer", [], "AVUIE_2/ave/train.json: has 3 records, the manifest says 4; run the build stage again"),
+        ("no answer", [], "record 2: field 'label_content' holds no answer that can be read: 'a dog barks'"),
+        ("no clip", [], "mp4: does not exist; put it there, or run the build stage again"),
+        ("no sound", ["--slots", "s4"], "audio.wav: is empty (0 bytes); copy or build it again"),
+        ("info", [], "dataset_info.json: is not a JSON object of data sets; correct it, or export to another folder"),
     ],
 )
-def test_errors_are_one_line_with_the_fix_and_leave_no_half_file(small, tmp_path, spoil, options, message):
-    if spoil:
-        spoil(small)
+def test_errors_are_one_line_with_the_fix_and_leave_no_half_file(small, tmp_path, what, options, message):
+    SPOILED[what](small)
     with pytest.raises(SystemExit) as stop:
         export.main([str(small), str(tmp_path / "out"), *options])
     assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
@@ -254,9 +220,8 @@ def test_errors_are_one_line_with_the_fix_and_leave_no_half_file(small, tmp_path
 
 
 def test_the_command_says_what_it_wrote(small, tmp_path, capsys):
-    export.main(
-        [str(small), str(tmp_path / "out"), "--slots", "avvp", "--split", "train", "test", "--form", "explicit"]
-    )
+    options = "--slots avvp --split train test --form explicit"
+    export.main([str(small), str(tmp_path / "out"), *options.split()])
     assert capsys.readouterr().out.splitlines() == [
         "avuie_avvp_train_explicit.jsonl: 4 of 4 records, 4 with an answer",
         "avuie_avvp_test_bare.jsonl: 3 of 3 records, 3 with an answer",

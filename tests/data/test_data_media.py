@@ -3,15 +3,19 @@
 import pickle
 import re
 import struct
+from functools import partial
 
 import av
 import numpy as np
 import pytest
 import soundfile
+from made_media import blocks, muxed, remux, tone
 from PIL import Image
 
 from crab.data import containers, media, probe
 from crab.data.media import MediaError
+
+write_clip = partial(media.write_video, fps=2)
 
 
 def psnr(a, b):
@@ -22,56 +26,9 @@ def snr(clean, noisy):
     return 10 * np.log10(np.mean(clean**2) / np.mean((clean - noisy) ** 2))
 
 
-def blocks(count, size=224):
-    """Frames of coloured blocks of 16 pixels, each frame different."""
-    colours = np.random.default_rng(0).integers(40, 200, (count, size // 16, size // 16, 3))
-    return np.repeat(np.repeat(colours, 16, 1), 16, 2).astype(np.uint8)
-
-
-def tone(seconds, rate=16000, hertz=440):
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
-
-
-def film(path, pictures, stamps=None, codec="libx264", rate=30, **options):
-    """Write a clip with any codec, any options, and time stamps in units of 1 / rate s."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for place, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = stamps[place] if stamps else None
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
 def moving(path, count, **options):
     """A clip of moving blocks."""
-    return film(path, [np.roll(blocks(1, 64)[0], 3 * i, 1) for i in range(count)], **options)
-
-
-def remux(source, target, start=0.0, end=np.inf, **options):
-    """Copy packets between two times without decoding them. They begin at a key frame; an edit list hides the rest."""
-    with av.open(str(source)) as old, av.open(str(target), "w", **options) as new:
-        stream = old.streams[0]
-        into = new.add_stream_from_template(stream)
-        old.seek(int(start * 1e6))
-        for packet in old.demux(stream):
-            if packet.dts is not None and packet.pts * stream.time_base < end:
-                packet.pts, packet.dts = (stamp - int(start / stream.time_base) for stamp in (packet.pts, packet.dts))
-                packet.stream = into
-                new.mux(packet)
-    return target
-
-
-def aac(path, wave, rate):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), format="fltp", layout="mono")
-        frame.sample_rate = rate
-        container.mux([*stream.encode(frame), *stream.encode()])
-    return path
+    return muxed(path, [np.roll(blocks(1, 64)[0], 3 * i, 1) for i in range(count)], rate=30, **options)
 
 
 # ---------------------------------------------------------------- clips
@@ -104,7 +61,7 @@ def test_frames_are_on_display_at_the_middles_and_have_their_own_times(tmp_path,
 
 
 def test_uneven_time_stamps_are_used(tmp_path):
-    path = film(tmp_path / "v.mp4", blocks(6, 64), [0, 100, 900, 1000, 2900, 3000], rate=1000)
+    path = muxed(tmp_path / "v.mp4", blocks(6, 64), [0, 100, 900, 1000, 2900, 3000], rate=1000)
     _, times = media.read_video(path, 3)  # about 3 s: middles near 0.5, 1.5, 2.5
     np.testing.assert_allclose(times, [0.1, 1.0, 1.0], atol=1e-6)
 
@@ -121,7 +78,7 @@ def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, bframes):
     """20 s at 4 frames/s, a key frame every 10 s, cut to 6 to 16 s: the frames of 0 to 6 s are decoded and hidden."""
     seconds = [np.full((64, 64, 3), 20 + 10 * (i // 4), np.uint8) for i in range(80)]  # the second, in grey
     options = {"g": "40", "sc_threshold": "0", "bf": str(bframes), "crf": "5"}
-    path = remux(film(tmp_path / "whole.mp4", seconds, rate=4, **options), tmp_path / "v.mp4", 6, 16)
+    path = remux(muxed(tmp_path / "whole.mp4", seconds, rate=4, **options), tmp_path / "v.mp4", 6, 16)
     read, times = media.read_video(path, 10)
     np.testing.assert_allclose(times, np.arange(10) + 0.5, atol=1e-6)
     np.testing.assert_allclose(read.mean((1, 2, 3)), 20 + 10 * np.arange(6, 16), atol=3)
@@ -138,12 +95,8 @@ def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, bframes):
 
 @pytest.mark.parametrize(
     "matrix, exif, sides",  # where the white left half and the black right half must appear
-    [
-        ((1, 0, 0, 1), 1, "left right"),
-        ((0, 1, -1, 0), 6, "top bottom"),
-        ((-1, 0, 0, -1), 3, "right left"),
-        ((0, -1, 1, 0), 8, "bottom top"),
-    ],
+    [((1, 0, 0, 1), 1, "left right"), ((0, 1, -1, 0), 6, "top bottom")]
+    + [((-1, 0, 0, -1), 3, "right left"), ((0, -1, 1, 0), 8, "bottom top")],
 )
 def test_pictures_that_are_marked_as_rotated_are_upright(tmp_path, matrix, exif, sides):
     picture = np.zeros((64, 128, 3), np.uint8)
@@ -206,9 +159,7 @@ def test_frames_that_no_other_needs_are_not_decoded(tmp_path, monkeypatch):
     assert len(set(decoded)) > 80
 
 
-@pytest.mark.parametrize(
-    ("rest", "cut"), [(b"", True), (bytes(4), True), (bytes(8), False), (bytes(7) + b"\x20", True)]
-)
+@pytest.mark.parametrize("rest, cut", [(b"", True), (bytes(4), True), (bytes(8), False), (bytes(7) + b"\x20", True)])
 def test_a_box_with_a_long_length_ends_the_search(tmp_path, rest, cut):
     """Of 64 bits, behind the name: absent, cut, 0 or beyond the end."""
     path = tmp_path / "v.mp4"
@@ -256,7 +207,8 @@ def test_a_window_of_sound(tmp_path):
 
 
 def test_the_sound_of_a_video_file(tmp_path):
-    read = media.read_audio(aac(tmp_path / "a.mp4", tone(1, 44100), 44100))
+    path = muxed(tmp_path / "a.mp4", sound=("aac", tone(1, 44100)[None], 44100, "mono", 0, 0))
+    read = media.read_audio(path)
     assert abs(len(read) - 16000) < 1500  # aac pads
     assert np.abs(np.fft.rfft(read[:16000])).argmax() == pytest.approx(440, abs=8)
 
@@ -307,18 +259,17 @@ def test_an_error_names_file_fault_and_fix(tmp_path, read, name, fault, problem)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
     with pytest.raises(MediaError, match=fault) as caught:
         read(tmp_path / name)
-    assert (
-        re.match(rf"{re.escape(str(tmp_path / name))}: .+; .+", str(caught.value)) and caught.value.problem == problem
-    )
+    assert re.match(rf"{re.escape(str(tmp_path / name))}: .+; .+", str(caught.value))
+    assert caught.value.problem == problem
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it crosses a process pool
 
 
 @pytest.mark.parametrize(
     "write, name, value, words",
     [
-        (media.write_video, "v.mp4", [*blocks(2), np.zeros((10, 10, 3), np.uint8)], "a frame is"),
-        (media.write_video, "v.mp4", [], "first frame"),
-        (media.write_video, "v.webm", blocks(2), "v.webm: a clip is written as .mp4 or .avi"),
+        (write_clip, "v.mp4", [*blocks(2), np.zeros((10, 10, 3), np.uint8)], "a frame is"),
+        (write_clip, "v.mp4", [], "first frame"),
+        (write_clip, "v.webm", blocks(2), "v.webm: a clip is written as .mp4 or .avi"),
         (media.write_audio, "a.ogg", tone(1), "a.ogg: sound is written as"),
         (media.write_audio, "a.wav", np.zeros(0), "a.wav: sound has shape"),
         (media.write_audio, "a.wav", np.zeros((2, 5)), "a.wav: sound has shape"),
@@ -326,5 +277,5 @@ def test_an_error_names_file_fault_and_fix(tmp_path, read, name, fault, problem)
 )
 def test_wrong_input_leaves_no_file(tmp_path, write, name, value, words):
     with pytest.raises(ValueError, match=words):
-        write(tmp_path / name, value, 2)
+        write(tmp_path / name, value)
     assert not list(tmp_path.iterdir())

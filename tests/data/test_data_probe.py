@@ -10,18 +10,11 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from made_media import READ, blocks, muxed, remux, tone
 from PIL import Image
-from test_data_media import aac, blocks, remux, tone
 
 from crab.data import media, probe
 from crab.data.media import MediaError
-
-READ = {
-    "video": functools.partial(media.read_video, frames=10),
-    "audio": media.read_audio,
-    "image": media.read_image,
-    "mask": media.read_mask,
-}
 
 
 def endless(folder):
@@ -146,7 +139,7 @@ def test_problems_are_told_apart(good, tmp_path, name, kind, problem, words):
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile v.mp4\n", encoding="utf-8")
     (tmp_path / "v.mp4").write_bytes((good / "v.mp4").read_bytes())
     soundfile.write(tmp_path / "zero.wav", np.zeros(0), 16000)
-    aac(tmp_path / "sound.mp4", tone(1), 16000)
+    muxed(tmp_path / "sound.mp4", sound=("aac", tone(1)[None], 16000, "mono", 0, 0))
     with av.open(str(tmp_path / "none.mp4"), "w", options={"movflags": "frag_keyframe+empty_moov"}) as container:
         stream = container.add_stream("mpeg4", rate=2)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"

@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from trees import PARTS
 
 from crab import tasks
 from crab.data import media, records
 from crab.data.records import RecordError
-
-PARTS = [(slot.name, split) for slot in tasks.SLOTS.values() for split in slot.splits]
 
 
 @pytest.mark.parametrize("slot, split", PARTS)

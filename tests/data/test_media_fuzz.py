@@ -4,20 +4,18 @@ What is made is held against the input of the encoder; damaged clips against all
 """
 
 from collections import Counter
-from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import soundfile
+from made_media import FRAMES, agreed, encoded, film, grey, holed, mux
 from PIL import Image
 
-from crab.data import media, probe
-from crab.data.media import MediaError
+from crab.data import media
 
 pytestmark = pytest.mark.slow
 
-FRAMES = 6  # taken of each clip
 SEED = 0
 STEP = 8  # grey levels from frame to frame
 #: Container, codecs of pictures, codecs of sound. The last three store sound with the encoder's delay before it.
@@ -41,64 +39,17 @@ TURNS = {
     2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
     6: lambda a: np.rot90(a, 3), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90,
 }  # fmt: skip
-READ = {
-    "video": lambda path: media.read_video(path, FRAMES), "audio": media.read_audio,
-    "image": media.read_image, "mask": media.read_mask,
-}  # fmt: skip
-
-
-def agreed(path, kind):
-    """What the reader gives, or None if it refuses the file; probe and reader agree on that and on the length."""
-    quick, whole = (probe.probe(str(path), f"{way}{kind}") for way in ("", "whole "))
-    try:
-        result = READ[kind](path)
-    except MediaError as error:
-        assert whole.problem and "; " in str(error), (error, whole)
-        return None
-    # a clip may be damaged in frames that are not taken
-    assert not quick.problem and (not whole.problem or "breaks off inside" in whole.words), (quick, whole)
-    if kind == "video":
-        assert quick.seconds == pytest.approx(media.clip_seconds(path), abs=1e-3), quick
-        assert result[0].shape == (FRAMES, 224, 224, 3) and result[0].dtype == np.uint8
-        assert (np.diff(result[1]) >= 0).all() and 0 <= result[1][0] and result[1][-1] <= quick.seconds
-    elif kind == "audio":
-        assert quick.seconds == pytest.approx(len(result) / 16000, abs=0.07) and len(result) == round(
-            whole.seconds * 16000
-        )
-        assert result.dtype == np.float32 and np.abs(result).max() <= 1.03
-    return result
 
 
 # ---------------------------------------------------------------- clips
 
 
-def tone(draw, seconds, rate, channels, peak=0.9):
+def tones(draw, seconds, rate, channels, peak=0.9):
     """A tone of 500 Hz of another loudness in each channel, [channels, samples], and the loudness of their mean."""
     gains = draw.uniform(0.2, peak, channels)
     if channels == 6:
         gains[3] = 0  # encoders cut a tone out of the channel for effects
     return gains[:, None] * np.sin(2 * np.pi * 500 * np.arange(round(seconds * rate)) / rate), gains.mean()
-
-
-def encoded(stream, wave, begin):
-    """Packets of a wave [channels, samples] that begins at a second."""
-    context, rate = stream.codec_context, stream.rate
-    frame = av.AudioFrame.from_ndarray(wave.astype(np.float32), format="fltp", layout=context.layout.name)
-    frame.sample_rate, frame.pts, frame.time_base = rate, round(begin * rate), Fraction(1, rate)
-    cut = av.AudioResampler(context.format, context.layout, rate, frame_size=context.frame_size or 1024)
-    return [p for part in [*cut.resample(frame), *cut.resample(None), None] for p in stream.encode(part)]
-
-
-def film(stream, greys, stamps, rate):
-    """Packets of grey frames."""
-    stream.width, stream.height = 64, 48
-    stream.pix_fmt = "yuvj420p" if stream.codec_context.name == "mjpeg" else "yuv420p"
-    packets = []
-    for grey, stamp in zip(greys, stamps, strict=True):
-        frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), grey, np.uint8), format="rgb24")
-        frame.pts, frame.time_base = int(stamp), Fraction(1, rate)
-        packets += stream.encode(frame)
-    return packets + stream.encode(None)
 
 
 def make_clip(draw, folder, number):
@@ -109,11 +60,8 @@ def make_clip(draw, folder, number):
     """
     form, codecs, sounds = FORMATS[draw.integers(len(FORMATS))]
     codec, name, rate = draw.choice(codecs.split()), draw.choice(sounds.split()), int(draw.choice([5, 10, 25]))
-    path, stamps, timed = (
-        folder / f"{number}.{form}",
-        np.arange(draw.integers(2 + 4 * (form == "ts"), 27)),
-        form != "avi",
-    )
+    path, timed = folder / f"{number}.{form}", form != "avi"
+    stamps = np.arange(draw.integers(2 + 4 * (form == "ts"), 27))
     if draw.random() < 0.3 and form in ("mp4", "mkv", "webm", "mov") and codec not in ("mpeg4", "libx265"):
         stamps = np.cumsum(draw.integers(1, 5, len(stamps)))
     kinds = draw.permutation(["video", *["sound"] * (draw.random() < 0.75)])
@@ -126,27 +74,24 @@ def make_clip(draw, folder, number):
         packets, heard = [], None
         for kind in kinds:  # all streams are added before the first packet is muxed
             if kind == "still":
-                packets += film(container.add_stream("mjpeg", rate=1), [255], [0], 1)
+                packets += film(container.add_stream("mjpeg", rate=1), [grey(255)], [0], 1)
             elif kind == "video":
                 options = {"b": "1000000", "qmin": "2", "g": str(draw.integers(1, 30)), **FAST.get(codec, {})}
                 options |= {"bf": str(draw.integers(0, 4))} if codec == "libx264" and form not in ("avi", "flv") else {}
                 stream = container.add_stream(codec, rate=rate, options=options if codec != "mjpeg" else {"qmin": "2"})
-                packets += film(stream, 20 + STEP * np.arange(len(stamps)), stamps, rate)
+                packets += film(stream, [grey(20 + STEP * i) for i in range(len(stamps))], stamps, rate)
             else:
                 most = ["mono", "stereo", "5.1"][: 2 if form in ("flv", "avi", "wmv") else 3]
                 layout = "stereo" if name in ("libmp3lame", "mp2", "vorbis") else str(draw.choice(most))
                 hertz = 48000 if name in ("libopus", "ac3") else int(draw.choice([44100, 48000]))
                 options = {"strict": "experimental", "b": "256000"} if name in ("vorbis", "aac") else {}
                 stream = container.add_stream(name, rate=hertz, layout=layout, options=options)
-                wave, loudness = tone(draw, 2, hertz, {"mono": 1, "stereo": 2, "5.1": 6}[layout])
+                wave, loudness = tones(draw, 2, hertz, {"mono": 1, "stereo": 2, "5.1": 6}[layout])
                 sound = encoded(stream, wave, late)
                 middle = float(sound[len(sound) // 2].pts * sound[0].time_base)
-                for packet in sound[len(sound) // 2 :]:  # as if the recorder had stopped for a while
-                    packet.pts, packet.dts = (s + round(hole / packet.time_base) for s in (packet.pts, packet.dts))
                 heard = late, late + 2 + hole, middle, hole, loudness
-                packets += sound
-        for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
-            container.mux(packet)
+                packets += holed(sound, hole)
+        mux(container, packets)
     return path, (stamps - (0 if heard else stamps[0])) / rate, heard
 
 
@@ -156,9 +101,8 @@ def check_clip(path, begins, heard):
     step, seconds = max(np.diff(begins).min(), 0.04), media.clip_seconds(path)
     middles = (np.arange(FRAMES) + 0.5) * seconds / FRAMES
     # muxers without exact stamps, and sound with the encoder's delay before it, move frames; avi by a whole tick
-    slack = (
-        0.002 if path.suffix in (".mp4", ".mov", ".mkv", ".webm") else step + 0.05 if path.suffix == ".avi" else 0.09
-    )
+    exact = dict.fromkeys((".mp4", ".mov", ".mkv", ".webm"), 0.002)
+    slack = {**exact, ".avi": step + 0.05}.get(path.suffix, 0.09)
     first, last = (np.maximum(np.searchsorted(begins, middles + d, "right") - 1, 0) for d in (-slack, slack))
     assert ((first <= shown) & (shown <= last)).all(), ("frames", shown, first, last)
     assert np.abs(times - begins[shown]).max() < slack + step / 2 + 1e-3, ("times", times, begins[shown])
@@ -183,7 +127,7 @@ def make_sound(draw, folder, number):
     form, kind = SOUNDS[draw.integers(len(SOUNDS))].split()
     rate, floats = int(draw.choice([16000, 22050, 44100, 48000])), kind in ("FLOAT", "DOUBLE")
     channels = int(draw.integers(1, 3 if form == "mp3" else 7 if form != "ogg" else 3))
-    wave, loudness = tone(draw, draw.uniform(0.3, 2), rate, channels, 4 if floats and draw.random() < 0.5 else 0.9)
+    wave, loudness = tones(draw, draw.uniform(0.3, 2), rate, channels, 4 if floats and draw.random() < 0.5 else 0.9)
     path = folder / f"{number}.{form}"
     soundfile.write(path, wave.T, rate, subtype=kind, format=form.upper())
     return path, min(loudness, 1) if floats else loudness, len(wave[0]) / rate
@@ -203,9 +147,8 @@ def make_picture(draw, folder, number):
     colours, clear = draw.integers(0, 256, (7, 7, 4)), draw.random((7, 7)) < 0.4
     colours[draw.random((7, 7)) < 0.3, :3] = 0
     mode = str(draw.choice(["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "F", "CMYK", "jpg"]))
-    form = {"jpg": "jpg", "CMYK": "jpg", "F": "tif"}.get(mode) or str(
-        draw.choice(["png", "tif"] if mode != "P" else ["png", "gif"])
-    )
+    forms = ["png", "gif" if mode == "P" else "tif"]
+    form = {"jpg": "jpg", "CMYK": "jpg", "F": "tif"}.get(mode) or str(draw.choice(forms))
     blocks = np.kron(colours, np.ones((32, 32, 1), int)).astype(np.uint8)
     opaque = np.kron(~clear, np.ones((32, 32), bool))
     rgb, grey = blocks[..., :3], blocks[..., 0]
@@ -301,10 +244,8 @@ def check_damaged(path, kind):
             for stream in container.streams.video:
                 stream.codec_context.thread_count = 1
             frames = (frame for packet in container.demux(container.streams.video) for frame in decoded(packet))
-            every = np.stack([f.to_ndarray(format="rgb24", width=224, height=224)[::8, ::8] for f in frames]).astype(
-                int
-            )
-        far = [np.abs(every - picture[::8, ::8]).mean((1, 2, 3)).min() for picture in result[0]]
+            every = np.stack([f.to_ndarray(format="rgb24", width=224, height=224)[::8, ::8] for f in frames])
+        far = [np.abs(every.astype(int) - picture[::8, ::8]).mean((1, 2, 3)).min() for picture in result[0]]
         assert np.median(far) < 8 and max(far) < 32, far  # a decoder may still correct a frame that it has given out
     return result is not None
 

@@ -163,11 +163,7 @@ def test_of_several_containers_the_first_in_order_is_taken(tmp_path):
         (lambda raw, out: convert("mafw", raw, out), ValueError, "slot mafw: has no converter"),
         (lambda raw, out: convert("avee", raw, out), ValueError, "did you mean 'ave'"),
         (lambda raw, out: convert("ave", raw, out, link="move"), ValueError, "link is 'move'; give one of hardlink"),
-        (
-            lambda raw, out: convert("ave", raw, out, faults="ignore"),
-            ValueError,
-            "faults is 'ignore'; give one of error",
-        ),
+        (lambda raw, out: convert("ave", raw, out, faults="none"), ValueError, "faults is 'none'; give one of error"),
         (lambda raw, out: convert("ave", raw / "gone", out), SourceError, "no such folder"),
         (lambda raw, out: convert("ave", raw, raw / "data"), ValueError, "lies in the raw data set"),
         (lambda raw, out: convert_all({"ave": raw, "dfew": raw}, out), ValueError, "slot dfew: has no converter"),
@@ -203,9 +199,8 @@ def test_no_annotation_file_breaks_the_readers(tmp_path, text, slot, header):
     files = SETS[slot]["files"] | {"train.csv": "", "test.csv": ""}
     for name, old in files.items():
         first = f"{old.splitlines()[0]}\n" if header and isinstance(old, str) and old and name != "mute.avi" else ""
-        around = (
-            (("[", "]"), ('{"database": ', "}"))[slot == "unav"] if header and not isinstance(old, str) else ("", "")
-        )
+        around = ('{"database": ', "}") if slot == "unav" else ("[", "]")
+        around = around if header and not isinstance(old, str) else ("", "")
         (tmp_path / Path(name).name).write_text(first + text.join(around), encoding="utf-8", newline="")
     for faults in ("error", "skip-and-record"):
         try:

@@ -1,30 +1,25 @@
 """A data root from each source: the same records and media through the same reader, and a manifest."""
 
-import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
+from trees import digests, spoil
 
-from crab.data import probe, records
+from crab.data import records
 from crab.data.findings import ValidationError
 from crab.data.records import RecordError
 from crab.data.validate import validate
 from crab.samples.build import assemble
 from crab.world import generate
 
+pytestmark = pytest.mark.usefixtures("probed_here")
 QUIET = {"workers": 1, "progress": False}
 SLOTS = ["ks", "s4", "avqa_thu"]
 COUNTS = {"seed": 5, "train": 4, "test": 3, "caption": 3}
 LISTS = {f"AVUIE_2/{slot}/{split}.json" for slot in SLOTS for split in ("train", "test")}
 MADE = {"vocabulary.json", "root.json", "manifest.json"}
-
-
-@pytest.fixture(autouse=True)
-def probed_here(monkeypatch):
-    """Probe files in this process, which is faster for a few."""
-    monkeypatch.setattr(probe, "probe_all", lambda jobs, *_: ((job, probe.probe(*job)) for job in jobs))
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +34,10 @@ def broken(tree, tmp_path):
     """A copy of which two records of ks/train and one of avqa_thu/test cannot be used."""
     at = tmp_path / "given/AVUIE_2"
     shutil.copytree(tree / "AVUIE_2", at)
-    rows = json.loads((at / "ks/train.json").read_text(encoding="utf-8"))
-    rows[1].pop("action")
-    (at / "ks/train.json").write_text(json.dumps(rows), encoding="utf-8")
+    spoil(tmp_path / "given", "ks", lambda rows: rows[1].pop("action"))
     (at / "ks/video/train_00002.mp4").unlink()
     (at / "avqa_thu/video/test_00000.mp4").write_bytes(b"")
     return tmp_path / "given"
-
-
-def digests(root):
-    files = (path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def ids(root, slot, split):
@@ -158,10 +146,7 @@ TREE = {"source": "tree"}
     [
         ({"source": "real"}, "source is 'real'; choose one of generated, tree, raw"),
         (TREE, "root is not set, and source 'tree' needs it; set `root` of the build section in params.yaml to the"),
-        (
-            {**TREE, "root": "/no/such"},
-            "root is '/no/such', and there is no such folder; mount or create it, or set `root`",
-        ),
+        ({**TREE, "root": "/gone"}, "root is '/gone', and there is no such folder; mount or create it, or set `root`"),
         ({**TREE, "root": "data"}, "root is 'data', which is a relative path; set `root`"),
         ({**TREE, "root": "/"}, "root is '/', which holds no folder AVUIE_2; set it to the folder"),
         ({"source": "raw"}, "root is not set, and source 'raw' needs it"),
@@ -179,9 +164,7 @@ def test_a_wrong_source_or_root_names_the_parameter_and_the_fix(tmp_path, option
 def test_the_output_of_the_stage_is_not_a_root_and_foreign_data_are_not_replaced(broken, tmp_path):
     (broken / "inside").mkdir()
     for root in (broken, broken / "inside"):
-        with pytest.raises(
-            ValueError, match="this stage writes there, and DVC empties the folder first; move the tree"
-        ):
+        with pytest.raises(ValueError, match="this stage writes there, and DVC empties the folder first; move"):
             assemble(broken, "tree", root, **QUIET)
     shutil.copytree(broken, tmp_path / "other")
     with pytest.raises(ValueError, match="not built here"):
@@ -193,9 +176,7 @@ def test_a_folder_of_media_that_is_gone_is_named(tree, tmp_path):
     shutil.copytree(tree / "AVUIE_2/ks", tmp_path / "given/AVUIE_2/ks")
     assemble(tmp_path / "out", "tree", tmp_path / "given", slots=["ks"], **QUIET)
     (tmp_path / "given").rename(tmp_path / "moved")
-    with pytest.raises(
-        RecordError, match="root.json: the folder of the media, '.*given', is not there.*set `root` of the"
-    ):
+    with pytest.raises(RecordError, match="root.json: the folder of the media, '.*given', is not there.*set `root`"):
         records.read(tmp_path / "out", "ks", "train")
     for content in ("{", "[]", '{"media_root": 3}'):
         (tmp_path / "out/root.json").write_text(content, encoding="utf-8")

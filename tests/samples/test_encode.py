@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,20 +76,18 @@ def test_spread_is_even_and_never_too_many():
 
 
 def test_media_of_each_kind(world):
-    kinds = {
-        s: [m.kind for m in load_media(records.read(world, s, "test")[0], tasks.get_slot(s).frames)] for s in SLOTS
-    }
+    rows = {slot: records.read(world, slot, "test")[0] for slot in SLOTS}
+    kinds = {slot: [item.kind for item in load_media(row, 4)] for slot, row in rows.items()}
     assert kinds == {"s4": ["image", "audio"], "cremad": ["video", "audio"], "a2v": ["audio", "video", "video"]}
-    video, audio = load_media(records.read(world, "cremad", "test")[0], 4)
+    video, audio = load_media(rows["cremad"], 4)
     assert video.data.shape == (4, 224, 224, 3) and video.fps == pytest.approx(0.4, abs=0.01)
-    image, second = load_media(records.read(world, "s4", "test")[0], 1)
+    image, second = load_media(rows["s4"], 1)
     assert second.data.shape == (16000,) and audio.data.shape == (160000,)
 
 
 def clip(path, seconds, rate):
-    write_video(
-        path, np.random.default_rng(0).integers(0, 255, (round(seconds * rate), 32, 32, 3), dtype=np.uint8), rate
-    )
+    shape = (round(seconds * rate), 32, 32, 3)
+    write_video(path, np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8), rate)
     return tasks.MediaItem("video", str(path), "video_path")
 
 
@@ -126,11 +125,8 @@ def test_two_videos_of_a_prompt_keep_a_clock_each(base, tmp_path):
 def test_a_sound_of_which_no_token_is_made_is_named(base, tmp_path, monkeypatch, slot, second, compatibility):
     """Two frames of the spectrogram, of 400 samples each, make none. The published loader first pads to 1 s."""
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    seen = (
-        clip(tmp_path / "v.mp4", 2, 4)
-        if slot == "ks"
-        else tasks.MediaItem("image", str(tmp_path / "0.png"), "image_path")
-    )
+    image = tasks.MediaItem("image", str(tmp_path / "0.png"), "image_path")
+    seen = clip(tmp_path / "v.mp4", 2, 4) if slot == "ks" else image
     sound = tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path", second)
     record = {"id": "x/7", "image_path": "0.png", "media": [seen, sound],
               "action": "a", "label": "<answer>a</answer>", "label_content": "[0,0,8,8] [1,1] [2,2] [3,3]"}  # fmt: skip
@@ -145,10 +141,7 @@ def test_a_sound_of_which_no_token_is_made_is_named(base, tmp_path, monkeypatch,
             write()
             assert len(Shards(tmp_path)) == 1
         else:
-            with pytest.raises(
-                ValueError,
-                match="a.wav, a sound of record x/7, gives at most 0.05 s to hear.*; leave the record out",
-            ):
+            with pytest.raises(ValueError, match="a.wav, a sound of record x/7, gives at most 0.05 s to hear.*; leave"):
                 write()
 
 
@@ -157,22 +150,18 @@ def test_a_sound_that_the_base_would_cut_is_refused(base, tmp_path):
     _, processor = load_base(base)
     seen, sound = clip(tmp_path / "v.mp4", 12, 2), tasks.MediaItem("audio", str(tmp_path / "a.wav"), "audio_path")
     record = {"id": "x/7", "media": [seen, sound]}
-    shown = {
-        "none": lambda: prepared(processor, record, 4, "which ?"),
-        "published": lambda: published.prepared("ks", processor, record, 4, "?"),
-    }
+    shown = [prepared, partial(published.prepared, "ks")]
     for seconds, fits in ((10, True), (10.4, True), (12, False)):
         write_audio(tmp_path / "a.wav", np.full(round(seconds * 16_000), 0.1))
-        for show in shown.values():
+        for show in (partial(way, processor, record, 4, "which ?") for way in shown):
             if fits:
                 assert show()["feature_attention_mask"].sum() == 400
             else:
                 with pytest.raises(ValueError, match="x/7,? lasts 12.0 s, of which this base hears 10 s; cut clip and"):
                     show()
     processor.feature_extractor.n_samples = 300 * 16_000  # as Qwen2.5-Omni's
-    assert not published.cut_off(processor, np.zeros(300 * 16_000)) and published.cut_off(
-        processor, np.zeros(301 * 16_000)
-    )
+    assert not published.cut_off(processor, np.zeros(300 * 16_000))
+    assert published.cut_off(processor, np.zeros(301 * 16_000))
 
 
 def test_records_on_which_the_encoders_fail_are_named(world, base, tmp_path, monkeypatch):
@@ -180,9 +169,7 @@ def test_records_on_which_the_encoders_fail_are_named(world, base, tmp_path, mon
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(omni, "encode", fail)
-    with pytest.raises(
-        RuntimeError, match="cremad/train, records cremad/train/00000 to cremad/train/00001: out of memory"
-    ):
+    with pytest.raises(RuntimeError, match="cremad/train, records cremad/train/00000 to .*/00001: out of memory"):
         Encoder(world, base).write("cremad", "train", tmp_path / "00000.safetensors", range(2))
 
 
@@ -197,12 +184,9 @@ def test_missing_file_is_named_and_nothing_is_left(world, base, tmp_path, monkey
 
 
 def test_the_stage_takes_the_setting_and_without_it_encodes_as_ever(world, base, tmp_path):
-    for name, options in (
-        ("plain", {}),
-        ("none", {"compatibility": "none"}),
-        ("published", {"compatibility": "published"}),
-    ):
-        encode_all(world, ["cremad"], base, tmp_path / name, workers=1, **options)
+    encode_all(world, ["cremad"], base, tmp_path / "plain", workers=1)
+    for name in ("none", "published"):
+        encode_all(world, ["cremad"], base, tmp_path / name, workers=1, compatibility=name)
     plain, same, other = (read_slot(tmp_path / name, "cremad", "train") for name in ("plain", "none", "published"))
     for a, b, c in zip(plain, same, other, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("input_ids", "position_ids", "features"))
@@ -224,10 +208,8 @@ def test_shards_of_an_earlier_run_are_kept_and_others_made_anew(world, base, tmp
     dates = [path.stat().st_mtime_ns for path in paths[:2]]
     assert encode_all(world, ["cremad"], base, tmp_path / "cut", workers=1, shard_mib=1e-6) == whole
     assert dates == [path.stat().st_mtime_ns for path in paths[:2]]
-    for one, other in zip(
-        *(sorted((tmp_path / name).rglob("*.safetensors")) for name in ("whole", "cut")), strict=True
-    ):
-        assert one.read_bytes() == other.read_bytes()
+    for path in (tmp_path / "whole").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
 def test_damaged_records_are_skipped_and_counted_or_stop_the_stage(world, base, tmp_path, monkeypatch):

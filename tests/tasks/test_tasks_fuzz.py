@@ -3,9 +3,9 @@
 import time
 
 import pytest
-from conftest import make_records, options
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from task_records import make_records, options
 
 from crab import tasks
 from crab.tasks.answers import Partly

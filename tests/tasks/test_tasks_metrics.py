@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import MASKS, PROMPTS, box_mask, make_record, make_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as known
+from task_records import MASKS, PROMPTS, box_mask, make_record, make_records
 
 from crab import tasks
 from crab.tasks.segmentation import mask_scores
@@ -18,6 +18,7 @@ boxes = st.tuples(edges, edges).map(lambda e: (e[0][0], e[1][0], e[0][1], e[1][1
 fast = settings(max_examples=60, deadline=None)
 
 BOX, POINTS = "[16,24,80,88]", "[40,48] [48,56] [56,64]"
+PLACE = "<obj>(30,40)(150,200)</obj>"
 PROMPT, FALSE, TRUE = f"{BOX} {POINTS}", "<answer>false</answer>", "<answer>true</answer>"
 BELL, RANGE, TWICE = "<event>bell</event>", "<range>2,6</range>", "<event>bell</event> <range>2,6</range>"
 
@@ -57,11 +58,7 @@ SAYS = {
         "Nothing is heard, and nothing is seen.": (),
     },
     "arig": dict.fromkeys(
-        [
-            "<obj>(30,40),(150,200)</obj>",
-            "<obj>(30.4,40.0) , (149.5,200)</obj>",
-            "<obj>(30,40)(150,200)</obj> so <obj>(30,40)(150,200)</obj>",
-        ],
+        ["<obj>(30,40),(150,200)</obj>", "<obj>(30.4,40.0) , (149.5,200)</obj>", f"{PLACE} so {PLACE}"],
         (30, 40, 150, 200),
     ),
     "s4": {
@@ -106,9 +103,8 @@ BOATS = {"multi_choice": ["motorboat", "plane", "train", "Fire  truck"]}
 def test_a_letter_means_one_of_the_choices_of_its_record(text, choice):
     for choices in (BOATS["multi_choice"], str(BOATS["multi_choice"])):
         assert tasks.parse("avqa_thu", label(text), {"multi_choice": choices}) == choice
-    records = [
-        record | BOATS | {"answer": 0 if choice is None else "Fire truck"} for record in make_records("avqa_thu")
-    ]
+    truth = {"answer": 0 if choice is None else "Fire truck"}
+    records = [record | BOATS | truth for record in make_records("avqa_thu")]
     result = tasks.score("avqa_thu", records, [label(text)] * 3)
     assert result["primary"] == (choice == "fire truck") and result["n_unparsable"] == 3 * (choice is None)
 
@@ -262,9 +258,8 @@ def test_avvp_by_hand():
 def test_avvp_nothing_there_has_a_bare_answer_that_says_so():
     record = {"label_content": "I hear nothing and I see nothing."}
     text = tasks.target("avvp", record, "bare")
-    assert (
-        text == "<audio></audio> <visual></visual>" and tasks.parse("avvp", text) == tasks.truth("avvp", record) == ()
-    )
+    assert text == "<audio></audio> <visual></visual>"
+    assert tasks.parse("avvp", text) == tasks.truth("avvp", record) == ()
 
 
 def test_avvp_nothing_there_and_nothing_said_counts_one_but_not_for_an_unreadable_answer():
@@ -275,14 +270,13 @@ def test_avvp_nothing_there_and_nothing_said_counts_one_but_not_for_an_unreadabl
 
 
 CLIP = (("audio", "bell", 0, 4), ("visual", "drum", 0, 10))
+BOTH = tasks.answer("avvp", CLIP)
 #: Answers of models of the study of which a piece cannot be read, the piece that can, and a text with that alone.
 PARTLY = {
     "<audio> bell , ( 0 4 ) </audio> <visual> drum , ( 6 2 ) </visual>": "<audio>bell,(0 4)</audio>",
     "<audio> bell , ( 0 4 ) </audio> <visual> drum , ( 3 ) </visual>": "<audio>bell,(0 4)</audio>",
     "<audio> bell , ( 0 4 5 ) </audio> <visual> drum , ( 0 10 ) </visual>": "<visual>drum,(0 10)</visual>",
-    "<audio>bell,(0 4)</audio> <visual> drum </audio> ) </audio> <visual> drum , ( 0 10 ) </visual>": tasks.answer(
-        "avvp", CLIP
-    ),
+    "<audio>bell,(0 4)</audio> <visual> drum </audio> ) </audio> <visual> drum , ( 0 10 ) </visual>": BOTH,
     "<audio>bell,(0 4)</audio> <visual> drum , ( 0": "<audio>bell,(0 4)</audio>",
     "<audio>bell,(0 4),(9 8)</audio> <visual>drum,(0 10)</visual>": "<visual>drum,(0 10)</visual>",
 }
@@ -290,13 +284,12 @@ PARTLY = {
 
 @pytest.mark.parametrize("text", PARTLY)
 def test_a_bad_piece_makes_an_answer_of_avvp_wrong_and_the_number_by_pieces_is_beside(text):
-    whole, records = tasks.answer("avvp", CLIP), make_records("avvp", [CLIP] * 4)
+    records = make_records("avvp", [CLIP] * 4)
     assert tasks.parse("avvp", text) is None  # as a whole it says nothing definite: it is no training answer
     with pytest.raises(ValueError, match="no answer that can be read"):
         tasks.target("avvp", records[0] | {"label_content": text}, "bare")
-    as_read = tasks.score("avvp", records, [whole, PARTLY[text], "silence", whole])
-    result = tasks.score("avvp", records, [whole, text, "silence", whole])
-    strict = tasks.score("avvp", records, [whole, "silence", "silence", whole])
+    answers = (PARTLY[text], text, "silence")
+    as_read, result, strict = (tasks.score("avvp", records, [BOTH, one, "silence", BOTH]) for one in answers)
     assert result["per_sample"] == strict["per_sample"] and result["n_unparsable"] == 2
     extra = {"segment_type_av_by_piece": as_read["primary"], "partly_read": 1}
     assert result["metrics"] == strict["metrics"] | extra and strict["primary"] == 0.5 < as_read["primary"]

@@ -52,14 +52,8 @@ def test_only_slots_that_are_used_must_be_there(tmp_path):
         ('ks: {question: "?", media: [a]}', "slot ks: field 'media' is .*; give a text"),
         ("ks: why", "slot ks: holds no fields"),
         ('crema: {question: "?"}', "unknown slot 'crema'; did you mean 'cremad'"),
-        (
-            'ks: {question: "{colour}?"}',
-            r"slot ks: field 'question' quotes \{colour\}, which train records do not have; they have action",
-        ),
-        (
-            'ref_avs: {question: "{description}?"}',
-            r"slot ref_avs: field 'question' quotes \{description\}, which test records do not have",
-        ),
+        ('ks: {question: "{hue}?"}', "slot ks: field 'question' quotes .hue., which train rec.*; they have action"),
+        ('ref_avs: {question: "{idx}?"}', r"slot ref_avs: .* quotes \{idx\}, which test records do not have; they"),
         ('ks: {question: "?", system: "{label}"}', "slot ks: field 'system' quotes .label., which test records"),
         ('ks: {question: "?"', "malformed YAML.*line 1"),
         ('ks: {question: "?"}\nks: {question: "!"}', "malformed YAML.*duplicate"),

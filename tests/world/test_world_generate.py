@@ -1,27 +1,18 @@
 """The built tree: its files show and sound what the scenes say, and a build is reproducible and safe."""
 
-import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from trees import PARTS, digests
 
 from crab import tasks
 from crab.data import media, records
 from crab.world import generate, render
-from crab.world.views import VIEWS, view
+from crab.world.views import view
 
 TINY = {"train": 1, "test": 1, "caption": 1, "workers": 1, "progress": False}
-
-
-def digests(root):
-    return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
-    }
-
-
-def splits(slot):
-    return ("train", "test") if tasks.get_slot(slot).test else ("train",)
 
 
 def decibels(signal, error):
@@ -45,11 +36,10 @@ def test_a_build_replaces_another_and_a_larger_one_keeps_its_records(tmp_path):
 
 def test_train_test_and_base_scenes_are_disjoint(tree):
     scenes = {"base": set(), "train": set(), "test": set()}
-    for slot in VIEWS:
-        for split in splits(slot):
-            for record in records.read(tree.root, slot, split):
-                ids = record["scene"] if isinstance(record["scene"], list) else [record["scene"]]
-                scenes["base" if slot == "avcap" else split].update(ids)
+    for slot, split in PARTS:
+        for record in records.read(tree.root, slot, split):
+            ids = record["scene"] if isinstance(record["scene"], list) else [record["scene"]]
+            scenes["base" if slot == "avcap" else split].update(ids)
     assert not scenes["train"] & scenes["test"] and not scenes["base"] & (scenes["train"] | scenes["test"])
 
 
@@ -85,13 +75,12 @@ def test_images_sounds_and_masks_are_of_the_second(tree, slot):
 
 def test_every_file_is_named_by_a_record_and_counted_once(tree):
     named = {tree.root / "build.json", tree.root / "vocabulary.json"}
-    for slot in VIEWS:
-        for split in splits(slot):
-            named.add(tree.root / tasks.json_path(slot, split))
-            for record in records.read(tree.root, slot, split):
-                named |= {type(tree.root)(item.path) for item in record["media"]}
-                if "mask" in record and tasks.truth(slot, record) != tasks.NULL:
-                    named.add(type(tree.root)(record["mask"]))
+    for slot, split in PARTS:
+        named.add(tree.root / tasks.json_path(slot, split))
+        for record in records.read(tree.root, slot, split):
+            named |= {Path(item.path) for item in record["media"]}
+            if "mask" in record and tasks.truth(slot, record) != tasks.NULL:
+                named.add(Path(record["mask"]))
     files = {p for p in tree.root.rglob("*") if p.is_file()}
     assert files == named
     summary = json.loads((tree.root / "build.json").read_text(encoding="utf-8"))

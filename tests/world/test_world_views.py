@@ -27,7 +27,7 @@ def quadrant(thing):
 
 
 def samples(slot, count=60):
-    for split in ("train", "test") if tasks.get_slot(slot).test else ("train",):
+    for split in tasks.get_slot(slot).splits:
         for index in range(count):
             yield split, index, view(slot, split, index, 3)
 
@@ -71,9 +71,7 @@ def reference_answer(text, scene):
         r"is there an? (\w+) sound \?": lambda name: yes(name in starts),
         r"is there an? (\w+) in the video \?": lambda name: yes(name in {t.name for t in seen}),
         r"does the (.+) sound before the (.+) \?": lambda one, two: yes(starts[one] < starts[two]),
-        r"which thing sounds before the (\w+) \?": lambda name: [
-            t.name for t in heard if starts[t.name] < starts[name]
-        ],
+        r"which thing sounds before the (\w+) \?": lambda it: [t.name for t in heard if starts[t.name] < starts[it]],
         r"which thing is at (\w+ \w+) \?": lambda place: [t.name for t in seen if quadrant(t) == place],
         r"which thing is heard \?": lambda: [t.name for t in heard],
         r"which thing sounds first \?": lambda: min(heard, key=lambda t: t.sounding[0]).name,

@@ -52,7 +52,6 @@ def avs(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
 
 
 def _sounding(slot: str, row: Row, image: Path, audio: Path, mask: Path) -> Draft:
-    """The record of one frame."""
     prompt = _prompt(row, image, audio, mask)
     if prompt is None:
         raise LeftOut("nothing is marked in the frame", str(mask))
@@ -98,7 +97,6 @@ def ref_avs(raw: Raw, slot: str, split: str) -> Iterator[Draft]:
 
 
 def _referred(base: Path, split: str, row: Row) -> Draft:
-    """The record of one frame."""
     frame, vid, null = row["frame"], row.name("vid"), row["split"] == "test_n"
     number = 0 if null and not row["fid"].isdigit() else row.whole("fid")
     while null and (base / f"gt_mask/{vid}/fid_{number}").exists():  # take a number that no object of the clip has

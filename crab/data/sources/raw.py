@@ -39,7 +39,6 @@ class Row(dict[str, Any]):
         self.place = place
 
     def fail(self, field: str, fault: str, fix: str = "correct it") -> NoReturn:
-        """Raise an error about a field."""
         raise SourceError(f"{self.place}, field '{field}'", fault, fix)
 
     def need(self, field: str, kind: type | tuple[type, ...] = str) -> Any:
@@ -115,7 +114,6 @@ class Raw:
             self._stems.setdefault(path.stem, []).append(path)
 
     def leave(self, reason: str, place: str) -> None:
-        """Record that something is left out."""
         self.left_out.setdefault(reason, []).append(place)
 
     def fault(self, error: SourceError) -> None:
@@ -135,7 +133,6 @@ class Raw:
             self.fault(error)
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
         return any(path.name == name for path in self._stems.get(Path(name).stem, ()))
 
     def file(self, name: str) -> Path:

@@ -55,10 +55,8 @@ def make_record(slot, index, truth, text=None):
         record |= {"answer": truth, "type": TYPES[index % 3]}
     elif slot == "avqa_thu":
         record |= {"multi_choice": CHOICES[index % 3], "answer": PLACES[index % 3]}
-        record |= {
-            "question_relation": ("Sound", "Both")[index % 2],
-            "question_type": ("Which", "From")[index // 2 % 2],
-        }
+        record |= {"question_relation": ("Sound", "Both")[index % 2]}
+        record |= {"question_type": ("Which", "From")[index // 2 % 2]}
     elif slot == "ref_avs":
         record |= {"fid": 1 + index, "split": "test_n" if truth == NULL else SPLITS[index % 3]}
     elif entry.kind in ("emotion", "action"):
