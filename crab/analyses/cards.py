@@ -120,23 +120,18 @@ def overlay(slot: tasks.Slot, answer: Answer, true: Answer | None = None) -> str
 
 
 def _place(slot: tasks.Slot, answer: Answer, kind: str) -> list[str]:
-    parts = []
+    parts, names = [], ("case", kind)  # each line has a dark edge, so that it shows on any picture
     if answer.mask is not None:
         path = "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in line) + "Z" for line in contours(answer.mask))
-        parts += [f'<path class="{name}" d="{path}"/>' for name in _cased(kind)]
+        parts += [f'<path class="{name}" d="{path}"/>' for name in names]
     if answer.parsed in (None, tasks.NULL):
         return parts
     (x1, y1, x2, y2), points = (answer.parsed, ()) if slot.kind == "spatial" else answer.parsed
     if answer.mask is None or kind == "said":
         box = f'x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}"/>'
-        parts += [f'<rect class="{name} box" {box}' for name in _cased(kind)]
+        parts += [f'<rect class="{name} box" {box}' for name in names]
         parts += [f'<circle class="point" cx="{x + 0.5}" cy="{y + 0.5}" r="3.5"/>' for x, y in points]
     return parts
-
-
-def _cased(kind: str) -> tuple[str, ...]:
-    """Each line has a dark edge, so that it shows on any picture."""
-    return "case", kind
 
 
 def track(slot: tasks.Slot, answer: Answer, seconds: float) -> str:

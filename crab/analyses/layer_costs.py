@@ -51,9 +51,8 @@ class HeadLoop(nn.Module):
 def layers(point: Mapping[str, int], dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
     """The contenders over one frozen layer, with random weights: it alone, LoRA, wide LoRA, the loop, I-LoRA."""
     torch.manual_seed(0)
-    base = nn.Linear(point["width_in"], point["width_out"], bias=False, device=device, dtype=dtype).requires_grad_(
-        False
-    )
+    base = nn.Linear(point["width_in"], point["width_out"], bias=False, device=device, dtype=dtype)
+    base.requires_grad_(False)
     r, heads = point["rank"], point["heads"]
 
     def adapted_layer(config) -> nn.Module:

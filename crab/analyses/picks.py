@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
 from crab import tasks
 from crab.core.files import read_json, write_json
 from crab.study.cells import Cell
@@ -79,11 +77,9 @@ def choose(slot: str, scores: Mapping[str, Sequence[float]], count: int = 3) -> 
         taken = {pick.id for pick in picks}
         left = [name for name in verdicts if name not in taken]
         matching = [name for name, marks in verdicts.items() if fits(marks)]
-        first = next((name for name in left if name in matching), None)
+        fitting = [name for name in left if name in matching]
         if left:
-            picks.append(
-                Pick(slot, left[0] if first is None else first, rule, len(matching), len(verdicts), first is not None)
-            )
+            picks.append(Pick(slot, (fitting or left)[0], rule, len(matching), len(verdicts), bool(fitting)))
     return picks
 
 
@@ -123,6 +119,7 @@ def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> G
     Args:
         cells: keyed and scored, one per family and slot.
     """
+    before = read_json(kept) if kept.is_file() else {}
     while True:
         table = sample_scores(store.ledger, cells)
         families = list(dict.fromkeys(cell.family for cell in cells))
@@ -130,10 +127,10 @@ def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> G
         if wide.isna().any(axis=None):
             raise ValueError("gallery: the runs were scored on different samples; run the train stage again")
         slots = [slot for slot in tasks.SLOTS if slot in wide.index.unique("slot")]
-        picks = {slot: choose(slot, _rows(wide.loc[slot]), count) for slot in slots}
+        picks = {slot: choose(slot, wide.loc[slot].T.to_dict("list"), count) for slot in slots}
         ids = {slot: [pick.id for pick in picks[slot]] for slot in slots}
         scores = {(row.family, row.slot, row.id): row.score for row in table.itertuples()}
-        entries = {cell.key: _entry(store, cell, ids, _read(kept), scores) for cell in cells}
+        entries = {cell.key: _entry(store, cell, ids, before, scores) for cell in cells}
         missing = [cell for cell in cells if entries[cell.key] is None]
         if not missing:
             break
@@ -143,14 +140,6 @@ def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> G
     for cell in cells:
         texts[cell.family] |= entries[cell.key]["texts"]
     return Gallery(picks, families, texts, scores)
-
-
-def _rows(wide: pd.DataFrame) -> dict[str, list[float]]:
-    return dict(zip(wide.index, wide.to_numpy().tolist(), strict=True))
-
-
-def _read(kept: Path) -> dict[str, dict]:
-    return read_json(kept) if kept.is_file() else {}
 
 
 def _entry(

@@ -18,15 +18,9 @@ WARM = 2  # steps before time is taken
 
 
 def training_steps(
-    base: Base,
-    methods: Mapping[str, tuple[str, Mapping[str, Any]]],
-    samples: int,
-    tokens: int,
-    answer: int,
-    steps: int,
-    checkpointing: bool = True,
-    tflops: float | None = None,
-) -> pd.DataFrame:
+    base: Base, methods: Mapping[str, tuple[str, Mapping[str, Any]]], samples: int, tokens: int, answer: int,
+    steps: int, checkpointing: bool = True, tflops: float | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Train each method for some steps on random tokens, one after the other, with the weights of a base at random.
 
     Args:

@@ -26,11 +26,7 @@ WARM = 3  # untimed runs of a contender after one of another kind, where repetit
 
 
 def interleaved(
-    steps: Mapping[Hashable, Step],
-    seconds: float,
-    device: str = "cpu",
-    least: int = 5,
-    by_wall: bool = False,
+    steps: Mapping[Hashable, Step], seconds: float, device: str = "cpu", least: int = 5, by_wall: bool = False
 ) -> dict[Hashable, np.ndarray]:
     """Time contenders in turn, one of each per repetition, and each time another one first.
 
