@@ -74,9 +74,8 @@ def _study(reports: Path, models: Path) -> Card:
     cells = read_json(reports / "train" / "cells.json")
     seeds, slots = len({cell["seed"] for cell in cells}), len({slot for cell in cells for slot in cell["slots"]})
     text = f"adapters: single-task and joint ones, {slots} slots, {seeds} seed{'s' * (seeds > 1)}."
-    return Card(
-        "Study", "evaluate", str(len(cells)), text, "evaluate/figures/scores.png", "Scores of each method by slot"
-    )
+    alt = "Scores of each method by slot"
+    return Card("Study", "evaluate", str(len(cells)), text, "evaluate/figures/scores.png", alt)
 
 
 def _method(reports: Path, models: Path) -> Card:

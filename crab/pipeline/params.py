@@ -154,9 +154,8 @@ def cell(path: Path, notebook: Any) -> tuple[Any, dict[str, Any]]:
             (target,) = node.targets
             values[target.id] = ast.literal_eval(node.value)
         except (ValueError, AttributeError):
-            raise ValueError(
-                f"{path}: line {node.lineno} of the parameters cell is not `name = value`; write the value out"
-            ) from None
+            place = f"{path}: line {node.lineno} of the parameters cell"
+            raise ValueError(f"{place} is not `name = value`; write the value out") from None
     return tagged[0], values
 
 
@@ -169,15 +168,12 @@ def parameters(path: Path, notebook: Any, stage: str, values: Mapping[str, Any])
     _, old = cell(path, notebook)
     own = {"profile": values["profile"], **values[stage]}
     if missing := [name for name in own if name not in old]:
-        raise ValueError(
-            f"{path}: {missing[0]!r} is missing in the parameters cell; run python -m crab.pipeline defaults"
-        )
+        fix = "run python -m crab.pipeline defaults"
+        raise ValueError(f"{path}: {missing[0]!r} is missing in the parameters cell; {fix}")
     for name in old:
         if name not in own and name not in values["shared"]:
-            known = nearest(name, [*own, *values["shared"]])
-            raise ValueError(
-                f"{path}: {name!r} in the parameters cell is not in section {stage} of params.yaml; {known}"
-            )
+            fault = f"{name!r} in the parameters cell is not in section {stage} of params.yaml"
+            raise ValueError(f"{path}: {fault}; {nearest(name, [*own, *values['shared']])}")
     return {name: own.get(name, values["shared"].get(name)) for name in old}
 
 
