@@ -15,6 +15,7 @@ import numpy as np
 
 from crab import tasks
 from crab.analyses.clips import contours, outline, poster
+from crab.analyses.gallery import PLACED, TIMED
 from crab.analyses.picks import ALL, ANY, APART, Pick, graded, right
 from crab.data import media
 from crab.study import figures
@@ -24,7 +25,6 @@ from crab.world import verify
 SIDE = media.SIZE  # pixels of a picture as the model gets it
 SENSES = {"audio": ("♪", "heard"), "visual": ("◉", "seen")}
 MARKS = {True: '<span class="mark ok">✓ {}</span>', False: '<span class="mark no">✗ {}</span>'}
-TIMED, PLACED = ("temporal", "dense", "video_parsing"), ("spatial", "segmentation", "referring")
 
 
 @dataclass(frozen=True)
@@ -287,9 +287,8 @@ def section(slot: tasks.Slot, shares: Mapping[str, float], colours: Mapping[str,
 
 def links(slots: Sequence[tasks.Slot]) -> str:
     """A list of links to the sections, by family."""
-    families = dict.fromkeys(slot.family for slot in slots)
     groups = []
-    for family in families:
+    for family in dict.fromkeys(slot.family for slot in slots):
         names = [slot.name for slot in slots if slot.family == family]
         slots_of = ", ".join(f'<a href="#gallery-{name}">{name}</a>' for name in names)
         groups.append(f"<span>{escape(family)}: {slots_of}</span>")

@@ -29,8 +29,7 @@ def hidden(model, tokenizer, samples: Sequence, batch_size: int) -> np.ndarray:
 def plane(states: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
     """UMAP (McInnes et al., 2018) of states [N, hidden] to [N, 2]. It is seeded, so it runs on one thread.
 
-    Raises:
-        ValueError: fewer than 5 states, which have no neighbourhoods.
+    ValueError: fewer than 5 states, which have no neighbourhoods.
     """
     if len(states) < 5:
         raise ValueError(f"features: {len(states)} samples are too few for a map; raise features.samples")

@@ -62,8 +62,7 @@ def place(name: str) -> str:
 def choose(slot: str, scores: Mapping[str, Sequence[float]], count: int = 3) -> list[Pick]:
     """The samples to show of a slot: the first in order that fits each rule in turn, and is not taken.
 
-    Args:
-        scores: of each sample by its id, one per method. The first two methods are those that `APART` compares.
+    ``scores`` of each sample, by its id, are one per method. The first two methods are those that `APART` compares.
     """
     verdicts = {name: [right(slot, score) for score in scores[name]] for name in sorted(scores, key=place)}
     rules: list[tuple[str, Callable[[list[bool]], bool]]] = [
@@ -110,14 +109,11 @@ def shown_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> Gallery:
-    """Choose samples by the scores of ``cells``, and find the answers to them.
+    """Choose samples by the scores of ``cells`` (keyed and scored, one per family and slot), and find the answers.
 
     Answers are those of this machine, else those in the file ``kept``, if the keys of training and answering still hold
     and the ledger has the scores of the same run (another machine may answer a few samples otherwise). Only cells that
     have neither are run. Then ``kept`` is written anew.
-
-    Args:
-        cells: keyed and scored, one per family and slot.
     """
     before = read_json(kept) if kept.is_file() else {}
     while True:

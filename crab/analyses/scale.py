@@ -48,8 +48,7 @@ LINKS = 50_000  # names of one file; ext4 allows 65,000
 def linked_tree(root: Path, count: int, clip: Mapping[str, int]) -> Path:
     """An AV-UIE v2 tree under ``root``: ``count`` training records and one for testing, each with its own file names.
 
-    Args:
-        clip: fps, width, height and seconds of the one clip that all names lead to.
+    All names lead to one clip; ``clip`` is its fps, width, height and seconds.
     """
     folder = root / tasks.FOLDER / SLOT
     names = [f"{number:07d}" for number in range(count + 1)]
@@ -135,11 +134,7 @@ def training_memory(base: Path, encoded: Path, folder: Path, steps: int, loaders
 
 
 def memory(base: Path, folder: Path, counts: Sequence[int], clip: Mapping[str, int], steps: int) -> pd.DataFrame:
-    """Peak memory of trainings on trees of different size, in processes of their own.
-
-    Returns:
-        One row per number of ``records``, ``cached`` or not: ``MiB`` beyond the model.
-    """
+    """Peak ``MiB`` beyond the model of trainings in processes of their own, by ``records`` and ``cached`` or not."""
     rows = []
     for count in counts:
         root, data = linked_tree(folder / f"tree{count}", count, clip), folder / f"data{count}"
@@ -224,11 +219,7 @@ def _plain(base: Path, folder: Path, pairs: Sequence) -> float:
 
 
 def loop_costs(base: Path, folder: Path, samples: int, repeats: int, clip: Mapping[str, int]) -> pd.DataFrame:
-    """Seconds of a training step in turn: plain Trainer and PEFT LoRA on prompts in memory, and ours.
-
-    Returns:
-        One row per repetition and way.
-    """
+    """Seconds of a training step of plain Trainer and PEFT LoRA, and of ours, in turn: a row per repetition and way."""
     root, data = linked_tree(folder / "tree", samples, clip), folder / "data"
     assemble(data, "tree", root, **OPTIONS)
     for cached in (True, False):

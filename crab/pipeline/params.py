@@ -33,8 +33,7 @@ REPLACED = {
 def load(folder: Path) -> dict[str, Any]:
     """Contents of params.yaml, as DVC reads it (YAML 1.2: ``5e-3`` is a number).
 
-    Raises:
-        ValueError: the file is missing or malformed, or chooses a profile that it does not hold.
+    ValueError: the file is missing or malformed, or chooses a profile that it does not hold.
     """
     path = folder / "params.yaml"
     try:
@@ -80,8 +79,7 @@ def sections(params: Mapping, profile: str) -> dict[str, Any]:
 def resolve(folder: Path, profile: str | None = None) -> dict[str, Any]:
     """The sections of a profile, by default the chosen one, checked; ``profile`` is its name.
 
-    Raises:
-        ValueError: naming every parameter that is unknown, missing or wrong, and how to fix it.
+    ValueError: naming every parameter that is unknown, missing or wrong, and how to fix it.
     """
     params = load(folder)
     profile = profile or params["profile"]
@@ -107,8 +105,7 @@ def choose(folder: Path, profile: str) -> None:
 def notebooks(folder: Path) -> dict[str, Path]:
     """Notebooks by stage: ``NN_<stage>.ipynb``. Notebooks without a number are no stages.
 
-    Raises:
-        ValueError: a stage has no notebook or two, or params.yaml has no section of that name.
+    ValueError: a stage has no notebook or two, or params.yaml has no section of that name.
     """
     paths: dict[str, Path] = {}
     for path in sorted((folder / "notebooks").glob("[0-9]*_*.ipynb")):
@@ -142,8 +139,7 @@ def read_notebook(path: Path) -> Any:
 def cell(path: Path, notebook: Any) -> tuple[Any, dict[str, Any]]:
     """A notebook's parameters cell, and the names and values in it.
 
-    Raises:
-        ValueError: not exactly one code cell is tagged, or it holds more than ``name = value`` lines.
+    ValueError: not exactly one code cell is tagged, or it holds more than ``name = value`` lines.
     """
     tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1 or tagged[0].cell_type != "code":
@@ -162,8 +158,7 @@ def cell(path: Path, notebook: Any) -> tuple[Any, dict[str, Any]]:
 def parameters(path: Path, notebook: Any, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """What the notebook of ``stage`` is run with: ``profile``, its section, and the shared values that its cell names.
 
-    Raises:
-        ValueError: the cell names something else, or lacks a parameter of its section.
+    ValueError: the cell names something else, or lacks a parameter of its section.
     """
     _, old = cell(path, notebook)
     own = {"profile": values["profile"], **values[stage]}

@@ -103,8 +103,7 @@ def _figures(reports: Path, stage: str) -> dict[bytes, str]:
 def write_page(notebook: Any, stage: str, reports: Path, stages: Sequence[str] = ()) -> Path:
     """Write the page of a stage with its code folded, and the style sheet beside it; returns the page's path.
 
-    Args:
-        stages: those that have a page, which this one links to.
+    ``stages`` are those that have a page, which this one links to.
     """
     from nbconvert import HTMLExporter
 
@@ -204,8 +203,7 @@ def _everywhere(folder: Path, now: Mapping[str, Path]) -> tuple[str, front.Entry
 def write(folder: Path, profile: str) -> Path:
     """Write ``index.html``, ``pages`` and ``metrics.json``, the `headline`; returns the path of the index.
 
-    Raises:
-        ValueError: no notebook of this profile has been executed.
+    ValueError: no notebook of this profile has been executed.
     """
     reports, now = folder / "reports" / profile, params.notebooks(folder)
     stages = [stage for stage in ORDER if (reports / stage / "notebook.ipynb").is_file()]

@@ -166,8 +166,7 @@ def run(folder: Path, stage: str) -> Path:
 def run_alone(folder: Path, name: str) -> Path:
     """`run` for ``notebooks/<name>.ipynb``, which is no stage: with the parameters that it holds, and without a page.
 
-    Returns:
-        The executed notebook, ``reports/<name>/notebook.ipynb``.
+    Returns the executed notebook, ``reports/<name>/notebook.ipynb``.
     """
     source = folder / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
