@@ -157,20 +157,24 @@ def test_targets_by_expression_and_by_exclusion():
     assert len(get_peft_model(base_model(), config(target_modules="all-linear")).base_model.targeted_module_names) == 14
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+@pytest.mark.parametrize("reentrant, half, dropout", [(False, False, 0), (True, False, 0), (False, True, 0.3)])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, half, dropout):
     gradients = []
     for checkpointing in (False, True):
-        model = language_model(init_weights=False, router_init_std=0.5).train()
+        model = language_model(lora_dropout=dropout, router_init_std=0.5).train()
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
         with record_routing(model) as routing:
-            model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss
+            loss.backward()
         assert all(len(passes) == 1 for passes in routing.values())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    tolerance = dict(atol=0, rtol=0) if half else dict(atol=1e-6, rtol=1e-5)
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(gradients[1][name], gradient, **tolerance)
 
 
 # ---- refusals
