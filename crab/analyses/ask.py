@@ -4,8 +4,6 @@
 how they go together.
 """
 
-from __future__ import annotations
-
 import mimetypes
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ Cards hold no script. They follow the reader's light or dark setting, the width 
 drawn stand in labels that a screen reader says. Media are linked, not embedded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape

@@ -3,8 +3,6 @@
 Pictures and sounds are what the model gets. Only the moving clip, which is for people, has more frames than that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
@@ -47,7 +45,7 @@ def write_media(
     """
     kinds = [item.kind for item, _ in loaded]
     wave = None
-    if sorted(kinds) == ["audio", "video"]:
+    if sorted(kinds) == ["audio", "video"]:  # one clip
         (wave,) = (data for item, data in loaded if item.kind == "audio")
         loaded = [pair for pair in loaded if pair[0].kind == "video"]
     written = []

@@ -1,7 +1,5 @@
 """Where samples lie in the model: hidden states before the answer, drawn in a plane and measured by slot."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +47,7 @@ def silhouette(states: np.ndarray, labels: Sequence[str]) -> float:
 
 def features(
     adapters: Mapping[str, Path | None], encoded: Path, base: Path, slots: Sequence[str], samples: int, neighbours: int,
-    seed: int, batch_size: int = 32,
+    seed: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Hidden states of several models on the same test samples.
 
@@ -73,7 +71,7 @@ def features(
         model, processor = load_base(base)
         if folder is not None:
             model = load_adapter(model, folder)
-        states = hidden(model, processor.tokenizer, items, batch_size)
+        states = hidden(model, processor.tokenizer, items, batch_size=32)
         x, y = plane(states, neighbours, seed).T
         maps.append(table.assign(model=name, x=x, y=y))
         silhouettes[name] = {f"by {column}": silhouette(states, table[column]) for column in ("slot", "family")}

@@ -3,8 +3,6 @@
 Two slots conflict if the cosine is negative: a step that helps one then hurts the other (Yu et al., 2020).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -187,7 +185,7 @@ def conflicts(
 
 
 def last_reliable(means: pd.DataFrame) -> str | None:
-    """The last of `POINTS` where, in the means of `conflicts`, all families are reliable (`RELIABLE`), or None."""
+    """The last of `POINTS` where gradients of all families are `RELIABLE`, by the means of `conflicts`, or None."""
     worst = means[means["part"] == ALL].groupby("point")["reliability"].min()
     reliable = [point for point in POINTS if worst.get(point, 0) >= RELIABLE]
     return reliable[-1] if reliable else None

@@ -4,8 +4,6 @@ Five contenders share one frozen layer: it alone, PEFT's LoRA at rank r and at r
 a loop over its N heads, and I-LoRA as `crab.ilora` runs it.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import OrderedDict

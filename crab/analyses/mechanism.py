@@ -4,8 +4,6 @@ The measure is teacher-forced: how likely the model finds the true answers of te
 them. It needs one forward pass and no generation, and it changes long before a score does.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -44,7 +42,7 @@ Batch = Mapping[str, torch.Tensor]
 def true_answers(dataset: Path, encoded: Path, slot: str, form: str, samples: int) -> list[tuple]:
     """Pairs of encoded test sample and true answer, evenly spread; samples without an answer are left out.
 
-    Answers have this form if the record holds one in words. Published test records do not; their answer is bare.
+    Answers have ``form`` if the record holds one in words. Published test records do not; their answer is bare.
     """
     data, entry, pairs = read_slot(encoded, slot, "test"), tasks.get_slot(slot), []
     chosen = spread(len(data), samples)

@@ -1,7 +1,5 @@
 """What I-LoRA costs in the whole model, beside LoRA of its rank, and what a sample costs before the model sees it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

@@ -4,10 +4,8 @@ The samples are chosen by rules that look at scores alone. Their answers are kep
 clone has the scores of all cells, but not their answers, and would have to train to get them.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -65,12 +63,8 @@ def choose(slot: str, scores: Mapping[str, Sequence[float]], count: int = 3) -> 
     ``scores`` of each sample, by its id, are one per method. The first two methods are those that `APART` compares.
     """
     verdicts = {name: [right(slot, score) for score in scores[name]] for name in sorted(scores, key=place)}
-    rules: list[tuple[str, Callable[[list[bool]], bool]]] = [
-        (ANY, lambda marks: True),
-        (ALL, all),
-        (APART, lambda marks: len(marks) > 1 and marks[0] != marks[1]),
-    ]
-    rules += [(ANY, rules[0][1])] * (count - len(rules))
+    rules = [(ANY, lambda marks: True), (ALL, all), (APART, lambda marks: len(marks) > 1 and marks[0] != marks[1])]
+    rules += rules[:1] * (count - len(rules))
     picks: list[Pick] = []
     for rule, fits in rules[:count]:
         taken = {pick.id for pick in picks}

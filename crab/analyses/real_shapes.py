@@ -1,7 +1,5 @@
 """A training step at the real shapes of a base, with random weights: time, memory, and how far the plan is off."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

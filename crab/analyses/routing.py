@@ -1,7 +1,5 @@
 """Which heads the routers of a joint I-LoRA adapter choose, by slot, layer and kind of token."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Memory is what a process holds for itself: pages of mapped files can be dropped at any time and do not count.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading

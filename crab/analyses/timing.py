@@ -4,8 +4,6 @@ Contenders run in turn, so that whatever slows the machine slows them all. A rat
 times from the same repetition.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import platform

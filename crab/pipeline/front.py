@@ -1,7 +1,5 @@
 """The front page of a report: the finding, the leading figure, four cards, and a line about each page."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

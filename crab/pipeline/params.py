@@ -1,7 +1,5 @@
 """params.yaml: the sections of a profile, checked; and the notebooks' parameters cells, which hold the defaults."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """The plan of a profile: what its cells take, from params.yaml, before anything runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ notebook asks, what came out, and what would be bad news. What came out is compu
 ``answer``. The front page shows the figure of the cell tagged ``leading``.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import re

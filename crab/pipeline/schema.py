@@ -3,8 +3,6 @@
 To add a parameter, add it to its section in `SECTIONS`. Kinds are strict: text is no number, 8.5 is no whole number.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import reprlib

@@ -1,7 +1,5 @@
 """Run a stage: execute its notebook with its parameters, and leave a page to read."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Which code a stage depends on: the modules it imports, without what only people read."""
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Parameters: what is unknown, missing or wrong is refused before anything runs, and the message says how to fix it."""
 
-from __future__ import annotations
-
 import re
 
 import nbformat

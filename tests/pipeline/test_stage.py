@@ -1,7 +1,5 @@
 """Running a stage and rendering its page: parameters reach it, and a failure leaves nothing that looks complete."""
 
-from __future__ import annotations
-
 import base64
 import os
 import re
