@@ -4,8 +4,6 @@
 how they go together.
 """
 
-from __future__ import annotations
-
 import mimetypes
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,8 +81,7 @@ def message_only() -> Iterator[None]:
 def generated(dataset: str | Path, slot: str, folder: str | Path, number: int = 0) -> dict[str, Any]:
     """Test record ``number`` of a data root. If the slot has none there, one is rendered into ``folder``.
 
-    Raises:
-        ValueError: the data root has no record of this number.
+    ValueError: the data root has no record of this number.
     """
     split = "test" if (entry := tasks.get_slot(slot)).test else "train"
     if split == "train" or not (Path(dataset) / tasks.json_path(slot, split)).is_file():
@@ -236,8 +233,7 @@ def _routing(model, tokenizer, sample, text: str) -> pd.DataFrame | None:
 def draw(reply: Reply, cut: str = "grabcut") -> Figure:
     """Frames and sound with what the answer says about them, and each head's routing weight at each token.
 
-    Args:
-        cut: makes a mask of the answered box and points, see `crab.models.segment.segmenter`.
+    ``cut`` makes a mask of the answered box and points, see `crab.models.segment.segmenter`.
     """
     heads = [] if reply.routing is None else list(reply.routing.groupby("head"))
     ratios = [2.8, 1.4, *[1.0] * len(heads)]
@@ -251,7 +247,7 @@ def draw(reply: Reply, cut: str = "grabcut") -> Figure:
     if slot.kind == "temporal":
         answered |= dict(zip(slot.truth_fields, reply.parsed, strict=True))
     gallery.draw_pictures(grid[0], tasks.get_slot("avcap"), {}, reply.media)
-    placed = slot.kind in ("spatial", "segmentation", "referring") and reply.parsed != tasks.NULL
+    placed = slot.kind in gallery.PLACED and reply.parsed != tasks.NULL
     for axes in [axes for axes in grid[0] if axes.images and axes.get_title() != "frame"]:
         if placed:
             gallery.draw_place(axes, slot, answered)

@@ -4,8 +4,6 @@ Cards hold no script. They follow the reader's light or dark setting, the width 
 drawn stand in labels that a screen reader says. Media are linked, not embedded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,6 +13,7 @@ import numpy as np
 
 from crab import tasks
 from crab.analyses.clips import contours, outline, poster
+from crab.analyses.gallery import PLACED, TIMED
 from crab.analyses.picks import ALL, ANY, APART, Pick, graded, right
 from crab.data import media
 from crab.study import figures
@@ -24,7 +23,6 @@ from crab.world import verify
 SIDE = media.SIZE  # pixels of a picture as the model gets it
 SENSES = {"audio": ("♪", "heard"), "visual": ("◉", "seen")}
 MARKS = {True: '<span class="mark ok">✓ {}</span>', False: '<span class="mark no">✗ {}</span>'}
-TIMED, PLACED = ("temporal", "dense", "video_parsing"), ("spatial", "segmentation", "referring")
 
 
 @dataclass(frozen=True)
@@ -120,23 +118,18 @@ def overlay(slot: tasks.Slot, answer: Answer, true: Answer | None = None) -> str
 
 
 def _place(slot: tasks.Slot, answer: Answer, kind: str) -> list[str]:
-    parts = []
+    parts, names = [], ("case", kind)  # each line has a dark edge, so that it shows on any picture
     if answer.mask is not None:
         path = "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in line) + "Z" for line in contours(answer.mask))
-        parts += [f'<path class="{name}" d="{path}"/>' for name in _cased(kind)]
+        parts += [f'<path class="{name}" d="{path}"/>' for name in names]
     if answer.parsed in (None, tasks.NULL):
         return parts
     (x1, y1, x2, y2), points = (answer.parsed, ()) if slot.kind == "spatial" else answer.parsed
     if answer.mask is None or kind == "said":
         box = f'x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}"/>'
-        parts += [f'<rect class="{name} box" {box}' for name in _cased(kind)]
+        parts += [f'<rect class="{name} box" {box}' for name in names]
         parts += [f'<circle class="point" cx="{x + 0.5}" cy="{y + 0.5}" r="3.5"/>' for x, y in points]
     return parts
-
-
-def _cased(kind: str) -> tuple[str, ...]:
-    """Each line has a dark edge, so that it shows on any picture."""
-    return "case", kind
 
 
 def track(slot: tasks.Slot, answer: Answer, seconds: float) -> str:
@@ -292,9 +285,8 @@ def section(slot: tasks.Slot, shares: Mapping[str, float], colours: Mapping[str,
 
 def links(slots: Sequence[tasks.Slot]) -> str:
     """A list of links to the sections, by family."""
-    families = dict.fromkeys(slot.family for slot in slots)
     groups = []
-    for family in families:
+    for family in dict.fromkeys(slot.family for slot in slots):
         names = [slot.name for slot in slots if slot.family == family]
         slots_of = ", ".join(f'<a href="#gallery-{name}">{name}</a>' for name in names)
         groups.append(f"<span>{escape(family)}: {slots_of}</span>")

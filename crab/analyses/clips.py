@@ -3,11 +3,10 @@
 Pictures and sounds are what the model gets. Only the moving clip, which is for people, has more frames than that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ SOUND_BITS = 24_000  # per second of AAC
 FRAME = 128  # pixels of each frame of a strip
 _JPEG = {"quality": 85, "optimize": True}
 _SUFFIX = {"video": ".mp4", "audio": ".m4a", "image": ".jpg"}
+#: No dates and versions in the file; its index comes first, so that a browser can begin.
+_CONTAINER = {"fflags": "+bitexact", "movflags": "+faststart"}
 _SAME = 1e-6  # ticks; rounding may part equal times by this much
 
 
@@ -43,18 +44,16 @@ def write_media(
         Kind (``video``, ``image`` or ``audio``) and name of each file, in the order of the prompt.
     """
     kinds = [item.kind for item, _ in loaded]
-    if sorted(kinds) == ["audio", "video"]:
-        ((video, (frames, _)),) = (pair for pair in loaded if pair[0].kind == "video")
+    wave = None
+    if sorted(kinds) == ["audio", "video"]:  # one clip
         (wave,) = (data for item, data in loaded if item.kind == "audio")
-        write_clip(folder / f"{name}.mp4", video.path, wave, height, crf)
-        write_picture(folder / poster(f"{name}.mp4"), frames[len(frames) // 2])
-        return [("video", f"{name}.mp4")]
+        loaded = [pair for pair in loaded if pair[0].kind == "video"]
     written = []
     for number, (item, data) in enumerate(loaded):
         several = f"-{kinds[:number].count(item.kind) + 1}" if kinds.count(item.kind) > 1 else ""
         path = folder / (name + several + _SUFFIX[item.kind])
         if item.kind == "video":
-            write_clip(path, item.path, None, height, crf)
+            write_clip(path, item.path, wave, height, crf)
             write_picture(folder / poster(path.name), data[0][len(data[0]) // 2])
         elif item.kind == "audio":
             write_clip(path, None, data, height, crf)
@@ -91,7 +90,7 @@ def write_clip(path: Path, video: str | Path | None, wave: np.ndarray | None, he
     """
     with (
         atomic_file(path) as part,
-        av.open(str(part), "w", format="mp4", options=_quiet()) as container,
+        av.open(str(part), "w", format="mp4", options=_CONTAINER) as container,
         nullcontext() if video is None else media.open_container(video, "video") as source,
     ):
         tracks = []
@@ -99,14 +98,7 @@ def write_clip(path: Path, video: str | Path | None, wave: np.ndarray | None, he
             tracks.append(_pictures(container, source.container, source.video, height, crf))
         if wave is not None:
             tracks.append(_sound(container, wave))
-        for packets in tracks:
-            for packet in packets:
-                container.mux(packet)
-
-
-def _quiet() -> dict[str, str]:
-    """No dates and versions in the file; its index comes first, so that a browser can begin."""
-    return {"fflags": "+bitexact", "movflags": "+faststart"}
+        container.mux(chain(*tracks))
 
 
 def _pictures(container, source, stream, height: int, crf: int) -> Iterator:
@@ -115,9 +107,8 @@ def _pictures(container, source, stream, height: int, crf: int) -> Iterator:
     options = {"crf": str(crf), "preset": "slow", "threads": "1"}
     track = container.add_stream("libx264", rate=rate, options=options)
     scale = min(1.0, height / stream.codec_context.height)
-    track.height, track.width = (
-        max(2, 2 * round(side * scale / 2)) for side in (stream.codec_context.height, stream.codec_context.width)
-    )
+    sides = (stream.codec_context.height, stream.codec_context.width)
+    track.height, track.width = (max(2, 2 * round(side * scale / 2)) for side in sides)
     track.pix_fmt = "yuv420p"
     track.codec_context.thread_count = 1
 

@@ -1,7 +1,5 @@
 """Where samples lie in the model: hidden states before the answer, drawn in a plane and measured by slot."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +27,7 @@ def hidden(model, tokenizer, samples: Sequence, batch_size: int) -> np.ndarray:
 def plane(states: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
     """UMAP (McInnes et al., 2018) of states [N, hidden] to [N, 2]. It is seeded, so it runs on one thread.
 
-    Raises:
-        ValueError: fewer than 5 states, which have no neighbourhoods.
+    ValueError: fewer than 5 states, which have no neighbourhoods.
     """
     if len(states) < 5:
         raise ValueError(f"features: {len(states)} samples are too few for a map; raise features.samples")
@@ -50,7 +47,7 @@ def silhouette(states: np.ndarray, labels: Sequence[str]) -> float:
 
 def features(
     adapters: Mapping[str, Path | None], encoded: Path, base: Path, slots: Sequence[str], samples: int, neighbours: int,
-    seed: int, batch_size: int = 32,
+    seed: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Hidden states of several models on the same test samples.
 
@@ -74,7 +71,7 @@ def features(
         model, processor = load_base(base)
         if folder is not None:
             model = load_adapter(model, folder)
-        states = hidden(model, processor.tokenizer, items, batch_size)
+        states = hidden(model, processor.tokenizer, items, batch_size=32)
         x, y = plane(states, neighbours, seed).T
         maps.append(table.assign(model=name, x=x, y=y))
         silhouettes[name] = {f"by {column}": silhouette(states, table[column]) for column in ("slot", "family")}

@@ -13,6 +13,8 @@ from crab.data import records
 from crab.data.media import RATE, MediaError, read_mask
 
 SHOWN = 4  # frames per sample
+#: Kinds of task whose answers are seconds, and those whose answers are places in a picture.
+TIMED, PLACED = ("temporal", "dense", "video_parsing"), ("spatial", "segmentation", "referring")
 MARK, TIME = "#e8006f", "#3b7dd8"
 SENSES = {"audio": "heard", "visual": "seen"}
 
@@ -22,7 +24,7 @@ def labels(slot: tasks.Slot, record: Mapping) -> Iterator[tuple[str, str]]:
 
     Descriptions and choices are too many to count. They give "there" or "not there", and the type of the question.
     """
-    if slot.kind in ("temporal", "dense", "video_parsing"):
+    if slot.kind in TIMED:
         yield from ((event.event, SENSES.get(getattr(event, "modality", ""), "")) for event in _events(slot, record))
     elif slot.kind in ("spatial", "segmentation"):
         yield from ((name, "") for name in record["a_obj"].split(","))
@@ -64,7 +66,7 @@ def draw_pictures(row: Sequence[Axes], slot: tasks.Slot, record: Mapping, media:
     for axes, (title, picture) in zip(row, panels, strict=False):
         axes.imshow(picture)
         axes.set_title(title, fontsize=10, pad=3)
-    if slot.kind in ("spatial", "segmentation", "referring") and tasks.truth(slot, record) != tasks.NULL:
+    if slot.kind in PLACED and tasks.truth(slot, record) != tasks.NULL:
         draw_place(row[1], slot, record)
 
 
@@ -89,7 +91,7 @@ def draw_sounds(axes: Axes, slot: tasks.Slot, record: Mapping, media: Sequence[t
         times, middle = start + np.linspace(0, len(wave) / RATE, len(bins)), -2.2 * number
         low, high = ([middle + value(part) for part in bins] for value in (np.min, np.max))
         axes.fill_between(times, low, high, color="0.35", linewidth=0.4)
-    if slot.kind in ("temporal", "dense", "video_parsing"):
+    if slot.kind in TIMED:
         draw_seconds(axes, slot, record)
     first, last = min(start for start, _ in sounds), max(start + len(wave) / RATE for start, wave in sounds)
     axes.set(xlim=(first, last), ylim=(-2.2 * len(sounds) + 1.1, 1.1), xticks=np.linspace(first, last, 6))

@@ -3,8 +3,6 @@
 Two slots conflict if the cosine is negative: a step that helps one then hurts the other (Yu et al., 2020).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,9 +132,8 @@ def part_way(base: Path, adapter: Path, way: float, seed: int):
 
 
 def conflicts(
-    cells: Sequence[Cell], adapters: Path, encoded: Path, base: Path, samples: int, chunk: int, resamples: int,
-    seed: int = 0,
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[tuple[str, str, str], np.ndarray]]:  # fmt: skip
+    cells: Sequence[Cell], adapters: Path, encoded: Path, base: Path, samples: int, chunk: int, resamples: int
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[tuple[str, str, str], np.ndarray]]:
     """Gradient conflict of joint adapters on training samples, at `POINTS`.
 
     Args:
@@ -173,7 +170,7 @@ def conflicts(
             if not np.any(products):
                 continue  # at the start B is 0, and nothing before it has a gradient
             key = (cell.family, point, part)
-            table, drawn[key] = cosines(products, resamples, seed)
+            table, drawn[key] = cosines(products, resamples, seed=0)
             pairs, reliability = table[one, other], np.diag(table)
             low, high = np.quantile(drawn[key], [0.025, 0.975], axis=0)
             of_pairs = zip(one, other, low, high, strict=True)
@@ -188,11 +185,7 @@ def conflicts(
 
 
 def last_reliable(means: pd.DataFrame) -> str | None:
-    """The last of `POINTS` where the gradients of all families are reliable (`RELIABLE`), or None.
-
-    Args:
-        means: of `conflicts`.
-    """
+    """The last of `POINTS` where gradients of all families are `RELIABLE`, by the means of `conflicts`, or None."""
     worst = means[means["part"] == ALL].groupby("point")["reliability"].min()
     reliable = [point for point in POINTS if worst.get(point, 0) >= RELIABLE]
     return reliable[-1] if reliable else None

@@ -4,8 +4,6 @@ Five contenders share one frozen layer: it alone, PEFT's LoRA at rank r and at r
 a loop over its N heads, and I-LoRA as `crab.ilora` runs it.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import OrderedDict
@@ -51,9 +49,8 @@ class HeadLoop(nn.Module):
 def layers(point: Mapping[str, int], dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
     """The contenders over one frozen layer, with random weights: it alone, LoRA, wide LoRA, the loop, I-LoRA."""
     torch.manual_seed(0)
-    base = nn.Linear(point["width_in"], point["width_out"], bias=False, device=device, dtype=dtype).requires_grad_(
-        False
-    )
+    base = nn.Linear(point["width_in"], point["width_out"], bias=False, device=device, dtype=dtype)
+    base.requires_grad_(False)
     r, heads = point["rank"], point["heads"]
 
     def adapted_layer(config) -> nn.Module:

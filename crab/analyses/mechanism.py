@@ -4,8 +4,6 @@ The measure is teacher-forced: how likely the model finds the true answers of te
 them. It needs one forward pass and no generation, and it changes long before a score does.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,6 +32,7 @@ from crab.study.score import true_answer, truths
 # Changes of the routing. Each is compared with the unchanged adapter, but OTHER with OWN.
 OFF, HEAD, RESCALED = "adapter off", "head off", "head off, others rescaled"
 UNIFORM, OWN, OTHER = "uniform routing", "own mean routing", "another slot's mean routing, on top"
+SEED = 0  # of intervals and permutations
 #: Takes a module's name, its routing weights [samples, tokens, heads] and the kind of each token (its place in
 #: `SEGMENTS`) [samples, tokens]; returns new weights.
 Edit = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,8 +42,7 @@ Batch = Mapping[str, torch.Tensor]
 def true_answers(dataset: Path, encoded: Path, slot: str, form: str, samples: int) -> list[tuple]:
     """Pairs of encoded test sample and true answer, evenly spread; samples without an answer are left out.
 
-    Args:
-        form: of the answer, if the record holds one in words. Published test records do not; their answer is bare.
+    Answers have ``form`` if the record holds one in words. Published test records do not; their answer is bare.
     """
     data, entry, pairs = read_slot(encoded, slot, "test"), tasks.get_slot(slot), []
     chosen = spread(len(data), samples)
@@ -114,10 +112,8 @@ def without(head: int, rescale: bool) -> Edit:
 def mean_routing(means, slot: str) -> tuple[np.ndarray, Edit]:
     """A slot's mean weights [modules x segments x heads], and the edit that gives every token those of its kind.
 
-    A kind of token that the slot lacks has the mean of all.
-
-    Args:
-        means: of `crab.ilora.record_routing_means`, labelled by slot.
+    ``means`` are of `crab.ilora.record_routing_means`, labelled by slot. A kind of token that the slot lacks has the
+    mean of all.
     """
     gates = {name: weights.repeat(len(SEGMENTS), 1) for name, weights in means.weights(slot).items()}
     for place, segment in enumerate(SEGMENTS):
@@ -183,17 +179,17 @@ def causes(
     return lost, np.stack(routing)
 
 
-def effects(lost: pd.DataFrame, resamples: int, seed: int = 0) -> pd.DataFrame:
+def effects(lost: pd.DataFrame, resamples: int) -> pd.DataFrame:
     """Mean over samples of what is lost, with a 95 % bootstrap interval, one row per slot, change and measure."""
     keys = ["slot", "change", "of", "label", "measure"]
     rows = [
-        (*key, values.mean(), *interval(bootstrap_means(values, resamples, seed)), len(values))
+        (*key, values.mean(), *interval(bootstrap_means(values, resamples, SEED)), len(values))
         for key, values in lost.groupby(keys, sort=False)["lost"]
     ]
     return pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "samples"])
 
 
-def mean_costs(lost: pd.DataFrame, resamples: int, seed: int = 0) -> pd.DataFrame:
+def mean_costs(lost: pd.DataFrame, resamples: int) -> pd.DataFrame:
     """Mean over slots of the cost of each change, with a 95 % interval over samples, and the slot that loses most.
 
     A slot's cost of another slot's routing is the mean over all other slots.
@@ -204,7 +200,7 @@ def mean_costs(lost: pd.DataFrame, resamples: int, seed: int = 0) -> pd.DataFram
             slot: of_slot["lost"].to_numpy().reshape(of_slot["of"].nunique(), -1).mean(0)
             for slot, of_slot in part.groupby("slot", sort=False)
         }
-        draws = np.mean([bootstrap_means(cost, resamples, seed, slot) for slot, cost in costs.items()], axis=0)
+        draws = np.mean([bootstrap_means(cost, resamples, SEED, slot) for slot, cost in costs.items()], axis=0)
         means = {slot: cost.mean() for slot, cost in costs.items()}
         rows.append((label, np.mean(list(means.values())), *interval(draws), max(means, key=means.get)))
     return pd.DataFrame(rows, columns=["label", "cost", "low", "high", "worst"])
@@ -236,8 +232,7 @@ def head_similarity(adapter: Path, base: Path) -> pd.DataFrame:
 def mantel(one: np.ndarray, other: np.ndarray, permutations: int, seed: int) -> dict:
     """Do two distances [things, things] group the same things alike? Mantel's (1967) test with rank correlation.
 
-    Returns:
-        ``correlation`` (Spearman); ``low`` and ``high``, which hold 95 % of random relabellings; two-sided ``p``.
+    Gives ``correlation`` (Spearman); ``low`` and ``high``, which hold 95 % of random relabellings; two-sided ``p``.
     """
     pairs = np.triu_indices(len(one), 1)
     ranks, ranked = rankdata(one[pairs]), squareform(rankdata(other[pairs]))
@@ -255,7 +250,7 @@ def mantel(one: np.ndarray, other: np.ndarray, permutations: int, seed: int) -> 
 
 
 def groupings(
-    routing: np.ndarray, gains: pd.DataFrame, pairs: pd.DataFrame, point: str | None, permutations: int, seed: int = 0
+    routing: np.ndarray, gains: pd.DataFrame, pairs: pd.DataFrame, point: str | None, permutations: int
 ) -> pd.DataFrame:
     """Whether routing groups slots as gains and gradients do (`mantel`); empty with fewer than 4 slots.
 
@@ -273,5 +268,5 @@ def groupings(
         cosine = part.pivot(index="one", columns="other", values="cosine").reindex(gains.index, columns=gains.index)
         others[f"gradients of {family}"] = 1 - cosine.where(cosine.notna(), cosine.T).to_numpy()
     own = squareform(pdist(routing))
-    tests = {name: mantel(own, other, permutations, seed) for name, other in others.items() if len(own) >= 4}
+    tests = {name: mantel(own, other, permutations, SEED) for name, other in others.items() if len(own) >= 4}
     return pd.DataFrame(tests.values(), tests.keys(), ["correlation", "low", "high", "p"])

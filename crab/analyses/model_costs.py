@@ -1,10 +1,7 @@
 """What I-LoRA costs in the whole model, beside LoRA of its rank, and what a sample costs before the model sees it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -63,7 +60,7 @@ def model_costs(
 
         def step(_: int) -> Iterator[None]:
             model.train()
-            with _autocast(device, precision):
+            with torch.autocast(device, precision, enabled=precision != torch.float32):
                 loss, _ = answer_loss(model, learned)
             yield
             loss.backward()
@@ -76,7 +73,7 @@ def model_costs(
 
     def decode(model, precision: torch.dtype, _: int) -> Iterator[None]:
         model.eval()
-        with _autocast(device, precision):
+        with torch.autocast(device, precision, enabled=precision != torch.float32):
             module.generate(model, processor.tokenizer, asked, new_tokens)
         yield
 
@@ -100,10 +97,6 @@ def model_costs(
     return pd.DataFrame(table)
 
 
-def _autocast(device: str, precision: torch.dtype):
-    return nullcontext() if precision == torch.float32 else torch.autocast(device, precision)
-
-
 def decode_alone(record: Mapping) -> int:
     """Decode every frame and all sound of a record's media by PyAV, in one thread; returns the number of frames."""
     count = 0
@@ -116,9 +109,8 @@ def decode_alone(record: Mapping) -> int:
 
 def prepare_alone(slot: str, processor, record: Mapping) -> int:
     """Decode and prepare a record: patches, mel features and tokens; returns the number of tokens."""
-    return prepared(processor, record, tasks.get_slot(slot).frames, tasks.instruction(slot, record))["input_ids"].shape[
-        -1
-    ]
+    prompt = prepared(processor, record, tasks.get_slot(slot).frames, tasks.instruction(slot, record))
+    return prompt["input_ids"].shape[-1]
 
 
 def filmed(folder: str | Path, record: Mapping, fps: int, width: int, height: int, seconds: int = 10) -> dict:

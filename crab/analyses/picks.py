@@ -4,15 +4,11 @@ The samples are chosen by rules that look at scores alone. Their answers are kep
 clone has the scores of all cells, but not their answers, and would have to train to get them.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import pandas as pd
 
 from crab import tasks
 from crab.core.files import read_json, write_json
@@ -64,26 +60,19 @@ def place(name: str) -> str:
 def choose(slot: str, scores: Mapping[str, Sequence[float]], count: int = 3) -> list[Pick]:
     """The samples to show of a slot: the first in order that fits each rule in turn, and is not taken.
 
-    Args:
-        scores: of each sample by its id, one per method. The first two methods are those that `APART` compares.
+    ``scores`` of each sample, by its id, are one per method. The first two methods are those that `APART` compares.
     """
     verdicts = {name: [right(slot, score) for score in scores[name]] for name in sorted(scores, key=place)}
-    rules: list[tuple[str, Callable[[list[bool]], bool]]] = [
-        (ANY, lambda marks: True),
-        (ALL, all),
-        (APART, lambda marks: len(marks) > 1 and marks[0] != marks[1]),
-    ]
-    rules += [(ANY, rules[0][1])] * (count - len(rules))
+    rules = [(ANY, lambda marks: True), (ALL, all), (APART, lambda marks: len(marks) > 1 and marks[0] != marks[1])]
+    rules += rules[:1] * (count - len(rules))
     picks: list[Pick] = []
     for rule, fits in rules[:count]:
         taken = {pick.id for pick in picks}
         left = [name for name in verdicts if name not in taken]
         matching = [name for name, marks in verdicts.items() if fits(marks)]
-        first = next((name for name in left if name in matching), None)
+        fitting = [name for name in left if name in matching]
         if left:
-            picks.append(
-                Pick(slot, left[0] if first is None else first, rule, len(matching), len(verdicts), first is not None)
-            )
+            picks.append(Pick(slot, (fitting or left)[0], rule, len(matching), len(verdicts), bool(fitting)))
     return picks
 
 
@@ -114,15 +103,13 @@ def shown_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> Gallery:
-    """Choose samples by the scores of ``cells``, and find the answers to them.
+    """Choose samples by the scores of ``cells`` (keyed and scored, one per family and slot), and find the answers.
 
     Answers are those of this machine, else those in the file ``kept``, if the keys of training and answering still hold
     and the ledger has the scores of the same run (another machine may answer a few samples otherwise). Only cells that
     have neither are run. Then ``kept`` is written anew.
-
-    Args:
-        cells: keyed and scored, one per family and slot.
     """
+    before = read_json(kept) if kept.is_file() else {}
     while True:
         table = sample_scores(store.ledger, cells)
         families = list(dict.fromkeys(cell.family for cell in cells))
@@ -130,10 +117,10 @@ def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> G
         if wide.isna().any(axis=None):
             raise ValueError("gallery: the runs were scored on different samples; run the train stage again")
         slots = [slot for slot in tasks.SLOTS if slot in wide.index.unique("slot")]
-        picks = {slot: choose(slot, _rows(wide.loc[slot]), count) for slot in slots}
+        picks = {slot: choose(slot, wide.loc[slot].T.to_dict("list"), count) for slot in slots}
         ids = {slot: [pick.id for pick in picks[slot]] for slot in slots}
         scores = {(row.family, row.slot, row.id): row.score for row in table.itertuples()}
-        entries = {cell.key: _entry(store, cell, ids, _read(kept), scores) for cell in cells}
+        entries = {cell.key: _entry(store, cell, ids, before, scores) for cell in cells}
         missing = [cell for cell in cells if entries[cell.key] is None]
         if not missing:
             break
@@ -143,14 +130,6 @@ def gather(store: Store, cells: Sequence[Cell], kept: Path, count: int = 3) -> G
     for cell in cells:
         texts[cell.family] |= entries[cell.key]["texts"]
     return Gallery(picks, families, texts, scores)
-
-
-def _rows(wide: pd.DataFrame) -> dict[str, list[float]]:
-    return dict(zip(wide.index, wide.to_numpy().tolist(), strict=True))
-
-
-def _read(kept: Path) -> dict[str, dict]:
-    return read_json(kept) if kept.is_file() else {}
 
 
 def _entry(

@@ -1,7 +1,5 @@
 """A training step at the real shapes of a base, with random weights: time, memory, and how far the plan is off."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,15 +16,9 @@ WARM = 2  # steps before time is taken
 
 
 def training_steps(
-    base: Base,
-    methods: Mapping[str, tuple[str, Mapping[str, Any]]],
-    samples: int,
-    tokens: int,
-    answer: int,
-    steps: int,
-    checkpointing: bool = True,
-    tflops: float | None = None,
-) -> pd.DataFrame:
+    base: Base, methods: Mapping[str, tuple[str, Mapping[str, Any]]], samples: int, tokens: int, answer: int,
+    steps: int, checkpointing: bool = True, tflops: float | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Train each method for some steps on random tokens, one after the other, with the weights of a base at random.
 
     Args:

@@ -1,7 +1,5 @@
 """Which heads the routers of a joint I-LoRA adapter choose, by slot, layer and kind of token."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,11 +20,10 @@ from crab.tasks import get_slot
 
 @torch.no_grad()
 def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_tokens: int) -> pd.DataFrame:
-    """Routing of one slot's samples and of the model's own answers to them.
+    """Routing of one slot's samples and of the model's own answers to them, per ``layer``, ``segment`` and ``head``.
 
-    Returns:
-        Per ``layer``, ``segment`` and ``head``: ``weight``, the mean over tokens and modules; ``entropy``, the mean of
-        each token's, as a share of its maximum (0: one head alone, 1: all alike); and ``tokens``.
+    ``weight`` is the mean over tokens and modules; ``entropy`` the mean of each token's, as a share of its maximum (0:
+    one head alone, 1: all alike); and ``tokens`` their number.
     """
     with record_routing_means(_language(model), SEGMENTS, generated=None) as means:
         for _, inputs in _answered(model, tokenizer, samples, batch_size, max_new_tokens):
@@ -112,11 +109,7 @@ def routing(
 
 
 def information(table: pd.DataFrame) -> dict[str, float]:
-    """Mutual information between slot and head in bits, by kind of token, on average over layers.
-
-    Args:
-        table: of `routing`.
-    """
+    """Mutual information between slot and head in a table of `routing`: bits by kind of token, mean over layers."""
     bits: dict[str, list[float]] = {}
     for (segment, _), part in table.groupby(["segment", "layer"], sort=False):
         gates = part.pivot(index="slot", columns="head", values="weight").to_numpy()

@@ -3,8 +3,6 @@
 Memory is what a process holds for itself: pages of mapped files can be dropped at any time and do not count.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading
@@ -40,6 +38,7 @@ from crab.study.store import Store
 from crab.study.train import RECORD, train
 
 SLOT = "ks"
+OPTIONS = {"slots": [SLOT], "tolerate": ["overlap"], "progress": False}  # of `assemble`, for linked trees
 MIB = 2**20
 LINKS = 50_000  # names of one file; ext4 allows 65,000
 
@@ -47,8 +46,7 @@ LINKS = 50_000  # names of one file; ext4 allows 65,000
 def linked_tree(root: Path, count: int, clip: Mapping[str, int]) -> Path:
     """An AV-UIE v2 tree under ``root``: ``count`` training records and one for testing, each with its own file names.
 
-    Args:
-        clip: fps, width, height and seconds of the one clip that all names lead to.
+    All names lead to one clip; ``clip`` is its fps, width, height and seconds.
     """
     folder = root / tasks.FOLDER / SLOT
     names = [f"{number:07d}" for number in range(count + 1)]
@@ -134,15 +132,11 @@ def training_memory(base: Path, encoded: Path, folder: Path, steps: int, loaders
 
 
 def memory(base: Path, folder: Path, counts: Sequence[int], clip: Mapping[str, int], steps: int) -> pd.DataFrame:
-    """Peak memory of trainings on trees of different size, in processes of their own.
-
-    Returns:
-        One row per number of ``records``, ``cached`` or not: ``MiB`` beyond the model.
-    """
+    """Peak ``MiB`` beyond the model of trainings in processes of their own, by ``records`` and ``cached`` or not."""
     rows = []
     for count in counts:
         root, data = linked_tree(folder / f"tree{count}", count, clip), folder / f"data{count}"
-        assemble(data, "tree", root, slots=[SLOT], tolerate=["overlap"], cache=folder / "probes.json", progress=False)
+        assemble(data, "tree", root, cache=folder / "probes.json", **OPTIONS)
         for cached in (False, True):
             out = folder / f"encoded{count}{cached}"
             if cached:
@@ -168,11 +162,10 @@ def _repeat(source: Path, out: Path, base: Path, data: Path, count: int) -> None
 def listing(base: Path, folder: Path, count: int, clip: Mapping[str, int], workers: int) -> dict[str, float]:
     """Seconds and peak MiB of checking ``count`` records against a warm cache and of listing them in shards."""
     root, data, probes = linked_tree(folder / "tree", count, clip), folder / "data", folder / "probes.json"
-    options = {"slots": [SLOT], "tolerate": ["overlap"], "cache": probes, "progress": False}
-    assemble(data, "tree", root, **options)  # warms the cache
+    assemble(data, "tree", root, cache=probes, **OPTIONS)  # warms the cache
     with _peak() as peak:
         began = time.perf_counter()
-        assemble(data, "tree", root, **options)
+        assemble(data, "tree", root, cache=probes, **OPTIONS)
         checked = time.perf_counter()
         encode_all(data, [SLOT], base, folder / "encoded", workers, cache=False, probes=probes)
         listed = time.perf_counter()
@@ -183,10 +176,9 @@ def listing(base: Path, folder: Path, count: int, clip: Mapping[str, int], worke
 
 
 def _ours(base: Path, folder: Path, pairs: Sequence, loaders: int) -> float:
-    options = {"r": 4, "lora_alpha": 8}
     shutil.rmtree(folder, ignore_errors=True)
     settings = {"learning_rate": 1e-4, "passes": 1, "batch_size": 8, "seed": 0, "hardware": Hardware(loaders=loaders)}
-    adapter = train(pairs, "lora", options, base, folder, **settings)
+    adapter = train(pairs, "lora", {"r": 4, "lora_alpha": 8}, base, folder, **settings)
     record = read_json(adapter / RECORD)
     return record["seconds"] / record["steps"]
 
@@ -201,17 +193,15 @@ def _plain(base: Path, folder: Path, pairs: Sequence) -> float:
         ids = [torch.cat([prompt["input_ids"][0], torch.tensor(answer)]) for prompt, answer in items]
         labels = [torch.cat([torch.full_like(p["input_ids"][0], IGNORE), torch.tensor(a)]) for p, a in items]
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-        media = {
-            name: torch.cat([torch.as_tensor(prompt[name]) for prompt, _ in items])
-            for name in items[0][0]
-            if name not in ("input_ids", "attention_mask")
-        }
-        padded = {
+        names = set(items[0][0]) - {"input_ids", "attention_mask"}
+        media = {name: torch.cat([torch.as_tensor(prompt[name]) for prompt, _ in items]) for name in names}
+        return {
             "input_ids": pad(ids, padding_value=tokenizer.pad_token_id),
-            "labels": pad(labels, padding_value=-100),
+            "labels": pad(labels, padding_value=IGNORE),
+            "attention_mask": pad([torch.ones_like(row) for row in ids]),
+            "use_audio_in_video": True,
+            **media,
         }
-        mask = pad([torch.ones_like(row) for row in ids])
-        return {**padded, "attention_mask": mask, "use_audio_in_video": True, **media}
 
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-4, report_to="none",
@@ -227,18 +217,13 @@ def _plain(base: Path, folder: Path, pairs: Sequence) -> float:
 
 
 def loop_costs(base: Path, folder: Path, samples: int, repeats: int, clip: Mapping[str, int]) -> pd.DataFrame:
-    """Seconds of a training step in turn: plain Trainer and PEFT LoRA on prompts in memory, and ours.
-
-    Returns:
-        One row per repetition and way.
-    """
+    """Seconds of a training step of plain Trainer and PEFT LoRA, and of ours, in turn: a row per repetition and way."""
     root, data = linked_tree(folder / "tree", samples, clip), folder / "data"
-    assemble(data, "tree", root, slots=[SLOT], tolerate=["overlap"], progress=False)
+    assemble(data, "tree", root, **OPTIONS)
     for cached in (True, False):
         encode_all(data, [SLOT], base, folder / f"encoded{cached}", cache=cached)
-    live, cached = (
-        read_slot(folder / f"encoded{kept}", SLOT, "train", base).answered("bare") for kept in (False, True)
-    )
+    folders = (folder / f"encoded{cached}" for cached in (False, True))
+    live, cached = (read_slot(encoded, SLOT, "train", base).answered("bare") for encoded in folders)
     held = list(live)
     ways = {
         "plain Trainer, prompts in memory": partial(_plain, base, folder / "plain", held),

@@ -4,8 +4,6 @@ Contenders run in turn, so that whatever slows the machine slows them all. A rat
 times from the same repetition.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import platform
@@ -21,18 +19,15 @@ import torch
 from crab.study.train import native_bf16
 
 Step = Callable[[int], Iterator[None]]
+RESAMPLES = 500  # of an interval
 SHORT = 0.1  # seconds of one repetition of all contenders
 WARM = 3  # untimed runs of a contender after one of another kind, where repetitions are short
 
 
 def interleaved(
-    steps: Mapping[Hashable, Step],
-    seconds: float,
-    device: str = "cpu",
-    least: int = 5,
-    by_wall: bool = False,
+    steps: Mapping[Hashable, Step], seconds: float, device: str = "cpu", least: int = 5, by_wall: bool = False
 ) -> dict[Hashable, np.ndarray]:
-    """Time contenders in turn, one of each per repetition, and each time another one first.
+    """Seconds [parts, repetitions] of contenders in turn, one of each per repetition, and each time another one first.
 
     In a model, a layer follows others of its kind and finds their code in the caches of the processor. So if a
     repetition takes no more than `SHORT` seconds, each contender runs `WARM` times before it is timed.
@@ -43,9 +38,6 @@ def interleaved(
         seconds: repetitions stop after this time, but not before there are ``least``.
         by_wall: time by the wall clock, as is done with several threads and on CUDA. Otherwise the time of this thread
             counts, so that other processes do not.
-
-    Returns:
-        Seconds [parts, repetitions] of each contender.
     """
     on_gpu = device.startswith("cuda")
     wait = torch.cuda.synchronize if on_gpu else lambda: None
@@ -83,10 +75,10 @@ def quartiles(seconds: np.ndarray) -> dict[str, float]:
     return {"seconds": middle, "q1": low, "q3": high, "repetitions": len(seconds)}
 
 
-def ratio(above: np.ndarray, below: np.ndarray, resamples: int = 500) -> dict[str, float]:
+def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
     """Median of the ratios of paired times, with its 95 % bootstrap interval over repetitions."""
     ratios = above / below
-    draws = np.random.default_rng(0).integers(len(ratios), size=(resamples, len(ratios)))
+    draws = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975], method="inverted_cdf")
     return {"value": float(np.median(ratios)), "low": float(low), "high": float(high)}
 

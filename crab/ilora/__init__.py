@@ -33,17 +33,6 @@ from .static import fixed_routing, to_static
 register(ILoraConfig, ILoraModel)
 
 __all__ = [
-    "ILoraConfig",
-    "ILoraLayer",
-    "ILoraModel",
-    "Linear",
-    "RoutingMeans",
-    "fixed_routing",
-    "instruction_tokens",
-    "parameter_groups",
-    "record_routing",
-    "record_routing_means",
-    "routing_entropy",
-    "routing_information",
-    "to_static",
-]
+    "ILoraConfig", "ILoraLayer", "ILoraModel", "Linear", "RoutingMeans", "fixed_routing", "instruction_tokens",
+    "parameter_groups", "record_routing", "record_routing_means", "routing_entropy", "routing_information", "to_static",
+]  # fmt: skip

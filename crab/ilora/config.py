@@ -34,6 +34,11 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def _option(default: Any, meaning: str) -> Any:
+    """A field of the configuration, with what it means."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass
 class ILoraConfig(PeftConfig):
     """The configuration of an [`ILoraModel`]. `dataclasses.fields(ILoraConfig)` has the meaning of each field.
@@ -47,78 +52,50 @@ class ILoraConfig(PeftConfig):
     ValueError with the name of a field that is out of range, or of an unknown field of a saved configuration.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of A and of each head B_i. At least 1."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Numerator of the scaling. Must be set: a wrong one gives no error."}
+    r: int = _option(8, "Rank of A and of each head B_i. At least 1.")
+    lora_alpha: float | None = _option(None, "Numerator of the scaling. Must be set: a wrong one gives no error.")
+    num_heads: int = _option(3, "Number N of heads B_i.")
+    lora_dropout: float = _option(0.0, "Dropout on the input of A, in [0, 1). The router reads the input without it.")
+    target_modules: list[str] | str | None = _option(
+        None,
+        "The nn.Linear modules to adapt. Must be set. A list has endings of names, a string is a regular expression "
+        "for whole names, 'all-linear' is all but the output head. In a multimodal model a list also reaches the "
+        "encoders; r'.*language_model.*(q|v)_proj' does not.",
     )
-    num_heads: int = field(default=3, metadata={"help": "Number N of heads B_i."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1). The router reads the input without it."}
+    exclude_modules: list[str] | str | None = _option(None, "Modules to leave out, written like target_modules.")
+    router: Literal["token", "uniform"] = _option(
+        "token",
+        "'token': a learned softmax for each token and module. 'uniform': weights of 1/num_heads, as a control. All "
+        "heads then get the same gradient, so it is a plain LoRA of rank r.",
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "The nn.Linear modules to adapt. Must be set. A list has endings of names, a string is a regular "
-            "expression for whole names, 'all-linear' is all but the output head. In a multimodal model a list also "
-            "reaches the encoders; r'.*language_model.*(q|v)_proj' does not."
-        },
+    router_temperature: float = _option(1.0, "Divides the logits of the router. Smaller is sharper.")
+    top_k: int | None = _option(None, "Use only the k heads with the largest logits. 1 gives the router no gradient.")
+    router_input: Literal["token", "instruction"] = _option(
+        "token",
+        "What the router reads. 'token': each token. 'instruction': for all tokens of a sample the mean of the "
+        "module's input over the instruction. Run the model inside crab.ilora.instruction_tokens.",
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out, written like target_modules."}
+    router_sharing: Literal["module", "layer", "model"] = _option(
+        "module",
+        "Which modules share one router weight: none ('module'), those of one numbered 'layer', or all of the "
+        "'model', if their inputs have the same width. Each routes by its own input. The first module saves the "
+        "weight. Under FSDP 'model' needs PEFT's fsdp_auto_wrap_policy, which wraps each router alone.",
     )
-    router: Literal["token", "uniform"] = field(
-        default="token",
-        metadata={
-            "help": "'token': a learned softmax for each token and module. 'uniform': weights of 1/num_heads, as a "
-            "control. All heads then get the same gradient, so it is a plain LoRA of rank r."
-        },
-    )
-    router_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits of the router. Smaller is sharper."}
-    )
-    top_k: int | None = field(
-        default=None, metadata={"help": "Use only the k heads with the largest logits. 1 gives the router no gradient."}
-    )
-    router_input: Literal["token", "instruction"] = field(
-        default="token",
-        metadata={
-            "help": "What the router reads. 'token': each token. 'instruction': for all tokens of a sample the mean of "
-            "the module's input over the instruction. Run the model inside crab.ilora.instruction_tokens."
-        },
-    )
-    router_sharing: Literal["module", "layer", "model"] = field(
-        default="module",
-        metadata={
-            "help": "Which modules share one router weight: none ('module'), those of one numbered 'layer', or all of "
-            "the 'model', if their inputs have the same width. Each routes by its own input. The first module saves "
-            "the weight. Under FSDP 'model' needs PEFT's fsdp_auto_wrap_policy, which wraps each router alone."
-        },
-    )
-    shared_A: bool = field(
-        default=True, metadata={"help": "One A for all heads. False: an A_i per head, stacked as [num_heads * r, in]."}
-    )
-    router_init_std: float = field(
-        default=0.02, metadata={"help": "Of the initial router. Above 0: zero heads and a zero router stay equal."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start with B = 0, so that a new adapter changes nothing. False: random B."}
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732)."}
-    )
+    shared_A: bool = _option(True, "One A for all heads. False: an A_i per head, stacked as [num_heads * r, in].")
+    router_init_std: float = _option(0.02, "Of the initial router. Above 0: zero heads and a zero router stay equal.")
+    init_weights: bool = _option(True, "Start with B = 0, so that a new adapter changes nothing. False: random B.")
+    use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732).")
     rank_pattern: dict = field(
         default_factory=dict, metadata={"help": "Ending of names, or regular expression -> rank, in place of r."}
     )
     alpha_pattern: dict = field(default_factory=dict, metadata={"help": "Like rank_pattern, for lora_alpha."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Endings of further modules, which are trained in full and saved too."}
+    modules_to_save: list[str] | None = _option(
+        None, "Endings of further modules, which are trained in full and saved too."
     )
-    bias: Literal["none", "all", "ilora_only"] = field(
-        default="none",
-        metadata={
-            "help": "Biases of the base to train and save too: 'all', or 'ilora_only' of adapted modules. They change "
-            "in place, also for other adapters and after unload(). One adapter of a model may have this."
-        },
+    bias: Literal["none", "all", "ilora_only"] = _option(
+        "none",
+        "Biases of the base to train and save too: 'all', or 'ilora_only' of adapted modules. They change in place, "
+        "also for other adapters and after unload(). One adapter of a model may have this.",
     )
 
     def __post_init__(self):

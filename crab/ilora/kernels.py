@@ -30,20 +30,9 @@ def _softmax(logits, t, tokens, temperature, N: tl.constexpr, HEADS: tl.constexp
 
 @triton.jit(do_not_specialize=["tokens", "pitch"], do_not_specialize_on_alignment=["z", "logits", "routed", "weights"])
 def _forward(
-    z,
-    logits,
-    routed,
-    weights,
-    tokens,
-    pitch,
-    temperature,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    SHARED: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    z, logits, routed, weights, tokens, pitch, temperature, N: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One program: COLUMNS tokens, ROWS of the N * RANK rows of `routed`. HEADS is N rounded up to a power of 2."""
     t = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     head, inside, highest, powers, total = _softmax(logits, t, tokens, temperature, N, HEADS)
@@ -62,22 +51,9 @@ def _forward(
     do_not_specialize_on_alignment=["z", "logits", "routed_grad", "routed", "small_grad"],
 )
 def _backward(
-    z,
-    logits,
-    routed_grad,
-    routed,
-    small_grad,
-    tokens,
-    pitch,
-    temperature,
-    scaling,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    SHARED: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    z, logits, routed_grad, routed, small_grad, tokens, pitch, temperature, scaling, N: tl.constexpr,
+    RANK: tl.constexpr, SHARED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One program: COLUMNS tokens, all rows, ROWS of each head at a time. HEADS is N rounded up to a power of 2."""
     t = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     head, inside, highest, powers, total = _softmax(logits, t, tokens, temperature, N, HEADS)

@@ -8,10 +8,9 @@ and `lora_B0.weight` ... `lora_B{N-1}.weight`, each [out, r]. It does not have a
 import os
 import pickle
 import re
-import shutil
-import uuid
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
@@ -114,16 +113,13 @@ def import_published(
         for part, value in zip(TENSORS, (_copy(a), torch.cat(bs, dim=1), _copy(route)), strict=True):
             state[f"{WRAPPER}{module}.{part}.weight"] = value
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        unfinished = Path(scratch) / "adapter"
         config.save_pretrained(unfinished)
         save_file(state, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if folder.exists():
             folder.rmdir()  # empty; not every system can rename onto a folder
         os.replace(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return config
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mode
 
 import torch
 from peft import LoraConfig
@@ -85,7 +86,7 @@ def to_static(
         # a transformers model with its own adapters does not have the prefix, but the file must
         own = {WRAPPER + key.removeprefix(WRAPPER): value for key, value in saved.items() if ".ilora_" not in key}
         state |= {key: value.cpu().contiguous() for key, value in own.items()}
-    usual = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
+    usual = mode(sorted(ranks.values()))
     other = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != usual}
     config = LoraConfig(
         r=usual,

@@ -1,12 +1,9 @@
 """The front page of a report: the finding, the leading figure, four cards, and a line about each page."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from crab.core.files import atomic_file, read_json
 from crab.pipeline.stages import TEMPLATES
@@ -74,9 +71,8 @@ def _study(reports: Path, models: Path) -> Card:
     cells = read_json(reports / "train" / "cells.json")
     seeds, slots = len({cell["seed"] for cell in cells}), len({slot for cell in cells for slot in cell["slots"]})
     text = f"adapters: single-task and joint ones, {slots} slots, {seeds} seed{'s' * (seeds > 1)}."
-    return Card(
-        "Study", "evaluate", str(len(cells)), text, "evaluate/figures/scores.png", "Scores of each method by slot"
-    )
+    alt = "Scores of each method by slot"
+    return Card("Study", "evaluate", str(len(cells)), text, "evaluate/figures/scores.png", alt)
 
 
 def _method(reports: Path, models: Path) -> Card:
@@ -86,13 +82,10 @@ def _method(reports: Path, models: Path) -> Card:
     return Card("Method", "routing", f"{row['mean_difference']:+.3f}", text, "routing/figures/heads.png", alt)
 
 
-CARDS: tuple[Callable[[Path, Path], Card], ...] = (_data, _model, _study, _method)
-
-
 def _cards(reports: Path, models: Path) -> list[Card]:
     """The cards whose stages have run."""
     cards = []
-    for make in CARDS:
+    for make in (_data, _model, _study, _method):
         try:
             card = make(reports, models)
         except (OSError, KeyError, TypeError, ValueError):
@@ -123,10 +116,6 @@ def sentences(text: str) -> str:
     return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z*`])", first)[:2])
 
 
-def _span(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
 def page(entries: Sequence[Entry], reports: Path, models: Path, everywhere: tuple[str, Entry] | None = None) -> str:
     """The front page as HTML; writes the cards' pictures beside the pages.
 
@@ -140,8 +129,8 @@ def page(entries: Sequence[Entry], reports: Path, models: Path, everywhere: tupl
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES / "page"), autoescape=True, trim_blocks=True)
     environment.filters["markdown"] = lambda text: environment.filters["safe"](markdown2html(text))
-    environment.filters |= {"sentences": sentences, "span": _span}
-    words: dict[str, Any] = {
+    environment.filters["sentences"] = sentences
+    words = {
         "title": "The Crab+ study on a laptop",
         "profile": reports.name,
         "entries": entries,

@@ -1,7 +1,5 @@
 """Recorded outputs as a page shows them: names for people, plain tables, pictures with a text in their place."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """params.yaml: the sections of a profile, checked; and the notebooks' parameters cells, which hold the defaults."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -33,8 +31,7 @@ REPLACED = {
 def load(folder: Path) -> dict[str, Any]:
     """Contents of params.yaml, as DVC reads it (YAML 1.2: ``5e-3`` is a number).
 
-    Raises:
-        ValueError: the file is missing or malformed, or chooses a profile that it does not hold.
+    ValueError: the file is missing or malformed, or chooses a profile that it does not hold.
     """
     path = folder / "params.yaml"
     try:
@@ -80,8 +77,7 @@ def sections(params: Mapping, profile: str) -> dict[str, Any]:
 def resolve(folder: Path, profile: str | None = None) -> dict[str, Any]:
     """The sections of a profile, by default the chosen one, checked; ``profile`` is its name.
 
-    Raises:
-        ValueError: naming every parameter that is unknown, missing or wrong, and how to fix it.
+    ValueError: naming every parameter that is unknown, missing or wrong, and how to fix it.
     """
     params = load(folder)
     profile = profile or params["profile"]
@@ -107,8 +103,7 @@ def choose(folder: Path, profile: str) -> None:
 def notebooks(folder: Path) -> dict[str, Path]:
     """Notebooks by stage: ``NN_<stage>.ipynb``. Notebooks without a number are no stages.
 
-    Raises:
-        ValueError: a stage has no notebook or two, or params.yaml has no section of that name.
+    ValueError: a stage has no notebook or two, or params.yaml has no section of that name.
     """
     paths: dict[str, Path] = {}
     for path in sorted((folder / "notebooks").glob("[0-9]*_*.ipynb")):
@@ -142,8 +137,7 @@ def read_notebook(path: Path) -> Any:
 def cell(path: Path, notebook: Any) -> tuple[Any, dict[str, Any]]:
     """A notebook's parameters cell, and the names and values in it.
 
-    Raises:
-        ValueError: not exactly one code cell is tagged, or it holds more than ``name = value`` lines.
+    ValueError: not exactly one code cell is tagged, or it holds more than ``name = value`` lines.
     """
     tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1 or tagged[0].cell_type != "code":
@@ -154,30 +148,25 @@ def cell(path: Path, notebook: Any) -> tuple[Any, dict[str, Any]]:
             (target,) = node.targets
             values[target.id] = ast.literal_eval(node.value)
         except (ValueError, AttributeError):
-            raise ValueError(
-                f"{path}: line {node.lineno} of the parameters cell is not `name = value`; write the value out"
-            ) from None
+            place = f"{path}: line {node.lineno} of the parameters cell"
+            raise ValueError(f"{place} is not `name = value`; write the value out") from None
     return tagged[0], values
 
 
 def parameters(path: Path, notebook: Any, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """What the notebook of ``stage`` is run with: ``profile``, its section, and the shared values that its cell names.
 
-    Raises:
-        ValueError: the cell names something else, or lacks a parameter of its section.
+    ValueError: the cell names something else, or lacks a parameter of its section.
     """
     _, old = cell(path, notebook)
     own = {"profile": values["profile"], **values[stage]}
     if missing := [name for name in own if name not in old]:
-        raise ValueError(
-            f"{path}: {missing[0]!r} is missing in the parameters cell; run python -m crab.pipeline defaults"
-        )
+        fix = "run python -m crab.pipeline defaults"
+        raise ValueError(f"{path}: {missing[0]!r} is missing in the parameters cell; {fix}")
     for name in old:
         if name not in own and name not in values["shared"]:
-            known = nearest(name, [*own, *values["shared"]])
-            raise ValueError(
-                f"{path}: {name!r} in the parameters cell is not in section {stage} of params.yaml; {known}"
-            )
+            fault = f"{name!r} in the parameters cell is not in section {stage} of params.yaml"
+            raise ValueError(f"{path}: {fault}; {nearest(name, [*own, *values['shared']])}")
     return {name: own.get(name, values["shared"].get(name)) for name in old}
 
 

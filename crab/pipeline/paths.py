@@ -1,7 +1,5 @@
 """Where the files of a profile are. The same names stand in dvc.yaml."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from crab.models.checkpoint import read_pointer

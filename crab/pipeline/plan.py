@@ -1,7 +1,5 @@
 """The plan of a profile: what its cells take, from params.yaml, before anything runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +33,11 @@ def plan_of(
     build, encode, train, shared = (values[name] for name in ("build", "encode", "train", "shared"))
     base = read_base(values["base"]["checkpoint"] or paths.models / values["base"]["folder"])
     counts, note = counts_of(build, paths.dataset)
-    fields = {
-        "base": base,
-        "counts": counts,
-        "methods": train["methods"],
-        "passes": train["passes"],
-        "seeds": train["seeds"],
-        "batch_size": shared["batch_size"],
-        "precision": shared["precision"],
-        "answer": shared["answer"],
-        "hardware": Hardware(**shared["hardware"]),
-        "slots": encode["slots"],
-        "cache": encode["cache"],
-        "compatibility": encode["compatibility"],
-        "real": build["source"] != "generated",
-    } | changes
+    fields = {"base": base, "counts": counts, "real": build["source"] != "generated"}
+    fields |= {name: train[name] for name in ("methods", "passes", "seeds")}
+    fields |= {name: shared[name] for name in ("batch_size", "precision", "answer")}
+    fields |= {name: encode[name] for name in ("slots", "cache", "compatibility")}
+    fields |= {"hardware": Hardware(**shared["hardware"]), **changes}
     place = Machine.here(paths.encoded, base.size == 2, fields["hardware"].workers, **machine or {})
     return Plan(machine=place, **fields), [text for text in (base.note, note) if text]
 
@@ -60,9 +48,8 @@ def text(plan: Plan, notes: list[str]) -> str:
     speed = f"{machine.mfu:.0%} of {machine.tflops:g} TFLOP/s"
     if machine.samples_per_second:
         speed = f"{machine.samples_per_second:g} samples/s"
-    there = (
-        f"each process has {machine.memory_gib:.1f} GiB and reaches {speed}; {machine.disk_gb:,.0f} GB of disk are free"
-    )
+    memory = f"each process has {machine.memory_gib:.1f} GiB and reaches {speed}"
+    there = f"{memory}; {machine.disk_gb:,.0f} GB of disk are free"
     table = pd.DataFrame(plan.rows())[SHOWN].to_string(index=False, float_format="{:,.2f}".format)
     totals = ", ".join(f"{name.replace('_', ' ')} {value:,.1f}" for name, value in plan.totals().items())
     base = f"base: {plan.base.parameters / 1e6:,.1f} million parameters"

@@ -6,8 +6,6 @@ notebook asks, what came out, and what would be bad news. What came out is compu
 ``answer``. The front page shows the figure of the cell tagged ``leading``.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import re
@@ -94,22 +92,27 @@ def _join(notebook: Any) -> None:
     notebook.cells = cells
 
 
-def _page(notebook: Any, title: str, figures: Mapping[bytes, str], pages: Mapping[str, str], here: str) -> str:
-    """A notebook as HTML with its code folded.
+def _figures(reports: Path, stage: str) -> dict[bytes, str]:
+    """Path from the report's folder to each figure of a stage, by the bytes of the PNG."""
+    paths = sorted((reports / stage / "figures").glob("*.png"))
+    return {path.read_bytes(): path.relative_to(reports).as_posix() for path in paths}
 
-    Args:
-        figures: path from the report's folder to each figure, by the bytes of the PNG. Other images are embedded.
-        pages: titles of all pages, by stage. here: the stage of this one.
+
+def write_page(notebook: Any, stage: str, reports: Path, stages: Sequence[str] = ()) -> Path:
+    """Write the page of a stage with its code folded, and the style sheet beside it; returns the page's path.
+
+    ``stages`` are those that have a page, which this one links to.
     """
     from nbconvert import HTMLExporter
 
+    path, title = reports / "pages" / f"{stage}.html", f"{stage.capitalize()} ({reports.name})"
     notebook = copy.deepcopy(notebook)
     if any(_tagged(cell, "injected-parameters") for cell in notebook.cells):
         # the defaults, which were replaced
         notebook.cells = [cell for cell in notebook.cells if not _tagged(cell, "parameters")]
     _open(notebook)
     _join(notebook)
-    heading = title
+    heading, figures = title, _figures(reports, stage)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             heading = [heading, *re.findall(r"^#+ (.+)", cell.source, re.MULTILINE)][-1]
@@ -117,26 +120,10 @@ def _page(notebook: Any, title: str, figures: Mapping[bytes, str], pages: Mappin
             outputs.shown(output, heading, figures, "../")
     settings = {"exclude_input_prompt": True, "exclude_output_prompt": True, "template_name": "page"}
     exporter = HTMLExporter(extra_template_basedirs=[str(TEMPLATES)], **settings)
-    resources = {"title": title, "top": "../", "pages": pages, "here": here}
-    return exporter.from_notebook_node(notebook, resources=resources)[0]
-
-
-def _figures(reports: Path, stage: str) -> dict[bytes, str]:
-    paths = sorted((reports / stage / "figures").glob("*.png"))
-    return {path.read_bytes(): path.relative_to(reports).as_posix() for path in paths}
-
-
-def write_page(notebook: Any, stage: str, reports: Path, stages: Sequence[str] = ()) -> Path:
-    """Write the page of a stage, with the style sheet beside it; returns the page's path.
-
-    Args:
-        stages: those that have a page, which this one links to.
-    """
-    path = reports / "pages" / f"{stage}.html"
-    title = f"{stage.capitalize()} ({reports.name})"
+    pages = {name: name.capitalize() for name in stages}
+    resources = {"title": title, "top": "../", "pages": pages, "here": stage}
     with atomic_file(path) as part:
-        page = _page(notebook, title, _figures(reports, stage), {name: name.capitalize() for name in stages}, stage)
-        part.write_text(page, encoding="utf-8")
+        part.write_text(exporter.from_notebook_node(notebook, resources=resources)[0], encoding="utf-8")
     shutil.copyfile(TEMPLATES / "style.css", path.with_name("style.css"))
     return path
 
@@ -214,8 +201,7 @@ def _everywhere(folder: Path, now: Mapping[str, Path]) -> tuple[str, front.Entry
 def write(folder: Path, profile: str) -> Path:
     """Write ``index.html``, ``pages`` and ``metrics.json``, the `headline`; returns the path of the index.
 
-    Raises:
-        ValueError: no notebook of this profile has been executed.
+    ValueError: no notebook of this profile has been executed.
     """
     reports, now = folder / "reports" / profile, params.notebooks(folder)
     stages = [stage for stage in ORDER if (reports / stage / "notebook.ipynb").is_file()]

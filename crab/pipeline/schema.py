@@ -3,8 +3,6 @@
 To add a parameter, add it to its section in `SECTIONS`. Kinds are strict: text is no number, 8.5 is no whole number.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import reprlib
@@ -61,10 +59,8 @@ def same(kind: Any, names: str) -> dict[str, Any]:
 
 def _segmenter(name: str) -> str:
     if name != "grabcut" and "/" not in name:
-        raise ValueError(
-            "give 'grabcut', or a SAM 2 checkpoint by its folder or its name on the hub, which has a slash, such as "
-            "'facebook/sam2.1-hiera-large'"
-        )
+        sam = "a SAM 2 checkpoint by its folder or its name on the hub, which has a slash"
+        raise ValueError(f"give 'grabcut', or {sam}, such as 'facebook/sam2.1-hiera-large'")
     return name
 
 
@@ -249,15 +245,11 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, method in values["train"]["methods"].items():
         place, weights = f"train.methods.{name}", method.get("weights")
         if weights and (not name.startswith("ilora") or any(run.startswith("single") for run in method["runs"])):
-            yield (
-                f"{place}.weights",
-                "is a published I-LoRA of all slots; name the method ilora..., with joint runs only",
-            )
+            fix = "name the method ilora..., with joint runs only"
+            yield f"{place}.weights", f"is a published I-LoRA of all slots; {fix}"
         if values["encode"]["cache"] and (weights or method.get("targets") == "published"):
-            yield (
-                "encode.cache",
-                f"is true, but {place} adapts the encoders, so features cannot be kept; set it to false",
-            )
+            reason = f"{place} adapts the encoders, so features cannot be kept"
+            yield "encode.cache", f"is true, but {reason}; set it to false"
 
 
 def _fault(error: Mapping[str, Any]) -> tuple[str, str]:

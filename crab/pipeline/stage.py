@@ -1,7 +1,5 @@
 """Run a stage: execute its notebook with its parameters, and leave a page to read."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -24,6 +22,11 @@ from crab.pipeline.stages import FOLDER
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 _TABLE = re.compile(r'<table id="(T_[0-9a-f]+)"')
+#: How papermill executes every notebook. The kernel logs errors only.
+EXECUTION = {
+    "kernel_name": "python3", "language": "python", "log_output": True, "progress_bar": False,
+    "extra_arguments": ["--log-level=40"],
+}  # fmt: skip
 _PROGRESS = re.compile(r"\d+%\||\d+(it)? \[\d+:\d+")
 
 
@@ -159,14 +162,9 @@ def run(folder: Path, stage: str) -> Path:
 
 
 def run_alone(folder: Path, name: str) -> Path:
-    """Execute ``notebooks/<name>.ipynb``, which is no stage, with the parameters that it holds.
+    """`run` for ``notebooks/<name>.ipynb``, which is no stage: with the parameters that it holds, and without a page.
 
-    Returns:
-        The executed notebook, ``reports/<name>/notebook.ipynb``. It is written only if every cell succeeded.
-
-    Raises:
-        ValueError: there is no such notebook.
-        StageError: a cell failed.
+    Returns the executed notebook, ``reports/<name>/notebook.ipynb``.
     """
     source = folder / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
@@ -198,17 +196,7 @@ def _execute(folder: Path, source: Path, reports: Path, values: Mapping[str, Any
         temporary = scratch / "notebook.ipynb"
         try:
             with _environment(folder, scratch):
-                papermill.execute_notebook(
-                    source,
-                    temporary,
-                    parameters=values,
-                    kernel_name="python3",
-                    language="python",
-                    cwd=source.parent,
-                    log_output=True,
-                    progress_bar=False,
-                    extra_arguments=["--log-level=40"],  # of the kernel: errors only
-                )
+                papermill.execute_notebook(source, temporary, values, cwd=source.parent, **EXECUTION)
         except (papermill.exceptions.PapermillExecutionError, DeadKernelError) as error:
             failure = error
         notebook = params.read_notebook(temporary)

@@ -4,8 +4,6 @@ The DVC stage `resolve` writes this to ``.stage/<stage>.json``, so a stage rerun
 outputs, prose, comments or other modules do. ``.stage/report.json`` is the same for the report, with the prose.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import nbformat
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from matplotlib.patches import Rectangle
 from peft import get_peft_model
 
 from crab import tasks
-from crab.analyses import ask
+from crab.analyses import ask, clips
 from crab.data import media, records
 from crab.data.media import MediaError
 from crab.ilora import ILoraConfig, ILoraLayer
@@ -28,23 +27,12 @@ HEADS = 3
 AT_0_2 = "<event>a</event> <range>0,2</range>"
 
 
-def write_clip(path, seconds=2, sound=True, rate=16_000):
-    """A clip as cameras write it: H.264 and AAC in one mp4."""
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=8)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        audio = container.add_stream("aac", rate=rate, layout="mono") if sound else None
-        for number in range(8 * seconds):
-            frame = np.full((48, 64, 3), 20 * (number % 8), np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(video.encode())
-        for start in range(0, rate * seconds if sound else 0, 1024):
-            wave = np.sin(0.2 * np.arange(start, start + 1024, dtype=np.float32))[None]
-            frame = av.AudioFrame.from_ndarray(0.5 * wave, "fltp", "mono")
-            frame.sample_rate, frame.pts = rate, start
-            container.mux(audio.encode(frame))
-        if sound:
-            container.mux(audio.encode())
+def write_clip(path, seconds=2, sound=True):
+    """A clip of H.264 and AAC in one mp4, with eight frames per second."""
+    pictures = path.with_suffix(".pictures.mp4")
+    media.write_video(pictures, (np.full((48, 64, 3), 20 * (i % 8), np.uint8) for i in range(8 * seconds)), 8)
+    wave = 0.5 * np.sin(0.2 * np.arange(media.RATE * seconds)) if sound else None
+    clips.write_clip(path, pictures, wave, 48, 20)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +55,8 @@ def files(tmp_path_factory):
 def adapter(base, tmp_path_factory):
     """A folder with an I-LoRA adapter whose heads differ."""
     torch.manual_seed(0)
-    config = ILoraConfig(
-        r=2, lora_alpha=4, num_heads=HEADS, router_init_std=0.5, target_modules=omni.LANGUAGE_TARGETS
-    )  # fmt: skip
-    model = get_peft_model(omni.load(base)[0], config)
+    options = {"r": 2, "lora_alpha": 4, "num_heads": HEADS, "router_init_std": 0.5}
+    model = get_peft_model(omni.load(base)[0], ILoraConfig(target_modules=omni.LANGUAGE_TARGETS, **options))
     folder = tmp_path_factory.mktemp("models") / "adapters/heads"
     model.save_pretrained(folder)
     return folder

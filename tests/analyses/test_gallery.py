@@ -1,6 +1,5 @@
 """The tables of the build notebook against the files, and what `gallery` draws."""
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -13,6 +12,7 @@ from matplotlib import pyplot as plt
 
 from crab import tasks
 from crab.analyses import gallery
+from crab.core.files import read_json, write_json
 from crab.data import records
 from crab.data.media import MediaError
 from crab.data.validate import validate
@@ -41,10 +41,8 @@ def built(tmp_path_factory):
 
 def test_tables_are_those_of_the_files(built, tmp_path):
     page = run(built, validate(built, workers=1, progress=False), tmp_path)
-    rows = {
-        slot: json.loads((built / f"AVUIE_2/{slot}/train.json").read_text(encoding="utf-8")) for slot in tasks.SLOTS
-    }
-    tests = sum(len(json.loads(path.read_text(encoding="utf-8"))) for path in built.glob("AVUIE_2/*/test.json"))
+    rows = {slot: read_json(built / f"AVUIE_2/{slot}/train.json") for slot in tasks.SLOTS}
+    tests = sum(len(read_json(path)) for path in built.glob("AVUIE_2/*/test.json"))
     assert page.sizes["kept"].sum() == sum(map(len, rows.values())) + tests and page.problems.empty
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("labels.png", "samples.png"))
     table = page.labels.set_index(["slot", "label", "kind"])["count"]
@@ -66,12 +64,11 @@ def test_tables_are_those_of_the_files(built, tmp_path):
 
 def test_problems_have_a_row_each_and_count_left_out_records_once(built, tmp_path):
     shutil.copytree(built / "AVUIE_2/ave", tmp_path / "AVUIE_2/ave")
-    rows = json.loads((built / "AVUIE_2/ks/train.json").read_text(encoding="utf-8"))
+    rows = read_json(built / "AVUIE_2/ks/train.json")
     left = {"train": {"left_out": {"no sound": ["a.csv, line 3: x", "a.csv, line 4: y"]}}, "test": {"left_out": {}}}
     broken = [*rows, "text", {**rows[0], "action": 3}]  # and there are no media, and no test list
     for name, value in {"ave/conversion.json": {"splits": left}, "ks/train.json": broken}.items():
-        (tmp_path / "AVUIE_2" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "AVUIE_2" / name).write_text(json.dumps(value), encoding="utf-8")
+        write_json(tmp_path / "AVUIE_2" / name, value)
     page = run(tmp_path, validate(tmp_path, ["ave", "ks"], "skip", workers=1, progress=False), tmp_path)
     assert {key: tuple(row[["found", "left out"]]) for key, row in page.problems.iterrows()} == {
         ("not converted: no sound", "ave", "train"): (2, 2),

@@ -21,11 +21,8 @@ def test_the_order_is_that_of_the_digests():
     one = {name: [1.0, 1.0] for name in (A, B, C)}
     assert [pick.id for pick in choose("ks", one)] == [C, B, A]
     assert [pick.fits for pick in choose("ks", one)] == [True, True, False]  # no two methods differ
-    assert [(pick.rule, pick.matching, pick.total) for pick in choose("ks", one)] == [
-        (ANY, 3, 3),
-        (ALL, 3, 3),
-        (APART, 0, 3),
-    ]
+    rules = [(pick.rule, pick.matching, pick.total) for pick in choose("ks", one)]
+    assert rules == [(ANY, 3, 3), (ALL, 3, 3), (APART, 0, 3)]
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,20 @@
 """Steps at given shapes, here those of a small thinker on a CPU."""
 
 import torch
-from transformers import Qwen2_5OmniThinkerConfig
 
 from crab.analyses.real_shapes import WARM, training_steps
-from crab.models import small
-from crab.study.footprint import Base, flops
+from crab.study.footprint import flops, read_base
 
-SIZE = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "rope_theta": 10000.0, "encoder_size": 32, "vision_layers": 1, "audio_layers": 1,
-    "patch_size": 28, "merge_size": 2, "image_size": 224, "mel_bins": 16, "hop_length": 400, "n_fft": 400,
-}  # fmt: skip
 METHODS = {"LoRA": ("lora", {"r": 2, "lora_alpha": 4}), "I-LoRA": ("ilora", {"r": 2, "lora_alpha": 4, "num_heads": 3})}
 
 
-def base():
-    processor = small.build_processor(["w"], [], SIZE)
-    config = small.build_model(processor, SIZE, 0).config
-    assert isinstance(config, Qwen2_5OmniThinkerConfig)
-    return Base(config)
-
-
-def test_each_method_trains_for_the_steps_and_work_is_that_of_the_plan(monkeypatch):
+def test_each_method_trains_for_the_steps_and_work_is_that_of_the_plan(base, monkeypatch):
     steps = []
     adamw = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: steps.append(self) or adamw(self, *rest))
     clock = iter(range(1000))
     monkeypatch.setattr("crab.analyses.real_shapes._now", lambda gpu: 0.5 * next(clock))
-    small_base = base()
+    small_base = read_base(base)
     rows = training_steps(small_base, METHODS, samples=2, tokens=12, answer=3, steps=2, tflops=1e-3)
     assert rows["method"].tolist() == ["LoRA", "LoRA", "I-LoRA", "I-LoRA"] and (rows["seconds"] == 0.5).all()
     assert len(steps) == 2 * (WARM + 2) and rows["gib"].isna().all()

@@ -1,5 +1,6 @@
 """Small models, adapters on them, and the published formula, for the tests of crab.ilora."""
 
+import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,16 @@ class Single(nn.Module):
 
     def forward(self, x):
         return self.lin(x)
+
+
+class Tower(nn.Module):
+    def __init__(self, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(5, 6, bias=bias), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)))
 
 
 def adapted(dtype=torch.float64, base=None, upcast=True, **choices):
@@ -84,6 +95,16 @@ def train(model, steps=3):
         optimizer.zero_grad()
     model.eval()
     return loss.item()
+
+
+def equal(one, other):
+    """Whether two state dicts have the same names and the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def refuses(message):
+    """The block must raise a ValueError that says so."""
+    return pytest.raises(ValueError, match=message)
 
 
 def rewrite(folder, change):

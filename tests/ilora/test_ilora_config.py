@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from ilora_models import config as small_config
+from ilora_models import equal, refuses
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
@@ -65,7 +66,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_options_out_of_range(field, values, message):
     for value in values:
-        with pytest.raises(ValueError, match=f"ILoraConfig: `{field}` must be {message}.*, got ") as error:
+        with refuses(f"ILoraConfig: `{field}` must be {message}.*, got ") as error:
             config(**{field: value})
         assert str(error.value).endswith(f"got {value!r}.")
 
@@ -73,12 +74,12 @@ def test_options_out_of_range(field, values, message):
 @pytest.mark.parametrize("choices", [dict(top_k=1), dict(router_input="instruction"), dict(router_sharing="layer")])
 def test_a_uniform_router_has_nothing_to_choose(choices):
     (field,) = choices
-    with pytest.raises(ValueError, match=f"`{field}` must be .* if router='uniform'"):
+    with refuses(f"`{field}` must be .* if router='uniform'"):
         config(router="uniform", **choices)
 
 
 def test_expressions_and_unknown_options():
-    with pytest.raises(ValueError, match="`target_modules` is not a valid regular expression"):
+    with refuses("`target_modules` is not a valid regular expression"):
         config(target_modules="(up")
     with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):
         config(heads=3)
@@ -96,7 +97,7 @@ def test_equal_choices_give_equal_files(tmp_path):
 
 
 def refused(base, message, **choices):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         get_peft_model(base, config(**choices))
     assert not any(isinstance(module, ILoraLayer) for module in base.modules()), "a refusal leaves the base as it was"
 
@@ -151,7 +152,7 @@ def test_patterns_of_two_adapters_on_all_linear_modules():
 def test_one_adapter_per_sample():
     model = get_peft_model(Tower(), config())
     ids = torch.tensor([[0, 1], [2, 3]])
-    with pytest.raises(ValueError, match=r"no `adapter_names`.*model\.set_adapter"):
+    with refuses(r"no `adapter_names`.*model\.set_adapter"):
         model(ids, adapter_names=["default", "default"])
     model(ids, adapter_names=None)
 
@@ -187,7 +188,7 @@ UP = "layers.0.up.ilora_"
     ],
 )
 def test_an_adapter_of_another_base(saved, base, message):
-    with pytest.raises(ValueError, match=f"Cannot load adapter 'default': .*{message}.* made for another base"):
+    with refuses(f"Cannot load adapter 'default': .*{message}.* made for another base"):
         PeftModel.from_pretrained(Tower(**base), saved)
 
 
@@ -209,7 +210,7 @@ def test_an_adapter_of_another_base(saved, base, message):
 )
 def test_a_configuration_that_does_not_fit_its_tensors(saved, values, message):
     change(saved, **values)
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         PeftModel.from_pretrained(Tower(), saved)
 
 
@@ -231,11 +232,9 @@ OTHERS = dict(lora_alpha=40, router_temperature=0.2, top_k=1, use_rslora=True, m
 def test_an_adapter_over_another_of_the_same_name(saved, field, value):
     model = get_peft_model(Tower(), config(**{field: value}))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=rf"Cannot load adapter 'default': .*`{field}` is .*Load it under another name"
-    ):
+    with refuses(rf"Cannot load adapter 'default': .*`{field}` is .*Load it under another name"):
         model.load_adapter(saved, "default")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert equal(model.state_dict(), before)
     model.load_adapter(saved, "other")
     model.delete_adapter("default")
     model.save_pretrained(saved / "again", selected_adapters=["other"])
@@ -246,15 +245,13 @@ def test_the_same_adapter_again_takes_the_saved_tensors(saved):
     model = get_peft_model(Tower(), config(lora_dropout=0.5, target_modules=r".*\.(up|down)"))
     model.load_adapter(saved, "default", is_trainable=True)
     states = [get_peft_model_state_dict(m) for m in (model, PeftModel.from_pretrained(Tower(), saved))]
-    assert states[0].keys() == states[1].keys() and all(
-        torch.equal(states[0][name], states[1][name]) for name in states[0]
-    )
+    assert equal(*states)
 
 
 def test_tensors_put_into_a_model_by_hand_are_checked_too():
     state = get_peft_model_state_dict(get_peft_model(Tower(), config(r=3)))
     model = get_peft_model(Tower(), config())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"Cannot load adapter 'default': {UP}A\.default\.weight has shape \[3, 8\]"):
+    with refuses(rf"Cannot load adapter 'default': {UP}A\.default\.weight has shape \[3, 8\]"):
         set_peft_model_state_dict(model, state)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert equal(model.state_dict(), before)

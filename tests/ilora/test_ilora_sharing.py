@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from ilora_models import LINEARS, MASK, TOKENS, base_model, config, language_model, logits
+from ilora_models import LINEARS, MASK, TOKENS, base_model, config, language_model, logits, refuses
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -204,14 +204,12 @@ def test_logits_that_are_not_finite_name_the_module(value, choices, fused, half,
     with torch.no_grad():
         layer.ilora_router["default"].weight[1] = value
     for grad in (True, False):
-        with pytest.raises(
-            ValueError, match=r"'model.layers.1.mlp.down_proj' \(adapter 'default'\).*its weight is not"
-        ):
+        with refuses(r"'model.layers.1.mlp.down_proj' \(adapter 'default'\).*its weight is not"):
             run(grad)
     with torch.no_grad():
         layer.ilora_router["default"].weight[1] = 0
         model.base_model.model.model.layers[1].input_layernorm.weight[0] = value
-    with pytest.raises(ValueError, match=r"'model.layers.1.self_attn.v_proj'.*its input is not"):
+    with refuses(r"'model.layers.1.self_attn.v_proj'.*its input is not"):
         run()
     monkeypatch.setattr(ILoraLayer, "check_routing", False)
     run()

@@ -1,7 +1,5 @@
 """Files that say the same thing in two places agree: parameters, stages, packages."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from importlib.metadata import distributions

@@ -1,7 +1,5 @@
 """Parameters: what is unknown, missing or wrong is refused before anything runs, and the message says how to fix it."""
 
-from __future__ import annotations
-
 import re
 
 import nbformat
@@ -82,11 +80,7 @@ WRONG = [
     ("shared.margin", float("nan"), "shared.margin is nan; it should be a finite number"),
     ("shared.precision", "fp16", "shared.precision is 'fp16'; it should be 'fp32' or 'bf16'"),
     ("shared.answer.segmenter", "grabcat", "shared.answer.segmenter is 'grabcat'; give 'grabcut', or a SAM 2"),
-    (
-        "train.methods.lora.targets",
-        "all",
-        "train.methods.lora.targets is 'all'; it should be 'language' or 'published'",
-    ),
+    ("train.methods.lora.targets", "all", "lora.targets is 'all'; it should be 'language' or 'published'"),
     ("train.methods.lora.targets", "published", "encode.cache is true, but train.methods.lora adapts the encoders"),
     ("train.methods.ilora.weights", "/a.bin", "encode.cache is true, but train.methods.ilora adapts the encoders"),
     ("train.methods.lora_matched.weights", "/a.bin", "train.methods.lora_matched.weights is a published I-LoRA"),
@@ -157,11 +151,7 @@ def test_a_prompts_file_is_checked_before_anything_runs_and_its_words_count(repo
             files.append((repository / ".stage/encode.json").read_text(encoding="utf-8"))
         except ValueError as error:
             files.append(str(error))
-    messages = (
-        "mine.yaml: holds no slots",
-        "mine.yaml: slot ks: there is no entry",
-        "slot ks: field 'question' quotes",
-    )
+    messages = ("mine.yaml: holds no slots", "slot ks: there is no entry", "slot ks: field 'question' quotes")
     assert all(message in file for message, file in zip(messages, files, strict=False)) and "Why?" in files[3]
 
 

@@ -1,7 +1,5 @@
 """`dvc repro` from a fresh clone: with toy notebooks, what reruns and what does not; then the real smoke study."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """A clone of this repository with toy notebooks: the real dvc.yaml, params.yaml and runner, one second per stage."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

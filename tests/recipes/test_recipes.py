@@ -92,7 +92,7 @@ def test_a_data_set_is_added(tmp_path):
 def test_an_option_of_the_adapter_is_added(tmp_path):
     folder = clone(tmp_path)
     (_, option), (_, use), (_, variant), (_, check) = blocks("Add an option of the adapter")
-    insert(folder / "crab/ilora/config.py", "num_heads: int = field(", option)
+    insert(folder / "crab/ilora/config.py", "num_heads: int = _option(", option)
     insert(folder / "crab/ilora/layer.py", "self.scaling[adapter_name] =", use, after=True)
     insert(folder / "params.yaml", "instruction_first: {method: lora, r: 4", variant)
     follow(folder, check)
