@@ -48,6 +48,9 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def _check_profile(params: Mapping, profile: Any) -> None:
+    for name in params["profiles"]:
+        if not re.fullmatch(r"[\w-]+", str(name)):  # it names folders
+            raise ValueError(f"params.yaml: profiles: {name!r} is no name of a folder; use letters, digits, _ and -")
     if profile not in params["profiles"]:
         raise ValueError(f"params.yaml: profile {profile!r} is unknown; {nearest(profile, params['profiles'])}")
 
@@ -83,7 +86,12 @@ def resolve(folder: Path, profile: str | None = None) -> dict[str, Any]:
     profile = profile or params["profile"]
     _check_profile(params, profile)
     values = sections(params, profile)
-    lines = [f"params.yaml, profile {profile}: {place} {fix}" for place, fix in faults(values)]
+    wrong = faults(values)
+    if not wrong:
+        others = values["strength"]["others"].items()
+        wrong = [(f"strength.others.{label}", f"is {name!r}, which is no profile; {nearest(name, params['profiles'])}")
+                 for label, name in others if name not in params["profiles"]]  # fmt: skip
+    lines = [f"params.yaml, profile {profile}: {place} {fix}" for place, fix in wrong]
     if lines:
         raise ValueError("\n".join(lines))
     return {"profile": profile, **values}

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from crab.study.cells import METHODS, ORDERS, SETTINGS, families_of
 from crab.tasks import FORMS, SLOTS
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
     """The end of an error message: the name that was perhaps meant, or all names."""
     known = sorted(map(str, known))
-    near = difflib.get_close_matches(str(name), known, 1)
+    near = difflib.get_close_matches(str(name), known, 1, cutoff=0.65)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
@@ -88,7 +89,9 @@ Option = Annotated[Any, AfterValidator(_option)]
 Shape = Annotated[list[Count], Field(min_length=4, max_length=4)]
 Precision = Literal["fp32", "bf16"]
 Form = Literal[FORMS]
-Run = Literal[tuple(f"{setting}-{form}" for setting in ("single", "joint") for form in FORMS)]
+Run = Literal[tuple(f"{setting}-{form}" for setting in SETTINGS for form in FORMS)]
+#: Fields of a variant with few values; the others are options of the adapter.
+VARIANT = {"method": METHODS, "setting": SETTINGS, "form": FORMS, "order": ORDERS}
 RATES = {"tried": some(Positive), "extend": Whole, "seeds": some(Whole), "held_out": Whole}
 CELL_RATES = {**RATES, "passes": Count | None}
 
@@ -242,6 +245,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "strength.as_many_steps", f"holds {point}, which is no point of strength.steps and strength.ranks"
     if values["base"]["bridge"] and values["base"]["checkpoint"]:
         yield "base.checkpoint", "is set beside base.bridge, which makes another base; set one of them to null"
+    yield from _comparisons(values["train"], values["transfer"], values["experiments"])
     for name, method in values["train"]["methods"].items():
         place, weights = f"train.methods.{name}", method.get("weights")
         if weights and (not name.startswith("ilora") or any(run.startswith("single") for run in method["runs"])):
@@ -250,6 +254,42 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if values["encode"]["cache"] and (weights or method.get("targets") == "published"):
             reason = f"{place} adapts the encoders, so features cannot be kept"
             yield "encode.cache", f"is true, but {reason}; set it to false"
+
+
+def _comparisons(train: Mapping[str, Any], transfer: Mapping[str, str], experiments: Mapping[str, Any]) -> Iterator:
+    """Methods that there are not, runs without a rate, and comparisons with what is not run."""
+    methods, given = train["methods"], train["given_rates"]
+    pairs = [(name, run) for name, method in methods.items() for run in method["runs"]]
+    if given is not None:
+        rates = [(name, run) for name, of in given.items() for run in of]
+        for name, run in (pair for pair in pairs if pair not in rates):
+            yield f"train.given_rates.{name}", f"has no rate of {run}; add it, or set given_rates to null to search all"
+        for name, run in (pair for pair in rates if pair not in pairs):
+            yield f"train.given_rates.{name}.{run}", "is the rate of a run that train.methods has not; take it out"
+    try:
+        families = families_of(methods)
+    except ValueError as error:
+        place, _, fix = str(error).partition(": ")
+        yield place, fix
+        return
+    if len(methods) > 1:  # with one, there is nothing to compare
+        for place, known in (("baseline", families), ("rival", methods)):
+            if transfer[place] not in known:
+                yield (
+                    f"transfer.{place}",
+                    f"is {transfer[place]!r}, which is not run; {nearest(transfer[place], known)}",
+                )
+    for name, variant in experiments["variants"].items():
+        for field, known in VARIANT.items():
+            value = variant.get(field, known[0])
+            for member in value if isinstance(value, list) else [value]:
+                if member not in known:
+                    yield f"experiments.variants.{name}.{field}", f"is {member!r}; {nearest(member, known)}"
+        if "method" not in variant:
+            yield f"experiments.variants.{name}.method", f"is missing; give {' or '.join(METHODS)}"
+    baseline, variants = experiments["baseline"], experiments["variants"]
+    if variants and baseline.split(" ")[0] not in variants:  # behind a space stand options of a list
+        yield "experiments.baseline", f"is {baseline!r}, which is no variant; {nearest(baseline, variants)}"
 
 
 def _fault(error: Mapping[str, Any]) -> tuple[str, str]:

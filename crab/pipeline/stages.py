@@ -4,13 +4,14 @@ The DVC stage `resolve` writes this to ``.stage/<stage>.json``, so a stage rerun
 outputs, prose, comments or other modules do. ``.stage/report.json`` is the same for the report, with the prose.
 """
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from crab import tasks
 from crab.core.code import modules, modules_of, plain
-from crab.core.files import atomic_folder, clear_unfinished, digest_of, write_json
+from crab.core.files import atomic_folder, clear_unfinished, digest_of, read_json, write_json
 from crab.models.protocol import MODELS
 from crab.pipeline import params
 
@@ -31,6 +32,33 @@ def _served_by(base: Mapping[str, Any]) -> list[str]:
     return [entry.module for entry in MODELS if base["checkpoint"] or entry.module == own]
 
 
+def _decides_adapters(files: Mapping[str, Mapping]) -> list:
+    """What the configurations of all adapters follow from."""
+    train, experiments = (files[stage]["parameters"] for stage in ("train", "experiments"))
+    options = [train["methods"], *(experiments[name] for name in ("variants", "passes", "seeds", "routed"))]
+    return [options, files["train"]["modules"].get("crab/ilora/config.py")]
+
+
+def _wrong_options(values: Mapping[str, Any]) -> Iterator[str]:
+    """What PEFT refuses among the options of adapters, and where it stands."""
+    from crab.study.cells import families_of
+    from crab.study.train import adapter_config
+    from crab.study.variants import expand
+
+    targets, plan = importlib.import_module(_served_by(values["base"])[0]).TARGETS, values["experiments"]
+    adapters = [(f"train.methods.{name.split('-')[1]}", family["method"], family["options"])
+                for name, family in families_of(values["train"]["methods"]).items()]  # fmt: skip
+    rows = expand(plan["variants"], plan["passes"], plan["seeds"])
+    adapters += [(f"experiments.variants.{row.name}", row.method, row.options) for row in rows]
+    routed = plan["routed"].items()
+    adapters += [(f"experiments.routed.{name}", "ilora", {"r": 1, "lora_alpha": 2, **part}) for name, part in routed]
+    for place, method, options in adapters:
+        try:
+            adapter_config(method, options, targets)
+        except (ValueError, TypeError) as error:
+            yield f"params.yaml, profile {values['profile']}: {place}: {error}"
+
+
 def resolve(folder: Path) -> None:
     """Check params.yaml and all notebooks, then write ``.stage``. ValueError: what is wrong, and how to fix it."""
     values, files, prose = params.resolve(folder), {}, {}
@@ -49,6 +77,11 @@ def resolve(folder: Path) -> None:
     if prompts := values["encode"]["prompts"]:
         given = tasks.read_prompts(folder / prompts, values["encode"]["slots"] or values["build"]["slots"] or ())
         files["encode"]["prompts"] = {slot: vars(prompt) for slot, prompt in given.items()}
+    before = {stage: folder / FOLDER / f"{stage}.json" for stage in ("train", "experiments")}
+    known = all(path.is_file() for path in before.values())
+    if not known or _decides_adapters({k: read_json(path) for k, path in before.items()}) != _decides_adapters(files):
+        if wrong := list(dict.fromkeys(_wrong_options(values))):  # slow, since it loads PEFT
+            raise ValueError("\n".join(wrong))
     templates = {path.name: digest_of(path.read_text(encoding="utf-8")) for path in sorted(TEMPLATES.rglob("*.*"))}
     files["report"] = {"modules": modules_of(["crab.pipeline.report"]), "templates": templates, "prose": prose}
     clear_unfinished(folder, deep=False)
