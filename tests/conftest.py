@@ -9,6 +9,7 @@ from encoded_samples import store_samples
 from crab import tasks
 from crab.core.files import write_json
 from crab.models import omni, small
+from crab.models.checkpoint import load_base
 from crab.samples.reading import MANIFEST
 from crab.study.cells import Cell
 from crab.study.hardware import Hardware
@@ -61,7 +62,7 @@ def make_samples(processor, count, seed):
 def encoded(tmp_path_factory, base):
     """Folder of encoded samples of two slots: 16 to train on and 8 to test on."""
     root = tmp_path_factory.mktemp("encoded")
-    _, processor = omni.load(base)
+    _, processor = load_base(base)
     for number, slot in enumerate(SLOTS):
         for split, count in COUNTS.items():
             samples, answers = make_samples(processor, count, number)

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, BatchFeature
 
 from crab.models import encoders
 from crab.models import language as languages
-from crab.models.batches import bare, logits_at
+from crab.models.batches import adapts_encoders, bare, logits_at
 from crab.models.bridge_model import Bridge, BridgeConfig, BridgeProcessor
-from crab.models.protocol import Marks, Media, Tower
+from crab.models.protocol import LANGUAGE_TARGETS, Marks, Media, Tower
 
-#: The linear layers of language models such as Llama, Qwen, Mistral and SmolLM.
-TARGETS = {"language": r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"}
+TARGETS = {"language": LANGUAGE_TARGETS}
 #: The placeholder of each token of media.
 PLACEHOLDER = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
 
@@ -170,14 +168,6 @@ def prompt_text(tokenizer, kinds: Sequence[str], instruction: str, system: str =
     chat = [{"role": "system", "content": system}] if system else []
     chat.append({"role": "user", "content": text})
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-
-
-def adapts_encoders(model) -> bool:
-    """Whether adapters are in the encoders or the projectors."""
-    core = bare(model)
-    return any(
-        isinstance(module, BaseTunerLayer) for part in (core.visual, core.audio_tower) for module in part.modules()
-    )
 
 
 def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:

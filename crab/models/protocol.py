@@ -26,6 +26,9 @@ IGNORE = -100  # label of a token that is not learned
 
 #: A clip with its sound.
 CLIP = ("video", "audio")
+#: The linear layers of language models such as Qwen, Llama, Mistral and SmolLM. A plain list of names would also match
+#: encoders.
+LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @dataclass
@@ -108,9 +111,6 @@ class AudioVisualModel(Protocol):
         Returns for each ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden], one row per
         placeholder in prompt order.
         """
-
-    def adapts_encoders(self, model) -> bool:
-        """Whether adapters are in the encoders. Features then depend on them."""
 
     def last_hidden(self, model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Hidden states of the last layer [B, L, hidden], of a batch with ``inputs_embeds``."""

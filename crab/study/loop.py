@@ -20,8 +20,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from crab.core.files import read_json, write_json
-from crab.models.batches import Sample, answer_loss, answer_tokens, batch, instruction_shown
-from crab.models.protocol import IGNORE, model_of
+from crab.models.batches import Sample, adapts_encoders, answer_loss, answer_tokens, batch, instruction_shown
+from crab.models.protocol import IGNORE
 
 WHOLE = "whole.json"  # in a checkpoint, written last: which processes wrote it
 
@@ -62,7 +62,7 @@ class AnswerTrainer(Trainer):
     def __init__(self, base, tokenizer, lengths: Sequence[int] | None = None, **options: Any) -> None:
         super().__init__(**options, data_collator=partial(_collate, tokenizer))
         self.base, self.tokenizer, self.lengths = base, tokenizer, lengths
-        self.adapted = model_of(base).adapts_encoders(base)
+        self.adapted = adapts_encoders(base)
         self.loss_is_scaled_for_ga = True  # the loss of a part is divided by the answer tokens of the whole batch
 
     def _save(self, output_dir=None, state_dict=None):
@@ -83,7 +83,7 @@ class AnswerTrainer(Trainer):
         model.train()  # adapted encoders have dropout, and checkpoints
         samples, answers = zip(*inputs["pairs"].content, strict=True)
         with self.accelerator.autocast() if self.adapted else nullcontext():
-            inputs = batch(self.base, self.tokenizer, samples, answers, embed=False, adapted=self.adapted)
+            inputs = batch(self.base, self.tokenizer, samples, answers, embed=False)
         with instruction_shown(self.model, inputs):  # also while checkpointed layers are computed again
             return super().training_step(model, inputs, num_items_in_batch)
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crab.models import omni, small
 from crab.models.batches import answer_loss
+from crab.models.checkpoint import load_base
 from crab.models.omni import PUBLISHED
 from crab.pipeline import __main__ as command
 from crab.study.footprint import Base, flops, memory, read_base
@@ -156,7 +157,7 @@ def test_adapter_and_its_checkpoint(method, tmp_path):
 
 
 def test_cached_features(base, tmp_path):
-    model, processor = omni.load(base)
+    model, processor = load_base(base)
     media = [
         omni.Media("video", np.zeros((10, 224, 224, 3), np.uint8), fps=1.0),
         omni.Media("audio", np.zeros(10 * omni.SAMPLE_RATE, np.float32)),

@@ -20,7 +20,7 @@ from crab.models import omni, small
 from crab.models.base import curriculum, perception
 from crab.models.base.bank import Bank
 from crab.models.base.train import STORED_AS, final_gates, round_weights
-from crab.models.checkpoint import RECORD, base_digest, weaker_folder
+from crab.models.checkpoint import RECORD, base_digest, load_base, weaker_folder
 from crab.world.scene import sample_scene
 
 #: The file of a weaker base with the tensors that differ from those of the finished one.
@@ -69,7 +69,7 @@ def make_weaker(
     missing = [number for number in steps if kept.get(number, {}).get("key") != keys[number]]
     if not missing:
         return {number: kept[number] for number in steps}
-    finished, processor = omni.load(base)
+    finished, processor = load_base(base)
     model = small.build_model(processor, section["size"], seed)
     model.model.visual.load_state_dict(finished.model.visual.state_dict())
     model.model.audio_tower.load_state_dict(finished.model.audio_tower.state_dict())
