@@ -101,25 +101,12 @@ def _grid(samples: pd.DataFrame, family: str, slot: str) -> pd.DataFrame:
     return part.pivot(index="seed", columns="id", values="score").sort_index()
 
 
-def compare_slot(
-    baseline: pd.DataFrame,
-    joint: pd.DataFrame,
-    floor: pd.DataFrame,
-    chance: float,
-    margin: float,
-    resamples: int,
-    seed: int,
-    slot: str,
+def _compare_slot(
+    slot: str, baseline: pd.DataFrame, joint: pd.DataFrame, floor: pd.DataFrame, chance: float, resamples: int
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """One slot's row of the table, and its resampled differences and relative changes, each [resamples].
 
-    Args:
-        baseline, joint: scores in [0, 1], index seed, columns sample id; both must hold the same ones.
-        floor: scores that tell whether the slot can be learned at all: those of single-task training.
-        chance: score of the best constant answer.
-
-    Raises:
-        ValueError: when the two were not scored on the same samples and seeds.
+    ``baseline``, ``joint`` and ``floor`` are of `_grid`. ValueError unless the first two have equal samples and seeds.
     """
     if list(baseline.columns) != list(joint.columns) or list(baseline.index) != list(joint.index):
         raise ValueError(
@@ -129,8 +116,8 @@ def compare_slot(
             "and train both with the same seeds"
         )
     # Equal streams draw equal samples, so the draws of the two are paired.
-    of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))
-    least = interval(bootstrap_means(floor.to_numpy(), resamples, seed, slot))[0]
+    of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, 0, slot) for runs in (baseline, joint))
+    least = interval(bootstrap_means(floor.to_numpy(), resamples, 0, slot))[0]
     mean, mean_joint = float(baseline.to_numpy().mean()), float(joint.to_numpy().mean())
     low, high = interval(of_joint - of_baseline)
     ratio = mean_joint / mean if mean > 0 else float("nan")
@@ -144,7 +131,6 @@ def compare_slot(
         "chance": chance,
         "at_chance": least <= chance,
         "joint_above_chance": interval(of_joint)[0] > chance,
-        "verdict": verdict(mean_joint - mean, margin),
         "samples": baseline.shape[1],
         "seeds": baseline.shape[0],
     }
@@ -160,14 +146,13 @@ def compare(
     joint: str,
     margin: float = 0.02,
     resamples: int = 2000,
-    seed: int = 0,
     floor: str | None = None,
 ) -> tuple[pd.DataFrame, dict]:
     """Compare one joint row with a baseline on every slot the baseline was scored on.
 
     Args:
-        samples: columns family, seed, slot, id, score (see `crab.study.score.load`).
-        chance: chance score by slot.
+        samples: columns family, seed, slot, id, score in [0, 1] (see `crab.study.ledger.sample_scores`).
+        chance: by slot, the score of the best constant answer.
         baseline, joint: families of runs, e.g. ``single-lora-bare`` and ``joint-ilora-explicit``.
         margin: differences up to this size, in score, are ties.
         floor: family that tells whether a slot can be learned; the baseline unless given.
@@ -179,17 +164,10 @@ def compare(
     """
     rows, differences, changes = [], [], []
     for slot in dict.fromkeys(samples[samples["family"] == baseline]["slot"]):
-        row, difference, change = compare_slot(
-            _grid(samples, baseline, slot),
-            _grid(samples, joint, slot),
-            _grid(samples, floor or baseline, slot),
-            float(chance[slot]),
-            margin,
-            resamples,
-            seed,
-            slot,
-        )
-        rows.append({"comparison": f"{joint} vs {baseline}", "slot": slot, **row})
+        grids = [_grid(samples, family, slot) for family in (baseline, joint, floor or baseline)]
+        row, difference, change = _compare_slot(slot, *grids, float(chance[slot]), resamples)
+        row |= {"comparison": f"{joint} vs {baseline}", "slot": slot, "verdict": verdict(row["difference"], margin)}
+        rows.append(row)
         differences.append(difference)
         changes.append(change)
     if not rows:
@@ -268,7 +246,7 @@ def judge(
         part = samples[samples["family"].isin([family, other, floor])]
         seeds = set.intersection(*(set(group) for _, group in part.groupby("family")["seed"]))
         part = part[part["seed"].isin(seeds)]
-        table, summaries[family] = compare(part, pd.Series(chance), other, family, margin, resamples, 0, floor)
+        table, summaries[family] = compare(part, pd.Series(chance), other, family, margin, resamples, floor)
         tables.append(table)
     correct(summaries)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS), summaries

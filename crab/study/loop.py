@@ -129,14 +129,10 @@ class LengthGrouped(Sampler):
 
 
 class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint each time that ``minutes`` have passed, and marks each once all of it is written.
+    """Asks for a checkpoint each time that ``minutes`` have passed, and marks each once all of it is written."""
 
-    In tests it stops there, as a kill would.
-    """
-
-    def __init__(self, minutes: float, note: Mapping[str, int], stop_at: int | None = None):
-        self.minutes, self.note, self.stop_at = minutes, note, stop_at
-        self.saved = time.monotonic()
+    def __init__(self, minutes: float, note: Mapping[str, int]):
+        self.minutes, self.note, self.saved = minutes, note, time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.minutes:
@@ -149,5 +145,3 @@ class Checkpoints(TrainerCallback):
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             write_json(folder / WHOLE, self.note)
-        if self.stop_at is not None and state.global_step >= self.stop_at:
-            raise KeyboardInterrupt(f"stopped at step {state.global_step}")

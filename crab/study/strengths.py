@@ -101,17 +101,14 @@ class Design:
         self, method: str, form: str, point: Point, setting: str, kind: str, options: Mapping[str, Any], times: int = 1
     ) -> Family:
         name = method + (REASONING if form == "explicit" else "")
-        start = f"{name} ({place(point)})", setting, kind, options
-        return Family(method, form, name, partial(self._cells, start, form, point, times))
 
-    def _cells(
-        self, start: tuple, form: str, point: Point, times: int, rate: float, seeds: Sequence[int] | None,
-        held_out: int, passes: int | None,
-    ) -> list[Cell]:  # fmt: skip
-        return cells_of(
-            *start, rate, self.slots, times * (passes or self.passes),
-            range(self.seeds) if seeds is None else seeds, form=form, held_out=held_out, base_steps=point.steps,
-        )  # fmt: skip
+        def cells(rate: float, seeds: Sequence[int] | None, held_out: int, passes: int | None) -> list[Cell]:
+            return cells_of(
+                f"{name} ({place(point)})", setting, kind, options, rate, self.slots, times * (passes or self.passes),
+                range(self.seeds) if seeds is None else seeds, form=form, held_out=held_out, base_steps=point.steps,
+            )  # fmt: skip
+
+        return Family(method, form, name, cells)
 
 
 def place(point: Point) -> str:

@@ -101,7 +101,6 @@ def train(
     precision: str = "fp32",
     lengths: Sequence[int] | None = None,
     hardware: Hardware | None = None,
-    stop_at: int | None = None,
 ) -> Path:
     """Train one adapter, or finish it, and return its folder, ``<folder>/adapter``.
 
@@ -114,7 +113,6 @@ def train(
         passes: over all pairs. batch_size: samples per step, of all processes together.
         precision: ``bf16`` (autocast; weights, optimiser and loss stay in float32) or ``fp32``.
         lengths: of the pairs; batches then hold samples of similar length.
-        stop_at: raise KeyboardInterrupt after the first checkpoint at or past this step (for tests).
 
     Raises:
         ValueError: on an unknown option or precision, a batch that does not divide, or a checkpoint that another
@@ -165,7 +163,7 @@ def train(
         ),
         train_dataset=pairs,
         optimizers=(optimizer, None),
-        callbacks=[Checkpoints(hardware.save_minutes, note, stop_at)],
+        callbacks=[Checkpoints(hardware.save_minutes, note)],
     )
     trainer.remove_callback(PrinterCallback)
     start = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0

@@ -59,6 +59,12 @@ class Sampler:
                 shares[kind] = share * heaviest
         return shares
 
+    def draw(self, count: int) -> list[Row]:
+        """Rows of one kind, which is drawn by its share of the steps."""
+        shares = self.contexts()
+        kind = self.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
+        return self.rows(str(kind), count)
+
     def rows(self, kind: str, count: int) -> list[Row]:
         """Rows of one kind, about as long as ``count`` rows of a clip. Rows without a probe are left out."""
         rows = [getattr(self, f"_{kind}")() for _ in range(round(count * CONTEXTS[kind][1]))]
@@ -218,9 +224,7 @@ def train_language_model(
     losses = []
     for step in bar:
         sampler.weights = stage_weights(state["stage"], state["accuracy"], gate)
-        shares = sampler.contexts()
-        kind = str(sampler.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        rows = sampler.rows(kind, plan["batch_size"])
+        rows = sampler.draw(plan["batch_size"])
         if not rows:
             continue
         logits, target, _ = packer.logits(packer.pack(rows, train))

@@ -58,12 +58,8 @@ def make_base(
     decides = [words, tags, seed, scenes, section["size"], encoders]
     encoders_key = digest_of([*decides, code("crab.models.base.perception")])
     key = digest_of([*decides, section["held_out"], language, code("crab.models.base.train")])
-    record = None if folder is None else Path(folder) / RECORD
-    if record is not None and record.exists():
-        report = read_json(record)
-        if report["key"] == key:
-            return None, None, report
-        print(f"{folder} holds a base of other parameters, words or code; a new one is trained")
+    if report := kept_report(folder, key):
+        return None, None, report
     processor = small.build_processor(sorted({*words, *probes.words()}), tags, section["size"])
     model = small.build_model(processor, section["size"], seed)
 
@@ -100,6 +96,17 @@ def make_base(
         "seconds": {"encoders": encoder_seconds, "language model": language_seconds},
     }
     return model.eval(), processor, report
+
+
+def kept_report(folder: str | Path | None, key: str) -> dict | None:
+    """The report of the base that lies in ``folder``, if it has this ``key``."""
+    if folder is None or not (Path(folder) / RECORD).exists():
+        return None
+    report = read_json(Path(folder) / RECORD)
+    if report["key"] == key:
+        return report
+    print(f"{folder} holds a base of other parameters, words or code; a new one is trained")
+    return None
 
 
 def keep(folder: str | Path, model, processor, report: Mapping[str, Any], checkpoint: str | None = None) -> None:
