@@ -45,10 +45,7 @@ def answer_tokens(tokenizer, answers: Sequence[str]) -> list[list[int]]:
 def padded(
     tokenizer, samples: Sequence[Sample], answers: Sequence[str] | Sequence[Sequence[int]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """A left-padded batch of encoded samples.
-
-    Args:
-        answers: texts, or what `answer_tokens` gives; None for generation.
+    """A left-padded batch of encoded samples. ``answers`` are texts, or of `answer_tokens`; None for generation.
 
     Returns ``input_ids`` and ``attention_mask`` [B, L], ``position_ids`` [3, B, L], ``features`` [media, hidden] in the
     order of their tokens and, with answers, ``labels`` [B, L] (answer and end token only).

@@ -37,14 +37,11 @@ def assemble(
     language: str, vision: str, audio: str, *, projector: str = "mlp", picture_tokens: int = 4, sound_tokens: int = 2,
     words: int = 1, seed: int = 0,
 ) -> tuple[Bridge, BridgeProcessor]:  # fmt: skip
-    """A bridge with untrained projectors, and its processor.
+    """A bridge with untrained projectors, and its processor. ValueError, naming the parameter, on what does not fit.
 
     Args:
         language: see `crab.models.language.located`. vision, audio: see `crab.models.encoders.load_encoder`.
         projector, words: see `crab.models.encoders.Projector`. picture_tokens, sound_tokens: of a unit.
-
-    Raises:
-        ValueError: a part cannot be read; naming the parameter.
     """
     (eye, images), (ear, sounds) = encoders.load_encoder("vision", vision), encoders.load_encoder("audio", audio)
     tokenizer = languages.load_language_tokenizer(language)
@@ -171,11 +168,7 @@ def prompt_text(tokenizer, kinds: Sequence[str], instruction: str, system: str =
 
 
 def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
-    """Run encoders and projectors on prepared samples, each once for all of them.
-
-    Returns for each sample ``input_ids`` [L], ``position_ids`` [3, L], which just count, and ``features``
-    [media, hidden], one row per placeholder token in prompt order.
-    """
+    """Run encoders and projectors on prepared samples, each once for all of them. Positions just count."""
     core, device = bare(model), model.device
     with torch.set_grad_enabled(torch.is_grad_enabled() and adapts_encoders(model)):
         pictures, sounds = [], []

@@ -26,8 +26,7 @@ _PLACE = "base.bridge.language"
 def located(source: str) -> str:
     """The folder of ``source``, or its name on the hub. A GGUF file is converted first, unless that was done before.
 
-    Raises:
-        ValueError: there is no such file or folder, or a package is missing; naming the parameter.
+    ValueError, naming the parameter, if there is no such file or folder, or a package is missing.
     """
     path, problem = Path(source).expanduser(), f"{_PLACE} is {source!r}"
     if source == SMOLLM2:

@@ -136,11 +136,7 @@ def prepare(
 
 
 def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
-    """Run the encoders on prepared samples, each encoder once for all of them; with gradients only if it is adapted.
-
-    Returns for each sample ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden], one row per
-    placeholder token in prompt order.
-    """
+    """Run the encoders on prepared samples, each encoder once for all of them."""
     config = model.config
     lengths = [p["input_ids"].shape[1] for p in prompts]
     ids = torch.cat([p["input_ids"][0] for p in prompts])

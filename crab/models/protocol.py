@@ -164,9 +164,7 @@ MODEL_TYPES = tuple(kind for entry in MODELS for kind in entry.types)
 def model_of(thing: Any) -> AudioVisualModel:
     """The module that serves a base (its folder or name), a configuration, a model or a processor.
 
-    Raises:
-        ValueError: no module does.
-        OSError: the base cannot be read.
+    ValueError if there is none. OSError if the base cannot be read.
     """
     return importlib.import_module(module_name(thing))
 

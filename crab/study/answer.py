@@ -24,9 +24,8 @@ SHARD = 16  # batches of answers that a process does and keeps as a whole
 def load_adapter(model, folder: str | Path) -> PeftModel:
     """Put a saved adapter on a base, for inference.
 
-    Raises:
-        ValueError: the adapter is missing or damaged, or does not fit the base. PEFT itself only warns about
-            missing weights, and goes on with random ones.
+    ValueError if the adapter is missing or damaged, or does not fit the base. PEFT itself only warns about missing
+    weights, and goes on with random ones.
     """
     folder = Path(folder)
     try:

@@ -20,7 +20,7 @@ COLUMNS = [
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int, stream: str | None = None) -> np.ndarray:
-    """Means as they would come out with other samples and, where there are several, other seeds.
+    """Means as they would come out with other samples and, where there are several, other seeds: float [resamples].
 
     Samples are drawn again with replacement, the same ones for every seed: all seeds were tested on one test set, so
     drawing for each seed apart would let what is hard about a sample cancel out. Seeds are too few to be drawn again:
@@ -29,17 +29,10 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int, stream: str |
     such part, and the interval does not know what another seed would change.
 
     Args:
-        values: [samples], or [seeds, samples].
-        resamples: number of draws.
+        values: [samples], or [seeds, samples]; ValueError if there are none.
         seed: of the generators; equal seed, stream and shape draw equal samples, so that calls can be paired.
         stream: names what is drawn. Calls with equal seed and different streams draw their samples apart and their
             seeds together, as for one joint run that is tested on several slots.
-
-    Returns:
-        float [resamples].
-
-    Raises:
-        ValueError: when there is nothing to draw from.
     """
     values = np.atleast_2d(np.asarray(values, float))
     if values.ndim != 2 or values.size == 0:

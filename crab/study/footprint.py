@@ -101,8 +101,7 @@ def _adapter(base: Base, method: str, options: str) -> Adapter:
 def read_base(path: str | Path) -> Base:
     """The configuration of a base: a folder, or a checkpoint by its name. Nothing else is read.
 
-    Raises:
-        ValueError: it cannot be read.
+    ValueError if it cannot be read.
     """
     published = checkpoint.resolve(path) or (None if Path(path).is_dir() else str(path))
     try:

@@ -22,11 +22,8 @@ from crab.study.train import RECORD
 def import_published(options: Mapping[str, Any], base: str | Path, folder: str | Path) -> Path:
     """Turn ``options["weights"]``, a published ``finetune_weights.bin``, into the adapter ``<folder>/adapter``.
 
-    Its record is that of an adapter that was trained in no step.
-
-    Raises:
-        ValueError: the file is missing or damaged, does not fit the base, or has another rank or other heads than
-            ``options`` say; naming the file or the option.
+    Its record is that of an adapter that was trained in no step. ValueError, naming the file or the option, if the file
+    is missing or damaged, does not fit the base, or has another rank or other heads than ``options`` say.
     """
     final, path = Path(folder) / "adapter", _existing(options["weights"])
     with torch.device("meta"):

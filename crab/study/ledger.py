@@ -54,8 +54,7 @@ class Ledger:
 def sample_scores(ledger: str | Path, cells: Sequence[Cell], statements: bool = False) -> pd.DataFrame:
     """Primary score of every sample of keyed cells, one row each (`SAMPLE_COLUMNS`), from the ledger alone.
 
-    Args:
-        statements: also the columns of `crab.study.statements.COUNTS`; NaN for bare answers.
+    ``statements`` adds the columns of `crab.study.statements.COUNTS`; NaN for bare answers.
     """
     names = [*SAMPLE_COLUMNS, *(COUNTS if statements else ())]
     frames = []

@@ -34,14 +34,10 @@ def delete_checkpoints(folder: Path, but: str | None = None) -> None:
 
 
 def last_checkpoint(folder: Path, note: Mapping[str, Any]) -> str | None:
-    """The latest checkpoint that was written to its end.
+    """The latest checkpoint that was written to its end. ``note`` is that of `crab.study.hardware.Hardware.note`.
 
-    Args:
-        note: of `crab.study.hardware.Hardware.note`.
-
-    Raises:
-        ValueError: it was written by another number of processes, or in other parts; samples then come in another
-            order, or weights lie in it in another way.
+    ValueError if it was written by another number of processes, or in other parts; samples then come in another order,
+    or weights lie in it in another way.
     """
     whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / WHOLE).exists()]
     if not whole:

@@ -50,10 +50,7 @@ class Map:
         cls, name: str, section: Mapping[str, Any], routed: Mapping[str, Mapping[str, Any]], words: Sequence[str]
     ) -> Map:
         """From ``experiments.maps`` of params.yaml: ``slots``, ``seeds``, all of `AXES`, two of them lists, and
-        ``routed``, names of routed methods (None for all).
-
-        Raises:
-            ValueError: naming the map and the field, on anything else.
+        ``routed``, names of routed methods (None for all). ValueError, naming the map and the field, on anything else.
         """
         start = f"experiments.maps: {name}"
         axes = tuple(axis for axis in AXES if isinstance(section[axis], list))
@@ -123,10 +120,9 @@ def _cells(
 def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: float, resamples: int) -> pd.DataFrame:
     """Train, score and compare at every point of a map.
 
-    Returns:
-        One row per point and pair of methods (``one`` minus ``other``): the axes, the mean difference over the slots
-        that single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of both,
-        and ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
+    Returns one row per point and pair of methods (``one`` minus ``other``): the axes, the mean difference over the
+    slots that single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of
+    both, and ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
     """
     size = partial(adapter_parameters, store.base)
     families, places = {}, []
@@ -179,8 +175,7 @@ def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: f
 def by_clip(samples: pd.DataFrame) -> pd.DataFrame:
     """Scores per clip, the mean over its conventions. Drawn one by one, these would count as more clips than there are.
 
-    Args:
-        samples: columns family, seed, slot, id (`crab.study.prompts.renamed` adds the word to the clip's id) and score.
+    The columns are family, seed, slot, id (`crab.study.prompts.renamed` adds the word to the clip's id) and score.
     """
     clips = samples.assign(id=samples["id"].str.rpartition("/")[0])
     return clips.groupby(["family", "seed", "slot", "id"], as_index=False, sort=False)["score"].mean()

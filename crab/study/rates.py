@@ -24,7 +24,7 @@ COLUMNS = ["family", "rate", "score", "low", "high", "behind", "behind_low", "be
 
 @dataclass(frozen=True)
 class Grid:
-    """How learning rates are chosen.
+    """How learning rates are chosen. ValueError, naming the parameter, on what cannot be.
 
     Args:
         tried: rates that every family starts with. A single one is taken as it is, and nothing is trained.
@@ -32,9 +32,6 @@ class Grid:
         seeds: of the cells that decide.
         passes: of these cells; None for as many as are trained afterwards.
         held_out: training samples of each slot that are scored and not trained on.
-
-    Raises:
-        ValueError: naming the parameter.
     """
 
     tried: Sequence[float]
@@ -101,10 +98,8 @@ def best_rate(scores: Mapping[float, float]) -> float:
 def mean_over_slots(samples: pd.DataFrame, resamples: int) -> tuple[float, np.ndarray]:
     """Mean over slots of the mean score, and its bootstrap draws [resamples] over samples and seeds.
 
-    A slot draws the same samples whatever was trained, so that draws of two rates are paired.
-
-    Args:
-        samples: columns slot, seed, id and score.
+    A slot draws the same samples whatever was trained, so that draws of two rates are paired. ``samples`` has the
+    columns slot, seed, id and score.
     """
     means, draws = [], []
     for slot, part in samples.groupby("slot", sort=False):
@@ -117,11 +112,7 @@ def mean_over_slots(samples: pd.DataFrame, resamples: int) -> tuple[float, np.nd
 def choose_rates(
     families: Mapping[str, Callable[..., list[Cell]]], grid: Grid, store: Store, resamples: int, label: str = "rates"
 ) -> Rates:
-    """Choose the learning rate of each family.
-
-    Args:
-        families: by name, a function ``(rate, seeds, held_out, passes) -> cells`` of that family.
-    """
+    """Choose the learning rate of each family: by name, a function ``(rate, seeds, held_out, passes) -> cells``."""
     if not grid.swept:
         chosen = dict.fromkeys(families, float(grid.tried[0]))
         return Rates(chosen, pd.DataFrame(columns=COLUMNS))
@@ -157,13 +148,9 @@ def choose_rates(
 def rates_from_params(
     given: Mapping[str, Mapping[str, float]], families: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Rates that params.yaml gives (``train.given_rates``), by family.
+    """Rates by family that params.yaml gives (``train.given_rates``), for `crab.study.cells.families_of`.
 
-    Args:
-        families: of `crab.study.cells.families_of`.
-
-    Raises:
-        ValueError: a rate is missing, belongs to no family, or is no rate.
+    ValueError if a rate is missing, belongs to no family, or is no rate.
     """
     flat = {f"{run.partition('-')[0]}-{method}-{run.partition('-')[2]}": rate for method, rates in given.items()
             for run, rate in rates.items()}  # fmt: skip

@@ -14,13 +14,9 @@ COUNTS = ["true", "unreadable", "stated", "true_by_chance"]
 
 
 def statement_counts(dataset: Path, slot: str, records: Sequence[Mapping], texts: Mapping[str, str]) -> list[list[int]]:
-    """`COUNTS` of the answer to each record; an empty list if no scene graph is known.
+    """`COUNTS` of the answer to each of all test records of a slot; an empty list if no scene graph is known.
 
-    Args:
-        records: all test records of the slot. texts: answer by sample id.
-
-    Raises:
-        RecordError: a record is not what the generator makes today.
+    RecordError on a record that is not what the generator makes today. ``texts`` are answers by sample id.
     """
     shown = verify.read_evidence(dataset, slot, "test", records) if verify.known(dataset) else []
     half = len(shown) // 2  # half a turn away no record shares its clip

@@ -158,13 +158,11 @@ class Store:
     def run(self, cells: Sequence[Cell], label: str, need: str = "scores") -> list[Cell]:
         """Do whatever is missing of the cells, the longest first, and return them with their keys.
 
+        ValueError, before anything is trained, on what cannot be. RuntimeError, naming the cell that failed.
+
         Args:
             label: stands before the progress bar.
             need: ``scores`` (the ledger is enough), ``answers`` (texts are wanted too) or ``adapter`` (weights are).
-
-        Raises:
-            ValueError: before anything is trained, on an option or slot that cannot be.
-            RuntimeError: naming the cell that failed.
         """
         for cell in cells:
             adapter_config(cell.method, cell.options, model_of(self.base).TARGETS)

@@ -117,13 +117,8 @@ def place(point: Point) -> str:
 
 
 def tune(design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int) -> Rates:
-    """The learning rate of each method at a rank, chosen alike for all on one base with bare answers.
-
-    Args:
-        at: steps of the base that it is chosen on; None for the finished one.
-
-    Returns:
-        By the method's `at_rank`.
+    """By the method's `at_rank`, the learning rate of each method at a rank, chosen alike for all with bare answers on
+    one base, that of ``at`` steps (None: the finished one).
     """
     return choose_rates(_tuned(design, rank, at, store), grid, store, resamples, f"rates at rank {rank}")
 
@@ -158,9 +153,8 @@ def train_points(
         at: steps of the base that rates are chosen on; None for the finished one.
         minutes: after this time no further point begins. The next call goes on.
 
-    Returns:
-        One row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and ``cells``, a
-        list of keyed cells, empty where it was not begun. And the rates that were chosen.
+    Returns one row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and
+    ``cells``, a list of keyed cells, empty where it was not begun. And the rates that were chosen.
     """
     began, rows, rates = time.monotonic(), [], Rates({}, pd.DataFrame(columns=COLUMNS))
     how = at, grid, store, resamples
@@ -207,14 +201,11 @@ def compare_points(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare the methods at each point, on the seeds that are finished for all that is compared.
 
-    Args:
-        trained: the table of `train_points`.
-
-    Returns:
-        Two tables. One row per point and pair (``one`` minus ``other``): seeds, slots that single-task LoRA lifts above
-        chance, ``gain``, ``tie`` and ``loss`` among them, the shares of gains and losses with exact intervals over
-        slots (``gains_low`` ...), and the mean difference with its interval over samples and seeds. And one row per
-        point, pair and slot (`crab.study.compare.COLUMNS`).
+    ``trained`` is the table of `train_points`. Returns two tables. One row per point and pair (``one`` minus
+    ``other``):
+    seeds, slots that single-task LoRA lifts above chance, ``gain``, ``tie`` and ``loss`` among them, the shares of
+    gains and losses with exact intervals over slots (``gains_low`` ...), and the mean difference with its interval over
+    samples and seeds. And one row per point, pair and slot (`crab.study.compare.COLUMNS`).
     """
     chance = {slot: entry["chance"] for slot, entry in store.references(slots).items()} if len(trained) else {}
     rows, tables = [], []

@@ -35,16 +35,12 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def adapter_config(method: str, options: Mapping[str, Any], known: Mapping[str, str]):
-    """PEFT config: I-LoRA for ``ilora``, LoRA for ``lora``.
+    """PEFT config: I-LoRA for ``ilora``, LoRA for ``lora``. ``known`` are the ``TARGETS`` of the model's module.
 
     With the option ``targets: published``, adapters are also in both encoders, as in the published run: on q, k and v
     of the audio tower and on the MLPs of the visual one. Otherwise they are in the language model alone.
 
-    Args:
-        known: ``TARGETS`` of the model's module.
-
-    Raises:
-        ValueError: on an option that the method does not have, or on unknown targets.
+    ValueError on an option that the method does not have, or on unknown targets.
     """
     config, targets = {"lora": LoraConfig, "ilora": ILoraConfig}[method], options.get("targets", "language")
     if targets not in known:
@@ -104,7 +100,8 @@ def train(
 ) -> Path:
     """Train one adapter, or finish it, and return its folder, ``<folder>/adapter``.
 
-    Every process that Accelerate started calls this with the same arguments.
+    Every process that Accelerate started calls this with the same arguments. ValueError on an unknown option or
+    precision, a batch that does not divide, or a checkpoint that another number of processes wrote.
 
     Args:
         pairs: samples with their answers, in the order before shuffling. They are read when their turn comes.
@@ -113,10 +110,6 @@ def train(
         passes: over all pairs. batch_size: samples per step, of all processes together.
         precision: ``bf16`` (autocast; weights, optimiser and loss stay in float32) or ``fp32``.
         lengths: of the pairs; batches then hold samples of similar length.
-
-    Raises:
-        ValueError: on an unknown option or precision, a batch that does not divide, or a checkpoint that another
-            number of processes wrote.
     """
     folder = Path(folder)
     final = folder / "adapter"

@@ -31,7 +31,7 @@ Size = Callable[[str, Mapping[str, Any]], int]
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table.
+    """One row of the table. ValueError, naming the variant and the field, on what cannot be.
 
     Args:
         name: unique.
@@ -40,9 +40,6 @@ class Variant:
         passes: over the training samples of every slot. seeds: how many, counted from 0.
         setting: ``joint``, or ``single``: one adapter per slot, which knows the task (the ceiling of routing).
         form: of the answers. order: ``media`` first, as the base has learned it, or ``instruction`` first.
-
-    Raises:
-        ValueError: naming the variant and the field.
     """
 
     name: str
@@ -84,11 +81,7 @@ class Variant:
 def expand(variants: Mapping[str, Mapping[str, Any]], passes: int, seeds: int) -> list[Variant]:
     """Variants as params.yaml gives them. An option with a list stands for one variant per member; lists are crossed.
 
-    Args:
-        passes, seeds: of variants that do not say.
-
-    Raises:
-        ValueError: on a variant that cannot be, or two of one name.
+    ``passes`` and ``seeds`` are for variants that do not say. ValueError on one that cannot be, or two of one name.
     """
     rows = []
     for name, section in variants.items():
@@ -120,10 +113,7 @@ def plain_rank(size: Size, method: str, options: Mapping[str, Any]) -> int:
 def with_rivals(variants: Sequence[Variant], size: Size) -> tuple[list[Variant], dict[str, str]]:
     """The variants, each followed by its rival unless that is among them; and the rival of each by name.
 
-    Plain joint LoRA has none: the others are compared with it.
-
-    Args:
-        size: parameters of an adapter, by method and options.
+    Plain joint LoRA has none: the others are compared with it. ``size`` gives the parameters of an adapter.
     """
     plain = {
         (row.options["r"], row.form, row.passes): row
@@ -208,12 +198,11 @@ def run_variants(
 ) -> Outcome:
     """Train and score all variants and rivals, each at its own learning rate, and compare them.
 
+    ValueError, before anything is trained, on variants that cannot be.
+
     Args:
         baseline: the variant that all are compared with. It also tells which slots can be learned.
         slots: of the joint cells, with or without a test split.
-
-    Raises:
-        ValueError: before anything is trained, on variants that cannot be.
     """
     if variants and baseline not in [row.name for row in variants]:
         raise ValueError(

@@ -137,11 +137,8 @@ def make_bridge(
         models: holds the folders of small bases, which ``vision`` and ``audio`` may name.
         code, phases, workers: see `crab.models.base.train.make_base`.
 
-    Returns:
-        (model, processor, report), as `crab.models.base.train.make_base` does, also for a folder with such a bridge.
-
-    Raises:
-        ValueError: a part cannot be read; naming the parameter.
+    Returns (model, processor, report), as `crab.models.base.train.make_base` does, also for a folder with such a
+    bridge. ValueError, naming the parameter, if a part cannot be read.
     """
     part = section["bridge"]
     folders = {sense: Path(models) / part[sense] for sense in ("vision", "audio")}
@@ -190,14 +187,14 @@ def train_projectors(
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """Train the projectors by AdamW.
 
-    Returns the losses of `crab.models.base.words.fit`, and one record per check: step, stage, loss, and the accuracy of
-    each skill.
-
     Args:
         plan: ``base.bridge.align`` of params.yaml. ``precision`` is fp32 or bf16 (autocast). ``word_steps`` fit the
             projectors to words, before ``steps`` of questions; 0 starts from noise.
         unfinished: a file that keeps the training as it was at the last check. If it exists, training goes on from
             there, to the same weights as without an interruption.
+
+    Returns the losses of `crab.models.base.words.fit`, and one record per check: step, stage, loss, and the accuracy of
+    each skill.
     """
     projectors = [model.get_submodule(name).projector for name in PARTS]
     parameters = [p for part in projectors for p in part.requires_grad_(True).parameters()]

@@ -40,8 +40,7 @@ CONTEXTS = {
 class Sampler:
     """Draws rows of one kind of context from a bank.
 
-    Attributes:
-        weights: by skill, how likely a probe is kept; 0 or missing leaves it out.
+    ``weights`` say by skill how likely a probe is kept; 0 or missing leaves it out.
     """
 
     def __init__(self, bank: Bank, processor, rng: np.random.Generator):

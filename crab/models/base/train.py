@@ -45,11 +45,10 @@ def make_base(
         phases: a folder for finished phases and for the last check. A killed run repeats only what is not there.
         workers: processes that render.
 
-    Returns:
-        (model, processor, report). Model and processor are None if nothing was trained: for a published checkpoint, and
-        for a folder with a base of the same section, vocabulary and code. The report holds ``key``, ``encoders``
-        (losses by step), ``history`` (one record per check), ``gates`` (accuracy, majority, picker and n by skill),
-        ``parameters``, and ``seconds`` by phase. The gates measure the weights as they are stored.
+    Returns (model, processor, report). Model and processor are None if nothing was trained: for a published checkpoint,
+    and for a folder with a base of the same section, vocabulary and code. The report holds ``key``, ``encoders``
+    (losses by step), ``history`` (one record per check), ``gates`` (accuracy, majority, picker and n by skill),
+    ``parameters``, and ``seconds`` by phase. The gates measure the weights as they are stored.
     """
     if checkpoint is not None:
         return None, None, {"key": None, "encoders": {}, "history": [], "gates": {}, "parameters": None, "seconds": {}}

@@ -43,17 +43,12 @@ def make_weaker(
     base, so encoded samples serve all of them.
 
     Args:
-        base: folder of the finished base. steps: multiples of ``language.check_every``, below ``language.steps``.
-        section: of params.yaml, as for `crab.models.base.train.make_base`.
-        code: gives the digest of a module and of all that it imports.
-        phases: a folder that keeps the unfinished training.
+        base: folder of the finished base. steps: multiples of ``language.check_every``, below ``language.steps``;
+            ValueError on others, at which nothing can be kept.
+        section, code: as for `crab.models.base.train.make_base`. phases: a folder that keeps the unfinished training.
 
-    Returns:
-        By number of steps, the report: ``key``, ``steps``, ``history`` (one record per check) and ``gates``, which
-        measure the weights as they are stored.
-
-    Raises:
-        ValueError: naming a number of steps at which nothing can be kept.
+    Returns by number of steps the report: ``key``, ``steps``, ``history`` (one record per check) and ``gates``, which
+    measure the weights as they are stored.
     """
     seed, plan = section["seed"], section["language"]
     for number in steps:
