@@ -31,6 +31,11 @@ def bare(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def attention(precision: str, device: torch.device) -> str:
+    """The implementation of attention to train with. On CPUs the backward pass of torch's fused one is slow in bf16."""
+    return "eager" if precision == "bf16" and device.type == "cpu" else "sdpa"
+
+
 def adapts_encoders(model) -> bool:
     """Whether adapters are in the encoders, ``visual`` and ``audio_tower``. Features then depend on them."""
     adapted = (name.split(".") for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))

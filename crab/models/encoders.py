@@ -208,10 +208,7 @@ def spectrogram(preprocess, wave: np.ndarray) -> tuple[torch.Tensor, torch.Tenso
 def save_preprocessing(folder: str | Path, images, sounds) -> None:
     """Write both preprocessings to a folder."""
     if isinstance(images, small.FrameVideoProcessor):
-        area = dict.fromkeys(("shortest_edge", "longest_edge"), images.side**2)
-        images = small.transformers.Qwen2VLImageProcessorPil(
-            patch_size=images.patch_size, merge_size=images.merge_size, size=area
-        )
+        images = small.image_processor(images.side, images.patch_size, images.merge_size)
     images.save_pretrained(Path(folder) / "pictures")
     sounds.save_pretrained(Path(folder) / "sounds")
 
@@ -220,7 +217,5 @@ def load_preprocessing(folder: str | Path, paired: bool) -> tuple[object, Whispe
     """What `save_preprocessing` wrote. ``paired``: the visual encoder is that of a small base."""
     images = AutoImageProcessor.from_pretrained(Path(folder) / "pictures")
     if paired:
-        images = small.FrameVideoProcessor(
-            math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size
-        )
+        images = small.video_processor(images)
     return images, WhisperFeatureExtractor.from_pretrained(Path(folder) / "sounds")

@@ -104,12 +104,20 @@ def build_tokenizer(words: Sequence[str], tags: Sequence[str] = ()) -> transform
     )
 
 
+def image_processor(side: int, patch_size: int, merge_size: int) -> transformers.Qwen2VLImageProcessorPil:
+    """The image processor of transformers for pictures of this side."""
+    area = dict.fromkeys(("shortest_edge", "longest_edge"), side**2)
+    return transformers.Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=merge_size, size=area)
+
+
+def video_processor(images: transformers.Qwen2VLImageProcessorPil) -> FrameVideoProcessor:
+    """The video processor that gives patches of the size of these images'."""
+    return FrameVideoProcessor(math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size)
+
+
 def build_processor(words: Sequence[str], tags: Sequence[str], size: Mapping[str, Any]) -> FrameOmniProcessor:
     """The processor of a small model: log-mel features of Whisper, patches of Qwen2-VL, word tokens."""
-    area = dict.fromkeys(("shortest_edge", "longest_edge"), size["image_size"] ** 2)
-    images = transformers.Qwen2VLImageProcessorPil(
-        patch_size=size["patch_size"], merge_size=size["merge_size"], size=area
-    )
+    images = image_processor(size["image_size"], size["patch_size"], size["merge_size"])
     sounds = transformers.WhisperFeatureExtractor(
         feature_size=size["mel_bins"], hop_length=size["hop_length"], n_fft=size["n_fft"], chunk_length=CLIP_SECONDS
     )
@@ -126,7 +134,7 @@ def load_processor(folder: str | Path) -> FrameOmniProcessor:
 
 
 def _processor(images, sounds, tokenizer) -> FrameOmniProcessor:
-    videos = FrameVideoProcessor(math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size)
+    videos = video_processor(images)
     return FrameOmniProcessor(images, videos, sounds, tokenizer, chat_template=tokenizer.chat_template)
 
 

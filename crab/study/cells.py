@@ -176,12 +176,7 @@ def read_cells(path: str | Path) -> list[Cell]:
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == names for row in rows):
         raise ValueError(f"{path}: not a list of cells; run the train stage again")
-    return [cell_of(row) for row in rows]
-
-
-def cell_of(fields: Mapping[str, Any]) -> Cell:
-    """The cell with these fields, as JSON holds them."""
-    return Cell(**{**fields, "slots": tuple(fields["slots"]), "words": tuple(fields["words"])})
+    return [Cell(**{**row, "slots": tuple(row["slots"]), "words": tuple(row["words"])}) for row in rows]
 
 
 def joint(cells: Sequence[Cell], method: str, form: str) -> Cell:

@@ -82,17 +82,17 @@ class Rates:
         return bool(part["rate"].min() < self.chosen[family] < part["rate"].max()) if len(part) else None
 
 
-def rate_beyond(scores: Mapping[float, float]) -> float | None:
+def rate_beyond(tried: Mapping[float, tuple[float, np.ndarray]]) -> float | None:
     """The rate to try next, beyond the edge at which the best one lies; None if the best lies inside."""
-    best = best_rate(scores)
-    if best == max(scores):
+    best = best_rate(tried)
+    if best == max(tried):
         return float(f"{best * FACTOR:.6g}")
-    return float(f"{best / FACTOR:.6g}") if best == min(scores) else None
+    return float(f"{best / FACTOR:.6g}") if best == min(tried) else None
 
 
-def best_rate(scores: Mapping[float, float]) -> float:
-    """The rate with the highest score; of equal ones the lowest."""
-    return min(scores, key=lambda rate: (-scores[rate], rate))
+def best_rate(tried: Mapping[float, tuple[float, np.ndarray]]) -> float:
+    """The rate with the highest score; of equal ones the lowest. ``tried`` has the `mean_over_slots` of each."""
+    return min(tried, key=lambda rate: (-tried[rate][0], rate))
 
 
 def mean_over_slots(samples: pd.DataFrame, resamples: int) -> tuple[float, np.ndarray]:
@@ -117,9 +117,10 @@ def choose_rates(
         chosen = dict.fromkeys(families, float(grid.tried[0]))
         return Rates(chosen, pd.DataFrame(columns=COLUMNS))
     results: dict[str, dict[float, tuple[float, np.ndarray]]] = {family: {} for family in families}
-    extended = dict.fromkeys(families, 0)
     waiting = {family: sorted(map(float, grid.tried)) for family in families}
-    while waiting:
+    for _ in range(grid.extend + 1):
+        if not waiting:
+            break
         cells = {
             (family, rate): families[family](rate, grid.seeds, grid.held_out, grid.passes)
             for family, rates in waiting.items()
@@ -129,15 +130,11 @@ def choose_rates(
         for (family, rate), group in cells.items():
             scores = sample_scores(store.ledger, [next(keyed) for _ in group])
             results[family][rate] = mean_over_slots(scores, resamples)
-        waiting = {}
-        for family, tried in results.items():
-            beyond = rate_beyond({rate: score for rate, (score, _) in tried.items()})
-            if beyond is not None and extended[family] < grid.extend:
-                waiting[family] = [beyond]
-                extended[family] += 1
+        beyond = {family: rate_beyond(tried) for family, tried in results.items()}
+        waiting = {family: [rate] for family, rate in beyond.items() if rate is not None}
     rows, chosen = [], {}
     for family, tried in results.items():
-        chosen[family] = best_rate({rate: score for rate, (score, _) in tried.items()})
+        chosen[family] = best_rate(tried)
         best, best_draws = tried[chosen[family]]
         for rate, (score, draws) in sorted(tried.items()):
             behind = [best - score, *interval(best_draws - draws)]

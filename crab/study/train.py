@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from crab.core.files import atomic_folder, write_json
 from crab.ilora import ILoraConfig, parameter_groups
-from crab.models.batches import Sample
+from crab.models.batches import Sample, attention
 from crab.models.checkpoint import load_base
 from crab.models.protocol import model_of
 from crab.study.hardware import MIXED, Hardware
@@ -128,8 +128,7 @@ def train(
     disable_progress_bar()  # a bar for each model loaded would hide the one of the cells
     set_seed(seed)  # before the adapter draws its initial weights
     model, processor = load_base(base)
-    # On CPUs the backward pass of torch's fused attention is slow in bf16; in fp32 it is the faster one.
-    model.set_attn_implementation("eager" if precision == "bf16" and not torch.cuda.is_available() else "sdpa")
+    model.set_attn_implementation(attention(precision, model.device))
     peft_model = adapted(model, method, options)
     steps = -(-len(pairs) // batch_size) * passes
     accumulate = batch_size // micro_batch // state.num_processes

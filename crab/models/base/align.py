@@ -24,7 +24,7 @@ from crab.models.base import curriculum, probes, words
 from crab.models.base.bank import Bank, Clips, round_trip
 from crab.models.base.packing import BLANK, Packer, Row
 from crab.models.base.train import kept_report, round_weights
-from crab.models.batches import media_mask
+from crab.models.batches import attention, media_mask
 from crab.models.checkpoint import base_digest
 from crab.models.language import compile_layers
 from crab.world import render
@@ -210,11 +210,8 @@ def train_projectors(
     sampler.weights = checker.weights = taught()
     packer = BridgePacker(model, processor, plan["precision"])
     if steps and plan["precision"] == "bf16":
-        # The language model learns nothing: its weights are rounded once, not in each step. And torch's fused attention
-        # is slow in bf16 on CPUs when there are gradients.
-        model.language_model.to(torch.bfloat16).set_attn_implementation(
-            "eager" if model.device.type == "cpu" else "sdpa"
-        )
+        # the language model learns nothing: its weights are rounded once, not in each step
+        model.language_model.to(torch.bfloat16).set_attn_implementation(attention("bf16", model.device))
         compile_layers(model.language_model)
     learning: Sequence[Any] = (*projectors, optimizer, schedule)
     state: dict[str, Any] = {"done": 0, "curves": {}, "history": []}

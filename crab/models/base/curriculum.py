@@ -20,6 +20,7 @@ from crab.models.base.bank import Bank
 from crab.models.base.optimize import MuonAdamW, warm_up_then_decay
 from crab.models.base.packing import Packer, Row
 from crab.models.base.probes import SKILLS, STAGES, Probe
+from crab.models.batches import attention
 
 PROBES_PER_ROW = 8
 REPLAY = 0.3  # weight of a skill that has passed its gate
@@ -204,9 +205,8 @@ def train_language_model(
     checker = Sampler(held_out, processor, np.random.default_rng(seed + 1))
     packer = Packer(model, processor, plan["precision"])
     core, head = model.model.language_model, model.lm_head
-    attention = core.config._attn_implementation
-    if model.device.type == "cpu" and plan["precision"] == "bf16":
-        core.set_attn_implementation("eager")  # the backward of fused attention is slow in bfloat16
+    usual = core.config._attn_implementation
+    core.set_attn_implementation(attention(plan["precision"], model.device))
     rest = [*core.embed_tokens.parameters(), *core.norm.parameters(), *head.parameters()]
     steps, gate = until or plan["steps"], plan["gate"]
     optimizer = MuonAdamW(core.layers, rest, plan["learning_rate"], warm_up_then_decay(plan["steps"]))
@@ -252,7 +252,7 @@ def train_language_model(
             draws = [part.rng.bit_generator.state for part in (sampler, checker)]
             with atomic_file(unfinished) as path:
                 torch.save((state, [part.state_dict() for part in learning], draws), path)
-    core.set_attn_implementation(attention)
+    core.set_attn_implementation(usual)
     model.eval()
     return state["history"]
 
