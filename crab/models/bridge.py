@@ -23,9 +23,10 @@ from crab.models import encoders
 from crab.models import language as languages
 from crab.models.batches import adapts_encoders, bare, logits_at
 from crab.models.bridge_model import Bridge, BridgeConfig, BridgeProcessor
-from crab.models.protocol import LANGUAGE_TARGETS, Marks, Media, Tower
+from crab.models.protocol import LANGUAGE_TARGETS, Marks, Media
 
 TARGETS = {"language": LANGUAGE_TARGETS}
+HEARD = 4  # tokens of the audio encoder for each that a projector gives, about
 #: The placeholder of each token of media.
 PLACEHOLDER = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
 
@@ -233,33 +234,6 @@ def marks(tokenizer) -> Marks:
     """Media are placeholders from the first to the last. A turn ends with the end token."""
     placeholders = tuple(tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDER.values())
     return Marks(placeholders, placeholders, tokenizer.eos_token_id)
-
-
-def towers(model: Bridge) -> dict[str, Tower]:
-    """The sizes of the language model and of both encoders."""
-    text = model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = {
-        "language_model": (text.hidden_size, head * text.num_key_value_heads, text.intermediate_size, True, 1),
-        "visual": _encoder_sizes(model.config.vision_config),
-        "audio_tower": _encoder_sizes(model.config.audio_config),
-    }
-    out = {}
-    for name, size in sizes.items():
-        path, blocks = next(
-            (path, part) for path, part in model.get_submodule(name).named_modules()
-            if isinstance(part, nn.ModuleList) and path.endswith(("layers", "blocks"))
-        )  # fmt: skip
-        out[name] = Tower(f"{name}.{path}", len(blocks), *size)
-    return out
-
-
-def _encoder_sizes(config) -> tuple[int, int, int, bool, int]:
-    """Width, width of the keys, width inside the MLP, whether that has a gate, and about how many tokens become one."""
-    width = getattr(config, "d_model", None) or config.hidden_size
-    wide = getattr(config, "encoder_ffn_dim", None) or config.intermediate_size
-    merged = getattr(config, "spatial_merge_size", 2) ** 2
-    return width, width, wide, config.model_type == encoders.PAIRED, merged
 
 
 def media_tokens(config: BridgeConfig, side: int, kinds: Sequence[str], frames: int, seconds: float) -> tuple[int, int]:

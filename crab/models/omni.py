@@ -24,10 +24,11 @@ from transformers.utils import is_torchvision_available
 from crab.ilora.published import PUBLISHED_TARGETS
 from crab.models import small
 from crab.models.batches import INPUTS, adapts_encoders, bare, logits_at, media_mask
-from crab.models.protocol import CLIP, IGNORE, LANGUAGE_TARGETS, Marks, Media, Tower  # noqa: F401  IGNORE: for base/
+from crab.models.protocol import CLIP, IGNORE, LANGUAGE_TARGETS, Marks, Media  # noqa: F401  IGNORE: for base/
 from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, tokens_per_second
 
 TARGETS = {"language": LANGUAGE_TARGETS, "published": PUBLISHED_TARGETS}
+HEARD = 2  # frames of a spectrogram in the layers of the audio encoder, for each token that it gives
 PUBLISHED = "Qwen/Qwen2.5-Omni-7B"
 
 #: What stands for one item of a prompt before the processor expands it, by kind of media.
@@ -215,26 +216,6 @@ def marks(tokenizer) -> Marks:
         tuple(token(SPECIAL[f"{sense}_{edge}_token"]) for sense in ("vision", "audio")) for edge in ("bos", "eos")
     )
     return Marks(bos, eos, token(END))
-
-
-def towers(model) -> dict[str, Tower]:
-    """The sizes of the language model and of both encoders, which adapters may be in."""
-    config = model.config
-    text, seen, heard = config.get_text_config(), config.vision_config, config.audio_config
-    keys = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    return {
-        "language_model": Tower(
-            "model.language_model.layers", text.num_hidden_layers, text.hidden_size, keys, text.intermediate_size, True
-        ),
-        "visual": Tower(
-            "model.visual.blocks", seen.depth, seen.hidden_size, seen.hidden_size, seen.intermediate_size, True,
-            seen.spatial_merge_size**2,
-        ),
-        "audio_tower": Tower(
-            "model.audio_tower.layers", heard.encoder_layers, heard.d_model, heard.d_model, heard.encoder_ffn_dim,
-            False, 2,
-        ),
-    }  # fmt: skip
 
 
 def media_tokens(

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from crab import tasks
 from crab.core.files import read_json
 from crab.models import checkpoint
-from crab.models.protocol import AudioVisualModel, Tower, model_of
+from crab.models.protocol import AudioVisualModel, model_of
 from crab.study.train import adapted
 from crab.tasks.registry import MEDIA
 
@@ -30,6 +31,47 @@ SIDE = 224  # of the pictures that a published base sees, pixels
 CONTEXT = 1.5 * GIB  # per process: the CUDA context, communication buffers, and gaps between blocks of memory
 TOWERS = ("language_model", "visual", "audio_tower")
 _BLOCK = re.compile(rf"({'|'.join(TOWERS)})\.(?:model\.)?(?:layers|blocks)\.0\.(.+)\.i?lora_A\.")
+
+
+class Tower(NamedTuple):
+    """A stack of alike blocks. Widths are in numbers per token.
+
+    ``per_token`` is how many tokens the tower reads for each token of a prompt that comes from it. ``weights`` are the
+    parameters of all blocks.
+    """
+
+    layers: int
+    width: int
+    keys: int  # of the keys, and of the values
+    wide: int  # inside the MLP
+    gated: bool  # whether the MLP has a gate
+    per_token: int
+    weights: int
+
+
+def towers_of(model, heard: int) -> dict[str, Tower]:
+    """The towers of a model, by name. ``heard`` is ``HEARD`` of its module."""
+    text, sight, sound = model.config.get_text_config(), model.config.vision_config, model.config.audio_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    merged = getattr(sight, "spatial_merge_size", 2) ** 2
+    sizes = {
+        "language_model": (text.hidden_size, head * text.num_key_value_heads, text.intermediate_size, 1),
+        "visual": (sight.hidden_size, sight.hidden_size, sight.intermediate_size, merged),
+        "audio_tower": (sound.d_model, sound.d_model, sound.encoder_ffn_dim, heard),
+    }
+    towers = {}
+    for name, (width, keys, wide, per_token) in sizes.items():
+        blocks = next(
+            part for path, part in model.named_modules()
+            if isinstance(part, nn.ModuleList) and name in path.split(".") and path.endswith(("layers", "blocks"))
+        )  # fmt: skip
+        gated = any(path.endswith("gate_proj") for path, _ in blocks[0].named_modules())
+        towers[name] = Tower(len(blocks), width, keys, wide, gated, per_token, _count(blocks))
+    return towers
+
+
+def _count(part: nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters())
 
 
 class Adapter(NamedTuple):
@@ -58,9 +100,7 @@ class Base:
         """Parameters of the whole model, and its towers."""
         with torch.device("meta"):
             model = self._module.build(self.config)
-        count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
-        towers = self._module.towers(model).items()
-        return count(model), {name: t._replace(weights=count(model.get_submodule(t.path))) for name, t in towers}
+        return _count(model), towers_of(model, self._module.HEARD)
 
     @property
     def parameters(self) -> int:
