@@ -54,13 +54,9 @@ def load_adapter(model, folder: str | Path) -> PeftModel:
 
 @torch.no_grad()
 def answer(
-    model,
-    tokenizer,
-    samples: Sequence[Sample],
-    batch_size: int,
-    max_new_tokens: int,
+    model, tokenizer, samples: Sequence[Sample], batch_size: int, max_new_tokens: int,
     tokens: Sequence[int] | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Greedy answers in the order of ``samples``. Batches hold samples of similar length, to keep padding short.
 
     Args:

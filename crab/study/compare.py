@@ -133,14 +133,9 @@ def _compare_slot(
 
 
 def compare(
-    samples: pd.DataFrame,
-    chance: pd.Series,
-    baseline: str,
-    joint: str,
-    margin: float = 0.02,
-    resamples: int = 2000,
+    samples: pd.DataFrame, chance: pd.Series, baseline: str, joint: str, margin: float = 0.02, resamples: int = 2000,
     floor: str | None = None,
-) -> tuple[pd.DataFrame, dict]:
+) -> tuple[pd.DataFrame, dict]:  # fmt: skip
     """Compare one joint row with a baseline on every slot the baseline was scored on.
 
     Args:
@@ -218,13 +213,9 @@ def correct(summary: Mapping[str, dict]) -> None:
 
 
 def judge(
-    samples: pd.DataFrame,
-    chance: Mapping[str, float],
-    pairs: Mapping[str, str],
-    floor: str,
-    margin: float,
+    samples: pd.DataFrame, chance: Mapping[str, float], pairs: Mapping[str, str], floor: str, margin: float,
     resamples: int,
-) -> tuple[pd.DataFrame, dict[str, dict]]:
+) -> tuple[pd.DataFrame, dict[str, dict]]:  # fmt: skip
     """Compare families with others, slot by slot, on the seeds that both and the floor have.
 
     Args:

@@ -94,17 +94,9 @@ def groups_of(slots: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def _cells(
-    family: str,
-    method: str,
-    options: Mapping[str, Any],
-    each: Map,
-    point: Mapping[str, Any],
-    words: tuple[str, ...],
-    rate: float,
-    seeds: Sequence[int] | None,
-    held_out: int,
-    passes: int | None,
-) -> list[Cell]:
+    family: str, method: str, options: Mapping[str, Any], each: Map, point: Mapping[str, Any], words: tuple[str, ...],
+    rate: float, seeds: Sequence[int] | None, held_out: int, passes: int | None,
+) -> list[Cell]:  # fmt: skip
     """Cells of one kind of adapter at a point. `OWN` has one adapter per slot and convention."""
     own = family.startswith(f"{each.name}: {OWN} ")
     groups = groups_of(each.slots, 1 if own else point["tasks"])

@@ -84,20 +84,10 @@ def warn_of_emulation(precision: str) -> None:
 
 
 def train(
-    pairs: Sequence[tuple[Sample, str]],
-    method: str,
-    options: Mapping[str, Any],
-    base: str | Path,
-    folder: str | Path,
-    *,
-    learning_rate: float,
-    passes: int,
-    batch_size: int,
-    seed: int,
-    precision: str = "fp32",
-    lengths: Sequence[int] | None = None,
-    hardware: Hardware | None = None,
-) -> Path:
+    pairs: Sequence[tuple[Sample, str]], method: str, options: Mapping[str, Any], base: str | Path, folder: str | Path,
+    *, learning_rate: float, passes: int, batch_size: int, seed: int, precision: str = "fp32",
+    lengths: Sequence[int] | None = None, hardware: Hardware | None = None,
+) -> Path:  # fmt: skip
     """Train one adapter, or finish it, and return its folder, ``<folder>/adapter``.
 
     Every process that Accelerate started calls this with the same arguments. ValueError on an unknown option or
@@ -136,27 +126,14 @@ def train(
     if "router_rate" in options:
         groups = parameter_groups(peft_model, float(learning_rate), float(learning_rate) * options["router_rate"])
         optimizer = torch.optim.AdamW(groups, lr=float(learning_rate), weight_decay=0.0)
+    arguments = _arguments(
+        folder, learning_rate, passes, micro_batch, accumulate, seed, steps, precision, hardware,
+        adapts_encoders(options),
+    )  # fmt: skip
     trainer = AnswerTrainer(
-        model,
-        processor.tokenizer,
-        lengths,
-        model=peft_model,
-        args=_arguments(
-            folder,
-            learning_rate,
-            passes,
-            micro_batch,
-            accumulate,
-            seed,
-            steps,
-            precision,
-            hardware,
-            adapts_encoders(options),
-        ),
-        train_dataset=pairs,
-        optimizers=(optimizer, None),
-        callbacks=[Checkpoints(hardware.save_minutes, note)],
-    )
+        model, processor.tokenizer, lengths, model=peft_model, args=arguments, train_dataset=pairs,
+        optimizers=(optimizer, None), callbacks=[Checkpoints(hardware.save_minutes, note)],
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     start = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     began = time.perf_counter()

@@ -188,14 +188,9 @@ class Outcome:
 
 
 def run_variants(
-    variants: Sequence[Variant],
-    baseline: str,
-    slots: Sequence[str],
-    grid: Grid,
-    store: Store,
-    margin: float,
+    variants: Sequence[Variant], baseline: str, slots: Sequence[str], grid: Grid, store: Store, margin: float,
     resamples: int,
-) -> Outcome:
+) -> Outcome:  # fmt: skip
     """Train and score all variants and rivals, each at its own learning rate, and compare them.
 
     ValueError, before anything is trained, on variants that cannot be.

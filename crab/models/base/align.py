@@ -32,6 +32,7 @@ from crab.world.scene import SECONDS, sample_scene
 
 PARTS = ("visual", "audio_tower")
 UNTAUGHT = ("copy", "read")  # the language model reads and copies already
+TAUGHT = {skill: 1.0 for skill in probes.SKILLS if skill not in UNTAUGHT}
 WARM_UP = 0.03  # share of the steps
 BATCH = 16  # scenes that go through the encoders together
 
@@ -122,14 +123,9 @@ class BridgePacker(Packer):
 
 
 def make_bridge(
-    folder: str | Path | None,
-    section: Mapping[str, Any],
-    models: str | Path,
-    *,
-    code: Callable[[str], str],
-    phases: str | Path | None = None,
-    workers: int = 1,
-) -> tuple[Any, Any, dict]:
+    folder: str | Path | None, section: Mapping[str, Any], models: str | Path, *, code: Callable[[str], str],
+    phases: str | Path | None = None, workers: int = 1,
+) -> tuple[Any, Any, dict]:  # fmt: skip
     """The bridge of ``folder``: already there, or with projectors that are trained on generated scenes.
 
     Args:
@@ -163,7 +159,7 @@ def make_bridge(
     for name in PARTS:
         round_weights(model.get_submodule(name))
     checker = BridgeSampler(held_out, processor, np.random.default_rng(seed + 2))
-    checker.weights = taught()
+    checker.weights = TAUGHT
     packer = BridgePacker(model, processor, plan["precision"])
     report = {
         "key": key,
@@ -175,11 +171,6 @@ def make_bridge(
         "seconds": {"alignment": round(time.perf_counter() - began, 1)},
     }
     return model.eval(), processor, report
-
-
-def taught() -> dict[str, float]:
-    """The weight of each skill that a bridge learns."""
-    return {skill: 1.0 for skill in probes.SKILLS if skill not in UNTAUGHT}
 
 
 def train_projectors(
@@ -207,7 +198,7 @@ def train_projectors(
     sampler, checker = (
         BridgeSampler(bank, processor, np.random.default_rng(seed + n)) for n, bank in enumerate((train, held_out))
     )
-    sampler.weights = checker.weights = taught()
+    sampler.weights = checker.weights = TAUGHT
     packer = BridgePacker(model, processor, plan["precision"])
     if steps and plan["precision"] == "bf16":
         # the language model learns nothing: its weights are rounded once, not in each step

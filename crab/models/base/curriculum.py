@@ -177,16 +177,9 @@ def probe_accuracy(packer: Packer, sampler: Sampler, contexts: int, batch: int =
 
 
 def train_language_model(
-    model,
-    processor,
-    train: Bank,
-    held_out: Bank,
-    plan: Mapping[str, Any],
-    seed: int,
-    unfinished: Path | None = None,
-    keep: Callable[[int, list[dict]], None] | None = None,
-    until: int | None = None,
-) -> list[dict]:
+    model, processor, train: Bank, held_out: Bank, plan: Mapping[str, Any], seed: int, unfinished: Path | None = None,
+    keep: Callable[[int, list[dict]], None] | None = None, until: int | None = None,
+) -> list[dict]:  # fmt: skip
     """Run the staged curriculum; returns one record per check: step, stage, loss, and the accuracy of each skill.
 
     Args:

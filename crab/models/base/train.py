@@ -25,15 +25,9 @@ STORED_AS = torch.float16
 
 
 def make_base(
-    folder: str | Path | None,
-    vocabulary: Mapping[str, list[str]],
-    section: Mapping[str, Any],
-    checkpoint: str | None = None,
-    *,
-    code: Callable[[str], str],
-    phases: str | Path | None = None,
-    workers: int = 1,
-) -> tuple[Any, Any, dict]:
+    folder: str | Path | None, vocabulary: Mapping[str, list[str]], section: Mapping[str, Any],
+    checkpoint: str | None = None, *, code: Callable[[str], str], phases: str | Path | None = None, workers: int = 1,
+) -> tuple[Any, Any, dict]:  # fmt: skip
     """The base of ``folder``: published, already there, or trained on its own scenes.
 
     Args:

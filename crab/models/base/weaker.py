@@ -28,14 +28,9 @@ OWN = "language.safetensors"
 
 
 def make_weaker(
-    base: str | Path,
-    steps: Sequence[int],
-    section: Mapping[str, Any],
-    *,
-    code: Callable[[str], str],
-    phases: str | Path,
-    workers: int = 1,
-) -> dict[int, dict]:
+    base: str | Path, steps: Sequence[int], section: Mapping[str, Any], *, code: Callable[[str], str],
+    phases: str | Path, workers: int = 1,
+) -> dict[int, dict]:  # fmt: skip
     """Bases whose language model has learned for fewer steps, each in its `weaker_folder`.
 
     The language model starts again from the weights that the finished base started from, on the same scenes in the same
