@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoTokenizer, BatchFeature
 
 from crab.models import encoders
@@ -223,11 +222,6 @@ def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"][0], use_cache=False,
     ).last_hidden_state  # fmt: skip
-
-
-def language(model) -> nn.Module:
-    """The language model."""
-    return bare(model).language_model
 
 
 def marks(tokenizer) -> Marks:

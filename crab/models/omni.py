@@ -204,11 +204,6 @@ def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return bare(model).model(**{name: batch[name] for name in INPUTS}, use_cache=False).last_hidden_state
 
 
-def language(model) -> torch.nn.Module:
-    """The language model. Encoders, if they are adapted, see other tokens."""
-    return bare(model).model.language_model
-
-
 def marks(tokenizer) -> Marks:
     """What opens and closes media and ends a turn in a prompt."""
     token = tokenizer.convert_tokens_to_ids

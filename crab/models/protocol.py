@@ -104,9 +104,6 @@ class AudioVisualModel(Protocol):
     def generate(self, model, tokenizer, batch: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
         """Greedy answers to a left-padded batch with ``inputs_embeds``."""
 
-    def language(self, model) -> torch.nn.Module:
-        """The language model, whose layers see the whole prompt."""
-
     def marks(self, tokenizer) -> Marks:
         """What opens and closes media and ends a turn in a prompt."""
 

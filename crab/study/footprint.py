@@ -96,24 +96,22 @@ class Base:
         return model_of(self.config)
 
     @cached_property
-    def _counted(self) -> tuple[int, dict[str, Tower]]:
-        """Parameters of the whole model, and its towers."""
+    def _model(self) -> nn.Module:
         with torch.device("meta"):
-            model = self._module.build(self.config)
-        return _count(model), towers_of(model, self._module.HEARD)
+            return self._module.build(self.config)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        return self._counted[0]
+        return _count(self._model)
 
     @property
     def width(self) -> int:
         """Of its features."""
         return self.config.get_text_config().hidden_size
 
-    @property
+    @cached_property
     def towers(self) -> dict[str, Tower]:
-        return self._counted[1]
+        return towers_of(self._model, self._module.HEARD)
 
     def adapter(self, method: str, options: Mapping[str, Any]) -> Adapter:
         """What `crab.study.train.adapted` adds to this base. ValueError on an option that the method does not have."""

@@ -25,7 +25,7 @@ from crab.study.ledger import sample_scores
 from crab.study.prompts import check_conventions
 from crab.study.rates import Grid, choose_rates
 from crab.study.store import Store
-from crab.study.variants import adapter_parameters, family_costs, plain_rank, train_families
+from crab.study.variants import family_costs, plain, plain_rank, train_families
 
 AXES = ("rank", "tasks", "passes", "samples", "conventions")
 OWN, JOINT, RIVAL = "single-task LoRA", "joint LoRA", "joint LoRA of its size"
@@ -116,19 +116,17 @@ def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: f
     slots that single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of
     both, and ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
     """
-    size = partial(adapter_parameters, store.base)
     families, places = {}, []
     for point in each.points:
         label = ", ".join(f"{axis} {point[axis]}" for axis in AXES)
         used = tuple(words[: point["conventions"]]) if point["conventions"] > 1 else ()
-        plain = {"r": point["rank"], "lora_alpha": 2 * point["rank"]}
-        methods = {OWN: ("lora", plain), JOINT: ("lora", plain)}
+        methods = {OWN: ("lora", plain(point["rank"])), JOINT: ("lora", plain(point["rank"]))}
         pairs = [(JOINT, OWN, OWN)]  # one, other, and what the other is called in the table
         for name, options in each.routed.items():
-            methods[name] = ("ilora", {**plain, **options})
-            rank = plain_rank(size, *methods[name])
+            methods[name] = ("ilora", {**plain(point["rank"]), **options})
+            rank = plain_rank(store.base, *methods[name])
             rival = f"{JOINT} of rank {rank}"
-            methods[rival] = ("lora", {"r": rank, "lora_alpha": 2 * rank})
+            methods[rival] = ("lora", plain(rank))
             pairs += [(name, OWN, OWN), (name, rival, RIVAL)]
         names = {name: f"{each.name}: {name} ({label})" for name in methods}
         for name, family in names.items():

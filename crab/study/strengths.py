@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from crab.study.compare import judge
 from crab.study.ledger import cost_table, sample_scores
 from crab.study.rates import COLUMNS, Grid, Rates, choose_rates
 from crab.study.store import Store
-from crab.study.variants import adapter_parameters, plain_rank
+from crab.study.variants import plain, plain_rank
 
 SINGLE, JOINT, SIZED, ROUTED = "single-task LoRA", "joint LoRA", "joint LoRA, I-LoRA's size", "I-LoRA"
 LONG = "single-task LoRA, joint LoRA's steps"
@@ -81,13 +80,11 @@ class Design:
 
     def families(self, point: Point, base: Any) -> list[Family]:
         """All families at a point. ``base`` is the folder of a base, which gives the sizes of adapters."""
-        plain = {"r": point.rank, "lora_alpha": 2 * point.rank}
-        routed = {**plain, "num_heads": self.num_heads}
-        rank = plain_rank(partial(adapter_parameters, base), "ilora", routed)
+        own, routed = plain(point.rank), {**plain(point.rank), "num_heads": self.num_heads}
         methods = {
-            SINGLE: ("single", "lora", plain),
-            JOINT: ("joint", "lora", plain),
-            SIZED: ("joint", "lora", {"r": rank, "lora_alpha": 2 * rank}),
+            SINGLE: ("single", "lora", own),
+            JOINT: ("joint", "lora", own),
+            SIZED: ("joint", "lora", plain(plain_rank(base, "ilora", routed))),
             ROUTED: ("joint", "ilora", routed),
         }
         rows = [
@@ -116,14 +113,7 @@ def place(point: Point) -> str:
     return f"base {base_name(point.steps)}, rank {point.rank}"
 
 
-def tune(design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int) -> Rates:
-    """By the method's `at_rank`, the learning rate of each method at a rank, chosen alike for all with bare answers on
-    one base, that of ``at`` steps (None: the finished one).
-    """
-    return choose_rates(_tuned(design, rank, at, store), grid, store, resamples, f"rates at rank {rank}")
-
-
-def tune_long(
+def _tune_long(
     design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int, rates: Rates
 ) -> Rates:
     """The rate of `LONG`: half of `SINGLE`'s in ``rates``, or that rate, since longer trainings like lower ones."""
@@ -134,6 +124,7 @@ def tune_long(
 
 
 def _tuned(design: Design, rank: int, at: int | None, store: Store) -> dict[str, Callable[..., list[Cell]]]:
+    """The families of a rank whose rates are chosen, alike for all: with bare answers, on the one base."""
     bare = replace(design, forms=["bare"], as_many_steps=[])
     return {at_rank(family.method, rank): family.cells for family in bare.families(Point(at, rank), store.base)}
 
@@ -157,14 +148,15 @@ def train_points(
     ``cells``, a list of keyed cells, empty where it was not begun. And the rates that were chosen.
     """
     began, rows, rates = time.monotonic(), [], Rates({}, pd.DataFrame(columns=COLUMNS))
-    how = at, grid, store, resamples
     for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
         late = minutes is not None and time.monotonic() - began >= 60 * minutes
         first = at_rank(SINGLE, point.rank) not in rates.chosen
         if first and not (late and _untuned(design, point.rank, at, grid, store)):
-            rates = rates.joined(tune(design, point.rank, *how))
+            families_at = _tuned(design, point.rank, at, store)
+            label = f"rates at rank {point.rank}"
+            rates = rates.joined(choose_rates(families_at, grid, store, resamples, label))
         if families[0].method == LONG and at_rank(LONG, point.rank) not in rates.chosen and not late:
-            rates = rates.joined(tune_long(design, point.rank, *how, rates))
+            rates = rates.joined(_tune_long(design, point.rank, at, grid, store, resamples, rates))
         keyed = [[] for _ in families]
         if all(at_rank(family.method, point.rank) in rates.chosen for family in families):
             chosen = [rates.chosen[at_rank(family.method, point.rank)] for family in families]

@@ -26,7 +26,6 @@ from crab.tasks import BENCHMARKS
 
 #: Fields of a variant that are no options of its adapter.
 _FIELDS = ("method", "passes", "seeds", "setting", "form", "order")
-Size = Callable[[str, Mapping[str, Any]], int]
 
 
 @dataclass(frozen=True)
@@ -105,20 +104,25 @@ def adapter_parameters(base: str | Path, method: str, options: Mapping[str, Any]
     return read_base(base).adapter(method, options).parameters
 
 
-def plain_rank(size: Size, method: str, options: Mapping[str, Any]) -> int:
+def plain(rank: int) -> dict[str, int]:
+    """Options of plain LoRA of a rank."""
+    return {"r": rank, "lora_alpha": 2 * rank}
+
+
+def plain_rank(base: str | Path, method: str, options: Mapping[str, Any]) -> int:
     """Rank of the smallest plain LoRA with at least as many parameters: in doubt, the rival is the larger one."""
-    return -(-size(method, options) // size("lora", {"r": 1, "lora_alpha": 2}))
+    return -(-adapter_parameters(base, method, options) // adapter_parameters(base, "lora", plain(1)))
 
 
-def with_rivals(variants: Sequence[Variant], size: Size) -> tuple[list[Variant], dict[str, str]]:
+def with_rivals(variants: Sequence[Variant], base: str | Path) -> tuple[list[Variant], dict[str, str]]:
     """The variants, each followed by its rival unless that is among them; and the rival of each by name.
 
-    Plain joint LoRA has none: the others are compared with it. ``size`` gives the parameters of an adapter.
+    Plain joint LoRA has none: the others are compared with it.
     """
-    plain = {
+    known = {
         (row.options["r"], row.form, row.passes): row
         for row in variants
-        if row.kind == "plain" and dict(row.options) == {"r": row.options["r"], "lora_alpha": 2 * row.options["r"]}
+        if row.kind == "plain" and dict(row.options) == plain(row.options["r"])
     }
     several = len({row.passes for row in variants}) > 1
     rows: dict[str, Variant] = {}
@@ -127,16 +131,15 @@ def with_rivals(variants: Sequence[Variant], size: Size) -> tuple[list[Variant],
         rows.setdefault(row.name, row)
         if row.kind == "plain":
             continue
-        rank = plain_rank(size, row.method, row.options)
+        rank = plain_rank(base, row.method, row.options)
         key = (rank, row.form, row.passes)
-        if key not in plain:
+        if key not in known:
             more = [row.form] * (row.form != "bare") + [f"passes={row.passes}"] * several
             name = " ".join([f"plain LoRA r={rank}", *more])
-            options = {"r": rank, "lora_alpha": 2 * rank}
-            plain[key] = Variant(name, "lora", options, row.passes, row.seeds, form=row.form)
-        rival = plain[key]
+            known[key] = Variant(name, "lora", plain(rank), row.passes, row.seeds, form=row.form)
+        rival = known[key]
         if rival.name not in rows or rows[rival.name].seeds < row.seeds:
-            plain[key] = rival = replace(rival, seeds=max(rival.seeds, row.seeds))
+            known[key] = rival = replace(rival, seeds=max(rival.seeds, row.seeds))
             rows[rival.name] = rival
         rivals[row.name] = rival.name
     return list(rows.values()), rivals
@@ -203,7 +206,7 @@ def run_variants(
         raise ValueError(
             f"experiments.baseline: {baseline!r} is no variant; use one of {', '.join(row.name for row in variants)}"
         )
-    rows, rivals = with_rivals(variants, partial(adapter_parameters, store.base))
+    rows, rivals = with_rivals(variants, store.base)
     families = {row.name: partial(row.cells, slots) for row in rows}
     rates = choose_rates(families, grid, store, resamples, "rates of variants")
     groups = train_families(store, families, rates, "variants")
