@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from encoded_samples import store_samples
+from sizes import SMALL
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,12 +29,8 @@ LAYERS, HEADS, WORDS, ANSWER = 2, 4, 1000, 20
 
 def thinker(hidden):
     """A small thinker with random weights, without encoders to speak of."""
-    size = {
-        "hidden_size": hidden, "intermediate_size": 5 * hidden // 2, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "num_key_value_heads": 2, "rope_theta": 10000.0, "encoder_size": 32,
-        "vision_layers": 1, "audio_layers": 1, "patch_size": 28, "merge_size": 2, "image_size": 224, "mel_bins": 16,
-        "hop_length": 400, "n_fft": 400,
-    }  # fmt: skip
+    size = SMALL | {"hidden_size": hidden, "intermediate_size": 5 * hidden // 2, "num_hidden_layers": LAYERS}
+    size |= {"num_attention_heads": HEADS, "num_key_value_heads": 2}
     processor = small.build_processor([f"w{i}" for i in range(WORDS)], [], size)
     model = small.build_model(processor, size, seed=0).requires_grad_(False)
     model.set_attn_implementation("sdpa")
