@@ -17,7 +17,6 @@ PADDING = -1
 Sample = Mapping[str, torch.Tensor]
 
 INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
-_UNEMBEDDED = ("input_ids", "attention_mask", "position_ids")
 
 
 def media_mask(config, ids: torch.Tensor) -> torch.Tensor:
@@ -195,7 +194,7 @@ def answer_loss(
     """
     inner = unwrapped or model
     shown = features_shown(inner, batch) if "features" in batch else nullcontext()
-    names = _UNEMBEDDED if "features" in batch else INPUTS
+    names = ("input_ids" if "features" in batch else "inputs_embeds", "attention_mask", "position_ids")
     target = batch["labels"].roll(-1, 1)  # a position predicts the next token; no prompt begins with a label
     chosen = target != IGNORE
     with instruction_shown(model, batch), shown, logits_at(inner, chosen):

@@ -25,7 +25,7 @@ from crab.models.bridge_model import Bridge, BridgeConfig, BridgeProcessor
 from crab.models.protocol import LANGUAGE_TARGETS, Marks, Media
 
 TARGETS = {"language": LANGUAGE_TARGETS}
-HEARD = 4  # tokens of the audio encoder for each that a projector gives, about
+SOUND_PER_TOKEN = 4  # tokens of the audio encoder for each that a projector gives, about
 #: The placeholder of each token of media.
 PLACEHOLDER = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
 

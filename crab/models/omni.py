@@ -28,7 +28,7 @@ from crab.models.protocol import CLIP, IGNORE, LANGUAGE_TARGETS, Marks, Media  #
 from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, tokens_per_second
 
 TARGETS = {"language": LANGUAGE_TARGETS, "published": PUBLISHED_TARGETS}
-HEARD = 2  # frames of a spectrogram in the layers of the audio encoder, for each token that it gives
+SOUND_PER_TOKEN = 2  # frames of a spectrogram in the layers of the audio encoder, for each token that it gives
 PUBLISHED = "Qwen/Qwen2.5-Omni-7B"
 
 #: What stands for one item of a prompt before the processor expands it, by kind of media.

@@ -64,7 +64,7 @@ class AudioVisualModel(Protocol):
     #: ``language`` is the language model alone; ``published``, if there is one, what a published run adapted.
     TARGETS: Mapping[str, str]
     #: Tokens in the layers of the audio encoder for each placeholder of a sound, about.
-    HEARD: int
+    SOUND_PER_TOKEN: int
 
     def read_config(self, path: str) -> tuple[Any, str]:
         """The configuration of a base, and a note if it is assumed. OSError if it cannot be read."""

@@ -27,6 +27,7 @@ PAD, UNKNOWN, START, END = "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im
 ROLES = ("user", "assistant")
 SAMPLE_RATE = 16_000  # of every sound, Hz
 CLIP_SECONDS = 10  # of sound that a small model hears
+_OF_TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 CHUNK_SECONDS = 2  # of video and of sound that stand side by side in a prompt
 
 
@@ -154,12 +155,8 @@ def build_model(
     mel_frames = CLIP_SECONDS * SAMPLE_RATE // size["hop_length"]
     config = transformers.Qwen2_5OmniThinkerConfig(
         text_config=dict(
+            **{name: size[name] for name in _OF_TEXT},
             vocab_size=len(processor.tokenizer),
-            hidden_size=hidden,
-            intermediate_size=size["intermediate_size"],
-            num_hidden_layers=size["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=size["num_key_value_heads"],
             max_position_embeddings=2048,
             rope_parameters={
                 "rope_type": "default",

@@ -59,8 +59,7 @@ def answer(
 ) -> list[str]:  # fmt: skip
     """Greedy answers in the order of ``samples``. Batches hold samples of similar length, to keep padding short.
 
-    Args:
-        tokens: length of each prompt, if it is known without reading the sample.
+    ``tokens`` is the length of each prompt, if it is known without reading the sample.
     """
     if tokens is None:
         tokens = [sample.get("prompt", sample)["input_ids"].shape[-1] for sample in samples]

@@ -118,12 +118,7 @@ class Cell:
         options = dict(sorted(self.options.items()))
         if options.get("weights"):
             options["weights"] = Path(options["weights"]).name  # no path of this machine in a result
-        return {
-            **values,
-            "options": options,
-            "slots": list(self.slots),
-            "words": list(self.words),
-        }
+        return {**values, "options": options, "slots": list(self.slots), "words": list(self.words)}
 
 
 def cells_of(

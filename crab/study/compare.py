@@ -145,10 +145,9 @@ def compare(
         margin: differences up to this size, in score, are ties.
         floor: family that tells whether a slot can be learned; the baseline unless given.
 
-    Returns:
-        The table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not lie
-        above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
-        that every joint run is judged on the same slots.
+    Returns the table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not
+    lie above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
+    that every joint run is judged on the same slots.
     """
     rows, differences, changes = [], [], []
     for slot in dict.fromkeys(samples[samples["family"] == baseline]["slot"]):
@@ -167,14 +166,12 @@ def compare(
 def summarise(table: pd.DataFrame, differences: np.ndarray, changes: np.ndarray, margin: float) -> dict:
     """Rates and means over the slots above chance.
 
-    Args:
-        differences, changes: resampled differences and relative changes, [slots, resamples].
+    ``differences`` and ``changes`` are resampled differences and relative changes, [slots, resamples].
 
-    Returns:
-        Counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
-        ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative
-        change with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot
-        whose baseline is 0 has no relative change, and is left out of that mean.
+    Returns counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
+    ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative change
+    with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot whose baseline
+    is 0 has no relative change, and is left out of that mean.
     """
     counted = ~table["at_chance"].to_numpy(bool)
     kept = table[counted]
@@ -222,8 +219,7 @@ def judge(
         samples: columns family, seed, slot, id, score. pairs: by family, the one it is compared with.
         floor: family that tells which slots can be learned. Slots that it leaves at chance do not count.
 
-    Returns:
-        The tables of `compare` below each other, and the summaries by family, with Holm's correction.
+    Returns the tables of `compare` below each other, and the summaries by family, with Holm's correction.
     """
     tables, summaries = [], {}
     for family, other in pairs.items():

@@ -50,7 +50,7 @@ class Tower(NamedTuple):
 
 
 def towers_of(model, heard: int) -> dict[str, Tower]:
-    """The towers of a model, by name. ``heard`` is ``HEARD`` of its module."""
+    """The towers of a model, by name. ``heard`` is ``SOUND_PER_TOKEN`` of its module."""
     text, sight, sound = model.config.get_text_config(), model.config.vision_config, model.config.audio_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     merged = getattr(sight, "spatial_merge_size", 2) ** 2
@@ -111,7 +111,7 @@ class Base:
 
     @cached_property
     def towers(self) -> dict[str, Tower]:
-        return towers_of(self._model, self._module.HEARD)
+        return towers_of(self._model, self._module.SOUND_PER_TOKEN)
 
     def adapter(self, method: str, options: Mapping[str, Any]) -> Adapter:
         """What `crab.study.train.adapted` adds to this base. ValueError on an option that the method does not have."""

@@ -25,7 +25,6 @@ from accelerate import PartialState
 
 from crab.core.files import atomic_file
 from crab.core.watch import when_ended
-from crab.samples.shards import Shards
 from crab.study.hardware import MIXED
 from crab.study.loop import last_checkpoint
 
@@ -42,7 +41,7 @@ def check(store: Store, cell: Cell, processes: int) -> None:
     hardware = store.hardware
     last_checkpoint(store.folder(cell), hardware.note(store.batch_size, processes))
     if processes > 1:
-        cached = all(Shards(Path(store.encoded) / slot / "train").cached for slot in cell.slots)
+        cached = all(map(store.cached, cell.slots))
         hardware.check(store.batch_size, store.precision, cached, torch.cuda.device_count())
 
 

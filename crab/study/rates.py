@@ -58,13 +58,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Rates:
-    """The chosen rates.
+    """The chosen learning rate of each family, and the ``points``: one row per family and rate tried (`COLUMNS`).
 
-    Attributes:
-        chosen: learning rate by family.
-        points: one row per family and rate tried (`COLUMNS`): the mean over slots of the primary metric on held-out
-            samples with its 95 % interval, and how far it is behind the chosen rate on the same samples. Empty if
-            nothing was swept.
+    A point has the mean over slots of the primary metric on held-out samples with its 95 % interval, and how far it is
+    behind the chosen rate on the same samples. There are none if nothing was swept.
     """
 
     chosen: dict[str, float]

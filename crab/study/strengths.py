@@ -41,10 +41,8 @@ class Point(NamedTuple):
 class Family(NamedTuple):
     """Cells that differ in slots and seed only: a method, with a form of answer, at a point.
 
-    Attributes:
-        form: of its answers.
-        name: for readers: the method, and whether it reasons.
-        cells: makes them, from a learning rate, seeds, held-out samples and passes (None: those of the design).
+    ``name`` is for readers: the method, and whether it reasons. ``cells`` makes them, from a learning rate, seeds,
+    held-out samples and passes (None: those of the design).
     """
 
     method: str

@@ -42,7 +42,7 @@ def test_a_model_module_has_all_names_of_the_protocol(entry):
             inspect.signature(getattr(part, name)).parameters for part in (protocol.AudioVisualModel, module)
         )
         assert list(own)[: len(wanted) - 1] == list(wanted)[1:], name
-    assert "language" in module.TARGETS and module.HEARD
+    assert "language" in module.TARGETS and module.SOUND_PER_TOKEN
 
 
 @pytest.mark.parametrize("names", [TRAINING, ANSWERING, SCORING, ENCODING])
