@@ -7,22 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from encoded_samples import store_samples
+from sizes import SMALL
 
 from crab import tasks
 from crab.core.files import write_json
 from crab.data import probe
 from crab.models import omni, small
+from crab.models.checkpoint import load_base
 from crab.samples.reading import MANIFEST
 from crab.study.cells import Cell
 from crab.study.hardware import Hardware
 from crab.study.store import Store
 from crab.world import generate
 
-SIZE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "rope_theta": 10000.0, "encoder_size": 32, "vision_layers": 1, "audio_layers": 1,
-    "patch_size": 28, "merge_size": 2, "image_size": 224, "mel_bins": 16, "hop_length": 400, "n_fft": 400,
-}  # fmt: skip
 COLOURS = ("red", "green", "blue", "yellow")
 SLOTS = ("ks", "cremad")
 COUNTS = {"train": 16, "test": 8}
@@ -39,8 +36,8 @@ def base(tmp_path_factory):
     """Folder of a saved base."""
     folder = tmp_path_factory.mktemp("base")
     words = [*COLOURS, "which", "action", "emotion", "i", "see", "?", "."]
-    processor = small.build_processor(words, ["<answer>", "</answer>"], SIZE)
-    model = small.build_model(processor, SIZE, seed=0)
+    processor = small.build_processor(words, ["<answer>", "</answer>"], SMALL)
+    model = small.build_model(processor, SMALL, seed=0)
     model.lm_head.weight.data *= 30  # a frozen head of small random weights may prefer no word to another
     omni.save(folder, model, processor)
     return folder
@@ -54,7 +51,7 @@ def make_samples(processor, count, seed):
     for i in range(count):
         k = i % len(COLOURS)
         ids = [token("<|VIDEO|>")] * 2 + [token("<|AUDIO|>")] + [token("which")] * (1 + i % 3) + [token("?")]
-        features = 0.1 * torch.randn(3, SIZE["hidden_size"], generator=draw)
+        features = 0.1 * torch.randn(3, SMALL["hidden_size"], generator=draw)
         features[:, k] += 2
         positions = torch.arange(len(ids)).expand(3, -1)
         samples.append({"input_ids": torch.tensor(ids), "position_ids": positions, "features": features})
@@ -66,7 +63,7 @@ def make_samples(processor, count, seed):
 def encoded(tmp_path_factory, base):
     """Folder of encoded samples of two slots: 16 to train on and 8 to test on."""
     root = tmp_path_factory.mktemp("encoded")
-    _, processor = omni.load(base)
+    _, processor = load_base(base)
     for number, slot in enumerate(SLOTS):
         for split, count in COUNTS.items():
             samples, answers = make_samples(processor, count, number)

@@ -12,7 +12,6 @@ import torch
 from crab.ilora import record_routing_means, routing_information
 from crab.models.batches import PADDING, SEGMENTS, batch, last_hidden, segments
 from crab.models.checkpoint import load_base
-from crab.models.protocol import model_of
 from crab.samples.reading import read_slot, spread
 from crab.study.answer import answer, load_adapter
 from crab.tasks import get_slot
@@ -42,7 +41,7 @@ def record_slot(model, tokenizer, samples: Sequence, batch_size: int, max_new_to
 
 def _language(model) -> torch.nn.Module:
     """Where routing is recorded: encoders, if they are adapted, see other tokens."""
-    return model_of(model).language(model)
+    return next(part for name, part in model.named_modules() if name.endswith("language_model"))
 
 
 def _answered(model, tokenizer, samples: Sequence, batch_size: int, max_new_tokens: int) -> Iterator[tuple[int, Any]]:

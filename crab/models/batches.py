@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from crab.ilora import instruction_tokens
 from crab.models.protocol import IGNORE, model_of
@@ -16,7 +17,6 @@ PADDING = -1
 Sample = Mapping[str, torch.Tensor]
 
 INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
-_UNEMBEDDED = ("input_ids", "attention_mask", "position_ids")
 
 
 def media_mask(config, ids: torch.Tensor) -> torch.Tensor:
@@ -30,6 +30,17 @@ def bare(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def attention(precision: str, device: torch.device) -> str:
+    """The implementation of attention to train with. On CPUs the backward pass of torch's fused one is slow in bf16."""
+    return "eager" if precision == "bf16" and device.type == "cpu" else "sdpa"
+
+
+def adapts_encoders(model) -> bool:
+    """Whether adapters are in the encoders, ``visual`` and ``audio_tower``. Features then depend on them."""
+    adapted = (name.split(".") for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return any("visual" in path or "audio_tower" in path for path in adapted)
+
+
 def answer_tokens(tokenizer, answers: Sequence[str]) -> list[list[int]]:
     """The tokens of each answer, with the end token."""
     return [tokenizer(a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for a in answers]
@@ -38,10 +49,7 @@ def answer_tokens(tokenizer, answers: Sequence[str]) -> list[list[int]]:
 def padded(
     tokenizer, samples: Sequence[Sample], answers: Sequence[str] | Sequence[Sequence[int]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """A left-padded batch of encoded samples.
-
-    Args:
-        answers: texts, or what `answer_tokens` gives; None for generation.
+    """A left-padded batch of encoded samples. ``answers`` are texts, or of `answer_tokens`; None for generation.
 
     Returns ``input_ids`` and ``attention_mask`` [B, L], ``position_ids`` [3, B, L], ``features`` [media, hidden] in the
     order of their tokens and, with answers, ``labels`` [B, L] (answer and end token only).
@@ -66,19 +74,6 @@ def padded(
     features = torch.cat([s["features"] for s in samples])
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "features": features}
     return batch if answers is None else {**batch, "labels": labels}
-
-
-def collate(
-    model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | Sequence[Sequence[int]] | None = None
-) -> dict[str, torch.Tensor]:
-    """`padded` for the language model alone: ``inputs_embeds`` [B, L, hidden] in place of ``features``."""
-    batch = padded(tokenizer, samples, answers)
-    grown = torch.is_grad_enabled() and batch["features"].requires_grad  # of adapted encoders
-    with torch.set_grad_enabled(grown), features_shown(model, batch):
-        embed = model.get_input_embeddings()
-        batch["inputs_embeds"] = embed(batch["input_ids"].to(embed.weight.device))
-    del batch["features"]
-    return batch
 
 
 @contextmanager
@@ -115,36 +110,38 @@ def logits_at(model, chosen) -> Iterator[None]:
 
 def batch(
     model, tokenizer, samples: Sequence[Sample], answers: Sequence[str] | Sequence[Sequence[int]] | None = None,
-    embed: bool = True, adapted: bool | None = None,
+    embed: bool = True,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """`collate` on the device of the model. Samples that are still a ``prompt`` go through its encoders first.
+    """`padded` on the device of the model. Samples that are still a ``prompt`` go through its encoders first.
 
-    Without ``embed`` it is `padded`, which reads no weights; `answer_loss` takes it, too. ``adapted`` is that of
-    `encoded`.
-
-    ValueError if a base of another width encoded the samples.
+    With ``embed`` it has ``inputs_embeds`` [B, L, hidden], for the language model alone, in place of ``features``.
+    `answer_loss` takes both. ValueError if a base of another width encoded the samples.
     """
-    samples = encoded(model, samples, adapted)
+    samples = encoded(model, samples)
     width = model.config.get_text_config().hidden_size
     stored = samples[0]["features"].shape[1]
     if stored != width:
         raise ValueError(f"stored features are {stored} wide, the model {width}; run the encode stage with this base")
-    together = collate(model, tokenizer, samples, answers) if embed else padded(tokenizer, samples, answers)
+    together = padded(tokenizer, samples, answers)
+    if embed:
+        grown = torch.is_grad_enabled() and together["features"].requires_grad  # of adapted encoders
+        with torch.set_grad_enabled(grown), features_shown(model, together):
+            layer = model.get_input_embeddings()
+            together["inputs_embeds"] = layer(together["input_ids"].to(layer.weight.device))
+        del together["features"]
     return {name: value.to(model.device) for name, value in together.items()}
 
 
-def encoded(model, samples: Sequence[Sample], adapted: bool | None = None) -> list[Sample]:
+def encoded(model, samples: Sequence[Sample]) -> list[Sample]:
     """The samples, those with a ``prompt`` encoded. Features are rounded to 16 bit, as stored ones are.
 
-    Those of adapted encoders cannot be stored. They are not rounded, and have gradients in training. ``adapted`` says
-    whether they are; None looks through the model.
+    Those of adapted encoders cannot be stored. They are not rounded, and have gradients in training.
     """
     prompts = [sample["prompt"] for sample in samples if "prompt" in sample]
     if not prompts:
         return list(samples)
-    module = model_of(model)
-    exact = module.adapts_encoders(model) if adapted is None else adapted
-    results = iter(module.encode(model, prompts))
+    exact = adapts_encoders(model)
+    results = iter(model_of(model).encode(model, prompts))
     return [
         {**sample, **(own := next(results)), "features": own["features"] if exact else own["features"].half()}
         if "prompt" in sample
@@ -197,7 +194,7 @@ def answer_loss(
     """
     inner = unwrapped or model
     shown = features_shown(inner, batch) if "features" in batch else nullcontext()
-    names = _UNEMBEDDED if "features" in batch else INPUTS
+    names = ("input_ids" if "features" in batch else "inputs_embeds", "attention_mask", "position_ids")
     target = batch["labels"].roll(-1, 1)  # a position predicts the next token; no prompt begins with a label
     chosen = target != IGNORE
     with instruction_shown(model, batch), shown, logits_at(inner, chosen):

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoTokenizer, BatchFeature
 
 from crab.models import encoders
 from crab.models import language as languages
-from crab.models.batches import bare, logits_at
+from crab.models.batches import adapts_encoders, bare, logits_at
 from crab.models.bridge_model import Bridge, BridgeConfig, BridgeProcessor
-from crab.models.protocol import Marks, Media, Tower
+from crab.models.protocol import LANGUAGE_TARGETS, Marks, Media
 
-#: The linear layers of language models such as Llama, Qwen, Mistral and SmolLM.
-TARGETS = {"language": r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"}
+TARGETS = {"language": LANGUAGE_TARGETS}
+SOUND_PER_TOKEN = 4  # tokens of the audio encoder for each that a projector gives, about
 #: The placeholder of each token of media.
 PLACEHOLDER = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
 
@@ -39,14 +37,11 @@ def assemble(
     language: str, vision: str, audio: str, *, projector: str = "mlp", picture_tokens: int = 4, sound_tokens: int = 2,
     words: int = 1, seed: int = 0,
 ) -> tuple[Bridge, BridgeProcessor]:  # fmt: skip
-    """A bridge with untrained projectors, and its processor.
+    """A bridge with untrained projectors, and its processor. ValueError, naming the parameter, on what does not fit.
 
     Args:
         language: see `crab.models.language.located`. vision, audio: see `crab.models.encoders.load_encoder`.
         projector, words: see `crab.models.encoders.Projector`. picture_tokens, sound_tokens: of a unit.
-
-    Raises:
-        ValueError: a part cannot be read; naming the parameter.
     """
     (eye, images), (ear, sounds) = encoders.load_encoder("vision", vision), encoders.load_encoder("audio", audio)
     tokenizer = languages.load_language_tokenizer(language)
@@ -172,20 +167,8 @@ def prompt_text(tokenizer, kinds: Sequence[str], instruction: str, system: str =
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
-def adapts_encoders(model) -> bool:
-    """Whether adapters are in the encoders or the projectors."""
-    core = bare(model)
-    return any(
-        isinstance(module, BaseTunerLayer) for part in (core.visual, core.audio_tower) for module in part.modules()
-    )
-
-
 def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
-    """Run encoders and projectors on prepared samples, each once for all of them.
-
-    Returns for each sample ``input_ids`` [L], ``position_ids`` [3, L], which just count, and ``features``
-    [media, hidden], one row per placeholder token in prompt order.
-    """
+    """Run encoders and projectors on prepared samples, each once for all of them. Positions just count."""
     core, device = bare(model), model.device
     with torch.set_grad_enabled(torch.is_grad_enabled() and adapts_encoders(model)):
         pictures, sounds = [], []
@@ -241,42 +224,10 @@ def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     ).last_hidden_state  # fmt: skip
 
 
-def language(model) -> nn.Module:
-    """The language model."""
-    return bare(model).language_model
-
-
 def marks(tokenizer) -> Marks:
     """Media are placeholders from the first to the last. A turn ends with the end token."""
     placeholders = tuple(tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDER.values())
     return Marks(placeholders, placeholders, tokenizer.eos_token_id)
-
-
-def towers(model: Bridge) -> dict[str, Tower]:
-    """The sizes of the language model and of both encoders."""
-    text = model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = {
-        "language_model": (text.hidden_size, head * text.num_key_value_heads, text.intermediate_size, True, 1),
-        "visual": _encoder_sizes(model.config.vision_config),
-        "audio_tower": _encoder_sizes(model.config.audio_config),
-    }
-    out = {}
-    for name, size in sizes.items():
-        path, blocks = next(
-            (path, part) for path, part in model.get_submodule(name).named_modules()
-            if isinstance(part, nn.ModuleList) and path.endswith(("layers", "blocks"))
-        )  # fmt: skip
-        out[name] = Tower(f"{name}.{path}", len(blocks), *size)
-    return out
-
-
-def _encoder_sizes(config) -> tuple[int, int, int, bool, int]:
-    """Width, width of the keys, width inside the MLP, whether that has a gate, and about how many tokens become one."""
-    width = getattr(config, "d_model", None) or config.hidden_size
-    wide = getattr(config, "encoder_ffn_dim", None) or config.intermediate_size
-    merged = getattr(config, "spatial_merge_size", 2) ** 2
-    return width, width, wide, config.model_type == encoders.PAIRED, merged
 
 
 def media_tokens(config: BridgeConfig, side: int, kinds: Sequence[str], frames: int, seconds: float) -> tuple[int, int]:

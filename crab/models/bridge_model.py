@@ -20,12 +20,9 @@ class BridgeConfig(PreTrainedConfig):
 
     model_type = "crab_bridge"
     sub_configs_defaults = {
-        name: SubConfigSpec(config_class=AutoConfig, model_type=kind)
-        for name, kind in (
-            ("text_config", "llama"),
-            ("vision_config", "clip_vision_model"),
-            ("audio_config", "whisper"),
-        )
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
     }
 
     text_config: dict | PreTrainedConfig | None = None

@@ -48,10 +48,7 @@ def load_encoder(sense: str, source: str) -> tuple[nn.Module, object]:
 
     Args:
         sense: ``vision`` or ``audio``. source: a name on the hub, or a folder: of a CLIP, SigLIP or Whisper model, or
-            of a small base.
-
-    Raises:
-        ValueError: it cannot be read, or is another kind of model; naming the parameter.
+            of a small base. ValueError, naming the parameter, if it cannot be read or is another kind of model.
     """
     place = f"base.bridge.{sense}"
     try:
@@ -78,6 +75,8 @@ def load_encoder(sense: str, source: str) -> tuple[nn.Module, object]:
 class Projector(nn.Module):
     """From the tokens of a frozen encoder to a fixed number of tokens per unit, as wide as the language model.
 
+    ``ends``, float [2, hidden], are the tokens before and after the units of one item.
+
     Args:
         kind: ``mlp`` takes each token through two layers, once `Eye` or `Ear` has averaged those of a part; ``qformer``
             has learned queries that attend to all of them first.
@@ -85,9 +84,6 @@ class Projector(nn.Module):
         words: how many of these come from the same part of a unit: its tokens are averaged to ``tokens / words``, and
             each of these becomes that many. Only for ``mlp``.
         size: root mean square of the numbers given out, at the start: that of word embeddings.
-
-    Attributes:
-        ends: float [2, hidden], the tokens before and after the units of one item.
     """
 
     def __init__(self, kind: str, width: int, hidden: int, tokens: int, size: float = 1.0, words: int = 1):
@@ -129,8 +125,7 @@ class Projector(nn.Module):
 class Eye(nn.Module):
     """A frozen visual encoder and its projector. A unit is a frame, or a pair of frames.
 
-    Args:
-        config: of the encoder. kind, hidden, tokens, size, words: see `Projector`.
+    ``config`` is that of the encoder. For ``kind``, ``hidden``, ``tokens``, ``size`` and ``words`` see `Projector`.
     """
 
     def __init__(self, config, kind: str, hidden: int, tokens: int, size: float, words: int = 1):
@@ -177,8 +172,8 @@ class Ear(nn.Module):
     def hear(self, mel: torch.Tensor, frames: Sequence[int], seconds: Sequence[int]) -> list[torch.Tensor]:
         """Tokens of the encoder for each sound, [seconds, tokens, width].
 
-        Args:
-            mel: spectrograms [B, bins, frames]. frames: of each that are no padding. seconds: of each.
+        ``mel`` are spectrograms [B, bins, frames], ``frames`` those of each that are no padding, ``seconds`` those of
+        each.
         """
         if self.own:
             flat = torch.cat([one[:, :count] for one, count in zip(mel, frames, strict=True)], 1)
@@ -213,10 +208,7 @@ def spectrogram(preprocess, wave: np.ndarray) -> tuple[torch.Tensor, torch.Tenso
 def save_preprocessing(folder: str | Path, images, sounds) -> None:
     """Write both preprocessings to a folder."""
     if isinstance(images, small.FrameVideoProcessor):
-        area = dict.fromkeys(("shortest_edge", "longest_edge"), images.side**2)
-        images = small.transformers.Qwen2VLImageProcessorPil(
-            patch_size=images.patch_size, merge_size=images.merge_size, size=area
-        )
+        images = small.image_processor(images.side, images.patch_size, images.merge_size)
     images.save_pretrained(Path(folder) / "pictures")
     sounds.save_pretrained(Path(folder) / "sounds")
 
@@ -225,7 +217,5 @@ def load_preprocessing(folder: str | Path, paired: bool) -> tuple[object, Whispe
     """What `save_preprocessing` wrote. ``paired``: the visual encoder is that of a small base."""
     images = AutoImageProcessor.from_pretrained(Path(folder) / "pictures")
     if paired:
-        images = small.FrameVideoProcessor(
-            math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size
-        )
+        images = small.video_processor(images)
     return images, WhisperFeatureExtractor.from_pretrained(Path(folder) / "sounds")

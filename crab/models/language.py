@@ -26,8 +26,7 @@ _PLACE = "base.bridge.language"
 def located(source: str) -> str:
     """The folder of ``source``, or its name on the hub. A GGUF file is converted first, unless that was done before.
 
-    Raises:
-        ValueError: there is no such file or folder, or a package is missing; naming the parameter.
+    ValueError, naming the parameter, if there is no such file or folder, or a package is missing.
     """
     path, problem = Path(source).expanduser(), f"{_PLACE} is {source!r}"
     if source == SMOLLM2:
@@ -50,31 +49,27 @@ def _cached(path: Path, digest: str) -> Path:
 
 def load_language(source: str, dtype: torch.dtype):
     """The causal language model of ``source`` (see `located`). ValueError if it cannot be read."""
-    place = located(source)
-    try:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(_unread(source, error)) from error
+    return _read(AutoModelForCausalLM, source, dtype=dtype)
 
 
 def load_language_tokenizer(source: str):
     """The tokenizer of ``source``, with a token for padding. ValueError if it cannot be read."""
-    place = located(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(_unread(source, error)) from error
+    tokenizer = _read(AutoTokenizer, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _unread(source: str, error: Exception) -> str:
-    problem = str(error).splitlines()[0]
-    return (
-        f"{_PLACE} is {source!r}, which cannot be read ({problem}); give {SMOLLM2}, a name on the model hub, the "
-        "absolute path of a folder, or that of a GGUF file"
-    )
+def _read(kind: type, source: str, **options):
+    place = located(source)
+    try:
+        return kind.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        raise ValueError(
+            f"{_PLACE} is {source!r}, which cannot be read ({problem}); give {SMOLLM2}, a name on the model hub, the "
+            "absolute path of a folder, or that of a GGUF file"
+        ) from error
 
 
 def _packaged() -> Path:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoProcessor,
     BatchFeature,
@@ -24,13 +23,12 @@ from transformers.utils import is_torchvision_available
 
 from crab.ilora.published import PUBLISHED_TARGETS
 from crab.models import small
-from crab.models.batches import INPUTS, bare, logits_at, media_mask
-from crab.models.protocol import CLIP, IGNORE, Marks, Media, Tower  # noqa: F401  IGNORE: for base/
+from crab.models.batches import INPUTS, adapts_encoders, bare, logits_at, media_mask
+from crab.models.protocol import CLIP, IGNORE, LANGUAGE_TARGETS, Marks, Media  # noqa: F401  IGNORE: for base/
 from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, tokens_per_second
 
-#: The linear layers of the language model. A plain list of names would also match both encoders.
-LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 TARGETS = {"language": LANGUAGE_TARGETS, "published": PUBLISHED_TARGETS}
+SOUND_PER_TOKEN = 2  # frames of a spectrogram in the layers of the audio encoder, for each token that it gives
 PUBLISHED = "Qwen/Qwen2.5-Omni-7B"
 
 #: What stands for one item of a prompt before the processor expands it, by kind of media.
@@ -46,12 +44,6 @@ def save(path: str | Path, model, processor, dtype: torch.dtype = torch.float32)
     processor.tokenizer.save_pretrained(path)
     processor.image_processor.save_pretrained(path)
     processor.feature_extractor.save_pretrained(Path(path) / "audio")
-
-
-def load(path: str | Path, dtype: torch.dtype = torch.float32):
-    """(model, processor) from a folder that `save` wrote, or from a published checkpoint."""
-    processor = load_processor(path)
-    return load_model(path, dtype), processor
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -80,11 +72,8 @@ def build(config: Qwen2_5OmniThinkerConfig) -> Qwen2_5OmniThinkerForConditionalG
 
 def load_processor(path: str | Path):
     """The processor alone, for processes that decode media and run no model."""
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder}/config.json is missing: this is not a model; run `dvc repro base`")
-    if (folder / "audio").is_dir():
-        return small.load_processor(folder)
+    if (Path(path) / "audio").is_dir():
+        return small.load_processor(path)
     if not is_torchvision_available():
         raise ImportError(f"the processor of {path} needs torchvision; install it beside a CUDA build of torch")
     return AutoProcessor.from_pretrained(path)
@@ -147,38 +136,24 @@ def prepare(
     return prompt
 
 
-def adapts_encoders(model) -> bool:
-    """Whether adapters are in the encoders. Features then depend on them."""
-    core = bare(model)
-    towers = core.model.visual, core.model.audio_tower
-    return any(isinstance(module, BaseTunerLayer) for tower in towers for module in tower.modules())
-
-
 def encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
-    """Run the encoders on prepared samples, each encoder once for all of them; with gradients only if it is adapted.
-
-    Returns for each sample ``input_ids`` [L], ``position_ids`` [3, L] and ``features`` [media, hidden], one row per
-    placeholder token in prompt order.
-    """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and adapts_encoders(model)):
-        return _encode(model, prompts)
-
-
-def _encode(model, prompts: Sequence[BatchFeature]) -> list[dict[str, torch.Tensor]]:
+    """Run the encoders on prepared samples, each encoder once for all of them."""
     config = model.config
     lengths = [p["input_ids"].shape[1] for p in prompts]
     ids = torch.cat([p["input_ids"][0] for p in prompts])
     features = torch.zeros(len(ids), config.get_text_config().hidden_size)
-    for encoder, token, *names in (
+    encoders = (
         (model.get_image_features, config.image_token_id, "pixel_values", "image_grid_thw"),
         (model.get_video_features, config.video_token_id, "pixel_values_videos", "video_grid_thw"),
         (model.get_audio_features, config.audio_token_id, "input_features", "feature_attention_mask"),
-    ):
-        if any(names[0] in p for p in prompts):
-            inputs = (torch.cat([p[name] for p in prompts if name in p]).to(model.device) for name in names)
-            out = encoder(*inputs, return_dict=True)
-            rows = out.last_hidden_state if token == config.audio_token_id else torch.cat(tuple(out.pooler_output))
-            features[ids == token] = rows.float().cpu()
+    )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and adapts_encoders(model)):
+        for encoder, token, *names in encoders:
+            if any(names[0] in p for p in prompts):
+                inputs = (torch.cat([p[name] for p in prompts if name in p]).to(model.device) for name in names)
+                out = encoder(*inputs, return_dict=True)
+                rows = out.last_hidden_state if token == config.audio_token_id else torch.cat(tuple(out.pooler_output))
+                features[ids == token] = rows.float().cpu()
     samples = []
     for prompt, own, rows in zip(prompts, ids.split(lengths), features.split(lengths), strict=True):
         features = rows[media_mask(config, own)]
@@ -207,7 +182,7 @@ def prompt_positions(model, inputs: BatchFeature) -> torch.Tensor:
 
 @torch.no_grad()
 def generate(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-    """Greedy answers to a batch that `crab.models.batches.collate` made without answers."""
+    """Greedy answers to a batch that `crab.models.batches.batch` made without answers."""
     base = bare(model)
     mask, positions = batch["attention_mask"], batch["position_ids"]
     # transformers adds this offset to the number of tokens so far, to get the position of each new token
@@ -229,11 +204,6 @@ def last_hidden(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return bare(model).model(**{name: batch[name] for name in INPUTS}, use_cache=False).last_hidden_state
 
 
-def language(model) -> torch.nn.Module:
-    """The language model. Encoders, if they are adapted, see other tokens."""
-    return bare(model).model.language_model
-
-
 def marks(tokenizer) -> Marks:
     """What opens and closes media and ends a turn in a prompt."""
     token = tokenizer.convert_tokens_to_ids
@@ -241,26 +211,6 @@ def marks(tokenizer) -> Marks:
         tuple(token(SPECIAL[f"{sense}_{edge}_token"]) for sense in ("vision", "audio")) for edge in ("bos", "eos")
     )
     return Marks(bos, eos, token(END))
-
-
-def towers(model) -> dict[str, Tower]:
-    """The sizes of the language model and of both encoders, which adapters may be in."""
-    config = model.config
-    text, seen, heard = config.get_text_config(), config.vision_config, config.audio_config
-    keys = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    return {
-        "language_model": Tower(
-            "model.language_model.layers", text.num_hidden_layers, text.hidden_size, keys, text.intermediate_size, True
-        ),
-        "visual": Tower(
-            "model.visual.blocks", seen.depth, seen.hidden_size, seen.hidden_size, seen.intermediate_size, True,
-            seen.spatial_merge_size**2,
-        ),
-        "audio_tower": Tower(
-            "model.audio_tower.layers", heard.encoder_layers, heard.d_model, heard.d_model, heard.encoder_ffn_dim,
-            False, 2,
-        ),
-    }  # fmt: skip
 
 
 def media_tokens(

@@ -26,6 +26,9 @@ IGNORE = -100  # label of a token that is not learned
 
 #: A clip with its sound.
 CLIP = ("video", "audio")
+#: The linear layers of language models such as Qwen, Llama, Mistral and SmolLM. A plain list of names would also match
+#: encoders.
+LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @dataclass
@@ -47,27 +50,11 @@ class Marks(NamedTuple):
     end: int
 
 
-class Tower(NamedTuple):
-    """A stack of alike blocks. Widths are in numbers per token.
-
-    ``path`` is where the blocks lie in the model. ``per_token`` is how many tokens the tower reads for each token of a
-    prompt that comes from it. ``weights`` are the parameters of all blocks, once they are counted.
-    """
-
-    path: str
-    layers: int
-    width: int
-    keys: int  # of the keys, and of the values
-    wide: int  # inside the MLP
-    gated: bool  # whether the MLP has a gate
-    per_token: int = 1
-    weights: int = 0
-
-
 class AudioVisualModel(Protocol):
     """The names of a model module. A *model* is a `transformers.PreTrainedModel`; functions also take it inside PEFT.
 
-    Its configuration has ``image_token_id``, ``video_token_id`` and ``audio_token_id``, the placeholders of media, and
+    It has ``language_model``, ``visual`` and ``audio_tower``, at any depth. Its configuration has ``image_token_id``,
+    ``video_token_id`` and ``audio_token_id``, the placeholders of media, ``vision_config``, ``audio_config`` and
     ``get_text_config()``. Its processor has ``tokenizer``, and ``feature_extractor`` with ``n_samples`` and
     ``hop_length``. Its forward pass takes ``input_ids`` or ``inputs_embeds``, ``attention_mask``, and ``position_ids``
     [3, B, L].
@@ -76,6 +63,8 @@ class AudioVisualModel(Protocol):
     #: Where adapters go, by the value of the option ``targets``: regular expressions over names of modules.
     #: ``language`` is the language model alone; ``published``, if there is one, what a published run adapted.
     TARGETS: Mapping[str, str]
+    #: Tokens in the layers of the audio encoder for each placeholder of a sound, about.
+    SOUND_PER_TOKEN: int
 
     def read_config(self, path: str) -> tuple[Any, str]:
         """The configuration of a base, and a note if it is assumed. OSError if it cannot be read."""
@@ -109,23 +98,14 @@ class AudioVisualModel(Protocol):
         placeholder in prompt order.
         """
 
-    def adapts_encoders(self, model) -> bool:
-        """Whether adapters are in the encoders. Features then depend on them."""
-
     def last_hidden(self, model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Hidden states of the last layer [B, L, hidden], of a batch with ``inputs_embeds``."""
 
     def generate(self, model, tokenizer, batch: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
         """Greedy answers to a left-padded batch with ``inputs_embeds``."""
 
-    def language(self, model) -> torch.nn.Module:
-        """The language model, whose layers see the whole prompt."""
-
     def marks(self, tokenizer) -> Marks:
         """What opens and closes media and ends a turn in a prompt."""
-
-    def towers(self, model) -> dict[str, Tower]:
-        """``language_model``, ``visual`` and ``audio_tower``: the sizes of what adapters may be in."""
 
     def media_tokens(
         self, config, side: int, kinds: Sequence[str], frames: int, seconds: float
@@ -164,9 +144,7 @@ MODEL_TYPES = tuple(kind for entry in MODELS for kind in entry.types)
 def model_of(thing: Any) -> AudioVisualModel:
     """The module that serves a base (its folder or name), a configuration, a model or a processor.
 
-    Raises:
-        ValueError: no module does.
-        OSError: the base cannot be read.
+    ValueError if there is none. OSError if the base cannot be read.
     """
     return importlib.import_module(module_name(thing))
 

@@ -75,7 +75,8 @@ def load_media(slot: str, record: Mapping, frames: int) -> list[Media]:
         if item.kind == "video":
             data = read_video(item.path, frames)
         elif item.kind == "image":
-            data = _scaled(_image(item.path))
+            with media.opened(item.path) as image:
+                data = _scaled(image.convert("RGB"))
         else:
             first = slot == "s4" and "image_path" in record  # training records of s4 have no index
             data = sound(slot, media.read_audio(item.path), 0 if first else item.second)
@@ -109,11 +110,6 @@ def read_video(path: str | Path, frames: int) -> np.ndarray:
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
     return _scaled(frame.to_image().rotate(round(frame.rotation / 90) * 90, expand=True))
-
-
-def _image(path: str | Path) -> Image.Image:
-    with media.opened(path) as image:
-        return image.convert("RGB")
 
 
 def _scaled(image: Image.Image) -> np.ndarray:

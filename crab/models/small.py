@@ -27,6 +27,7 @@ PAD, UNKNOWN, START, END = "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im
 ROLES = ("user", "assistant")
 SAMPLE_RATE = 16_000  # of every sound, Hz
 CLIP_SECONDS = 10  # of sound that a small model hears
+_OF_TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 CHUNK_SECONDS = 2  # of video and of sound that stand side by side in a prompt
 
 
@@ -104,12 +105,20 @@ def build_tokenizer(words: Sequence[str], tags: Sequence[str] = ()) -> transform
     )
 
 
+def image_processor(side: int, patch_size: int, merge_size: int) -> transformers.Qwen2VLImageProcessorPil:
+    """The image processor of transformers for pictures of this side."""
+    area = dict.fromkeys(("shortest_edge", "longest_edge"), side**2)
+    return transformers.Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=merge_size, size=area)
+
+
+def video_processor(images: transformers.Qwen2VLImageProcessorPil) -> FrameVideoProcessor:
+    """The video processor that gives patches of the size of these images'."""
+    return FrameVideoProcessor(math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size)
+
+
 def build_processor(words: Sequence[str], tags: Sequence[str], size: Mapping[str, Any]) -> FrameOmniProcessor:
     """The processor of a small model: log-mel features of Whisper, patches of Qwen2-VL, word tokens."""
-    area = dict.fromkeys(("shortest_edge", "longest_edge"), size["image_size"] ** 2)
-    images = transformers.Qwen2VLImageProcessorPil(
-        patch_size=size["patch_size"], merge_size=size["merge_size"], size=area
-    )
+    images = image_processor(size["image_size"], size["patch_size"], size["merge_size"])
     sounds = transformers.WhisperFeatureExtractor(
         feature_size=size["mel_bins"], hop_length=size["hop_length"], n_fft=size["n_fft"], chunk_length=CLIP_SECONDS
     )
@@ -126,7 +135,7 @@ def load_processor(folder: str | Path) -> FrameOmniProcessor:
 
 
 def _processor(images, sounds, tokenizer) -> FrameOmniProcessor:
-    videos = FrameVideoProcessor(math.isqrt(images.size["longest_edge"]), images.patch_size, images.merge_size)
+    videos = video_processor(images)
     return FrameOmniProcessor(images, videos, sounds, tokenizer, chat_template=tokenizer.chat_template)
 
 
@@ -146,12 +155,8 @@ def build_model(
     mel_frames = CLIP_SECONDS * SAMPLE_RATE // size["hop_length"]
     config = transformers.Qwen2_5OmniThinkerConfig(
         text_config=dict(
+            **{name: size[name] for name in _OF_TEXT},
             vocab_size=len(processor.tokenizer),
-            hidden_size=hidden,
-            intermediate_size=size["intermediate_size"],
-            num_hidden_layers=size["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=size["num_key_value_heads"],
             max_position_embeddings=2048,
             rope_parameters={
                 "rope_type": "default",

@@ -17,7 +17,7 @@ class SlotData(Sequence):
     Attributes:
         slot, split: e.g. ``ave`` and ``train``.
         ids: one per sample.
-        read: gives the sample at an index. A sample is a dict of what `crab.models.batches.collate` takes
+        read: gives the sample at an index. A sample is a dict of what `crab.models.batches.padded` takes
             (``input_ids`` [L], ``position_ids`` [3, L], ``features`` [media, hidden]), or ``prompt``, which the model
             encodes first; and ``text``: its id, its instruction and, in training, its answers by form (``bare``,
             ``explicit``).

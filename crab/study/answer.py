@@ -24,9 +24,8 @@ SHARD = 16  # batches of answers that a process does and keeps as a whole
 def load_adapter(model, folder: str | Path) -> PeftModel:
     """Put a saved adapter on a base, for inference.
 
-    Raises:
-        ValueError: the adapter is missing or damaged, or does not fit the base. PEFT itself only warns about
-            missing weights, and goes on with random ones.
+    ValueError if the adapter is missing or damaged, or does not fit the base. PEFT itself only warns about missing
+    weights, and goes on with random ones.
     """
     folder = Path(folder)
     try:
@@ -55,17 +54,12 @@ def load_adapter(model, folder: str | Path) -> PeftModel:
 
 @torch.no_grad()
 def answer(
-    model,
-    tokenizer,
-    samples: Sequence[Sample],
-    batch_size: int,
-    max_new_tokens: int,
+    model, tokenizer, samples: Sequence[Sample], batch_size: int, max_new_tokens: int,
     tokens: Sequence[int] | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Greedy answers in the order of ``samples``. Batches hold samples of similar length, to keep padding short.
 
-    Args:
-        tokens: length of each prompt, if it is known without reading the sample.
+    ``tokens`` is the length of each prompt, if it is known without reading the sample.
     """
     if tokens is None:
         tokens = [sample.get("prompt", sample)["input_ids"].shape[-1] for sample in samples]

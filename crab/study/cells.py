@@ -28,7 +28,7 @@ def is_rate(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Cell:
-    """One adapter to train and score.
+    """One adapter to train and score. ValueError, naming the cell and the field, on what cannot be trained.
 
     Args:
         family: the row of a table that the cell belongs to, e.g. ``joint-ilora-explicit``. Cells of one family differ
@@ -52,9 +52,6 @@ class Cell:
         base_steps: train on a weaker base (`crab.models.base.weaker`), whose language training stopped at this step;
             None for the finished base.
         key: digest of all that decides the training, once a store has computed it.
-
-    Raises:
-        ValueError: naming the cell and the field, on what cannot be trained.
     """
 
     family: str
@@ -121,12 +118,7 @@ class Cell:
         options = dict(sorted(self.options.items()))
         if options.get("weights"):
             options["weights"] = Path(options["weights"]).name  # no path of this machine in a result
-        return {
-            **values,
-            "options": options,
-            "slots": list(self.slots),
-            "words": list(self.words),
-        }
+        return {**values, "options": options, "slots": list(self.slots), "words": list(self.words)}
 
 
 def cells_of(
@@ -135,12 +127,7 @@ def cells_of(
 ) -> list[Cell]:  # fmt: skip
     """Cells of one family: one per seed, and in the ``single`` setting one per benchmark and seed.
 
-    Args:
-        setting: ``single`` (one slot each) or ``joint`` (all slots together).
-        fields: further fields of `Cell`.
-
-    Raises:
-        ValueError: on an unknown setting.
+    ``setting`` is ``single`` (one slot each) or ``joint`` (all slots together), ``fields`` are further ones of `Cell`.
     """
     if setting not in SETTINGS:
         raise ValueError(f"{family}: setting is {setting!r}; use {' or '.join(SETTINGS)}")
@@ -153,12 +140,8 @@ def cells_of(
 def families_of(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The families that ``train.methods`` of params.yaml asks for, in its order.
 
-    Returns:
-        By ``<setting>-<name of the method>-<form>``: ``setting``, ``form``, ``method`` (``lora`` or ``ilora``, with
-        which the name starts) and ``options`` of its PEFT config.
-
-    Raises:
-        ValueError: naming the method whose name starts with neither.
+    Returns by ``<setting>-<name of the method>-<form>``: ``setting``, ``form``, ``method`` (``lora`` or ``ilora``, with
+    which the name starts, or ValueError) and ``options`` of its PEFT config.
     """
     families = {}
     for name, section in methods.items():
@@ -183,28 +166,18 @@ def write_cells(path: str | Path, cells: Sequence[Cell]) -> None:
 
 
 def read_cells(path: str | Path) -> list[Cell]:
-    """Cells that `write_cells` wrote.
-
-    Raises:
-        ValueError: the file is missing or holds something else.
-    """
+    """Cells that `write_cells` wrote. ValueError if the file is missing or holds something else."""
     names = {entry.name for entry in fields(Cell)}
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == names for row in rows):
         raise ValueError(f"{path}: not a list of cells; run the train stage again")
-    return [cell_of(row) for row in rows]
-
-
-def cell_of(fields: Mapping[str, Any]) -> Cell:
-    """The cell with these fields, as JSON holds them."""
-    return Cell(**{**fields, "slots": tuple(fields["slots"]), "words": tuple(fields["words"])})
+    return [Cell(**{**row, "slots": tuple(row["slots"]), "words": tuple(row["words"])}) for row in rows]
 
 
 def joint(cells: Sequence[Cell], method: str, form: str) -> Cell:
     """The joint cell of lowest seed of a method of ``train.methods``, with this form of answer if there is one.
 
-    Raises:
-        ValueError: the method has no joint cell.
+    ValueError if the method has no joint cell.
     """
     families = {f"joint-{method}-{name}": name for name in tasks.FORMS}
     if not any(cell.family in families for cell in cells):

@@ -20,7 +20,7 @@ COLUMNS = [
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int, stream: str | None = None) -> np.ndarray:
-    """Means as they would come out with other samples and, where there are several, other seeds.
+    """Means as they would come out with other samples and, where there are several, other seeds: float [resamples].
 
     Samples are drawn again with replacement, the same ones for every seed: all seeds were tested on one test set, so
     drawing for each seed apart would let what is hard about a sample cancel out. Seeds are too few to be drawn again:
@@ -29,17 +29,10 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int, stream: str |
     such part, and the interval does not know what another seed would change.
 
     Args:
-        values: [samples], or [seeds, samples].
-        resamples: number of draws.
+        values: [samples], or [seeds, samples]; ValueError if there are none.
         seed: of the generators; equal seed, stream and shape draw equal samples, so that calls can be paired.
         stream: names what is drawn. Calls with equal seed and different streams draw their samples apart and their
             seeds together, as for one joint run that is tested on several slots.
-
-    Returns:
-        float [resamples].
-
-    Raises:
-        ValueError: when there is nothing to draw from.
     """
     values = np.atleast_2d(np.asarray(values, float))
     if values.ndim != 2 or values.size == 0:
@@ -101,25 +94,12 @@ def _grid(samples: pd.DataFrame, family: str, slot: str) -> pd.DataFrame:
     return part.pivot(index="seed", columns="id", values="score").sort_index()
 
 
-def compare_slot(
-    baseline: pd.DataFrame,
-    joint: pd.DataFrame,
-    floor: pd.DataFrame,
-    chance: float,
-    margin: float,
-    resamples: int,
-    seed: int,
-    slot: str,
+def _compare_slot(
+    slot: str, baseline: pd.DataFrame, joint: pd.DataFrame, floor: pd.DataFrame, chance: float, resamples: int
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """One slot's row of the table, and its resampled differences and relative changes, each [resamples].
 
-    Args:
-        baseline, joint: scores in [0, 1], index seed, columns sample id; both must hold the same ones.
-        floor: scores that tell whether the slot can be learned at all: those of single-task training.
-        chance: score of the best constant answer.
-
-    Raises:
-        ValueError: when the two were not scored on the same samples and seeds.
+    ``baseline``, ``joint`` and ``floor`` are of `_grid`. ValueError unless the first two have equal samples and seeds.
     """
     if list(baseline.columns) != list(joint.columns) or list(baseline.index) != list(joint.index):
         raise ValueError(
@@ -129,8 +109,8 @@ def compare_slot(
             "and train both with the same seeds"
         )
     # Equal streams draw equal samples, so the draws of the two are paired.
-    of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, seed, slot) for runs in (baseline, joint))
-    least = interval(bootstrap_means(floor.to_numpy(), resamples, seed, slot))[0]
+    of_baseline, of_joint = (bootstrap_means(runs.to_numpy(), resamples, 0, slot) for runs in (baseline, joint))
+    least = interval(bootstrap_means(floor.to_numpy(), resamples, 0, slot))[0]
     mean, mean_joint = float(baseline.to_numpy().mean()), float(joint.to_numpy().mean())
     low, high = interval(of_joint - of_baseline)
     ratio = mean_joint / mean if mean > 0 else float("nan")
@@ -144,7 +124,6 @@ def compare_slot(
         "chance": chance,
         "at_chance": least <= chance,
         "joint_above_chance": interval(of_joint)[0] > chance,
-        "verdict": verdict(mean_joint - mean, margin),
         "samples": baseline.shape[1],
         "seeds": baseline.shape[0],
     }
@@ -154,42 +133,28 @@ def compare_slot(
 
 
 def compare(
-    samples: pd.DataFrame,
-    chance: pd.Series,
-    baseline: str,
-    joint: str,
-    margin: float = 0.02,
-    resamples: int = 2000,
-    seed: int = 0,
+    samples: pd.DataFrame, chance: pd.Series, baseline: str, joint: str, margin: float = 0.02, resamples: int = 2000,
     floor: str | None = None,
-) -> tuple[pd.DataFrame, dict]:
+) -> tuple[pd.DataFrame, dict]:  # fmt: skip
     """Compare one joint row with a baseline on every slot the baseline was scored on.
 
     Args:
-        samples: columns family, seed, slot, id, score (see `crab.study.score.load`).
-        chance: chance score by slot.
+        samples: columns family, seed, slot, id, score in [0, 1] (see `crab.study.ledger.sample_scores`).
+        chance: by slot, the score of the best constant answer.
         baseline, joint: families of runs, e.g. ``single-lora-bare`` and ``joint-ilora-explicit``.
         margin: differences up to this size, in score, are ties.
         floor: family that tells whether a slot can be learned; the baseline unless given.
 
-    Returns:
-        The table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not lie
-        above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
-        that every joint run is judged on the same slots.
+    Returns the table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not
+    lie above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
+    that every joint run is judged on the same slots.
     """
     rows, differences, changes = [], [], []
     for slot in dict.fromkeys(samples[samples["family"] == baseline]["slot"]):
-        row, difference, change = compare_slot(
-            _grid(samples, baseline, slot),
-            _grid(samples, joint, slot),
-            _grid(samples, floor or baseline, slot),
-            float(chance[slot]),
-            margin,
-            resamples,
-            seed,
-            slot,
-        )
-        rows.append({"comparison": f"{joint} vs {baseline}", "slot": slot, **row})
+        grids = [_grid(samples, family, slot) for family in (baseline, joint, floor or baseline)]
+        row, difference, change = _compare_slot(slot, *grids, float(chance[slot]), resamples)
+        row |= {"comparison": f"{joint} vs {baseline}", "slot": slot, "verdict": verdict(row["difference"], margin)}
+        rows.append(row)
         differences.append(difference)
         changes.append(change)
     if not rows:
@@ -201,14 +166,12 @@ def compare(
 def summarise(table: pd.DataFrame, differences: np.ndarray, changes: np.ndarray, margin: float) -> dict:
     """Rates and means over the slots above chance.
 
-    Args:
-        differences, changes: resampled differences and relative changes, [slots, resamples].
+    ``differences`` and ``changes`` are resampled differences and relative changes, [slots, resamples].
 
-    Returns:
-        Counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
-        ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative
-        change with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot
-        whose baseline is 0 has no relative change, and is left out of that mean.
+    Returns counts; ``positive_rate`` and ``negative_rate`` with exact intervals over slots, ``clear_gain`` and
+    ``clear_loss`` of them with an interval of their own that leaves out 0; mean difference and mean relative change
+    with intervals over samples and seeds. Rates and means are None when no slot is above chance. A slot whose baseline
+    is 0 has no relative change, and is left out of that mean.
     """
     counted = ~table["at_chance"].to_numpy(bool)
     kept = table[counted]
@@ -247,28 +210,23 @@ def correct(summary: Mapping[str, dict]) -> None:
 
 
 def judge(
-    samples: pd.DataFrame,
-    chance: Mapping[str, float],
-    pairs: Mapping[str, str],
-    floor: str,
-    margin: float,
+    samples: pd.DataFrame, chance: Mapping[str, float], pairs: Mapping[str, str], floor: str, margin: float,
     resamples: int,
-) -> tuple[pd.DataFrame, dict[str, dict]]:
+) -> tuple[pd.DataFrame, dict[str, dict]]:  # fmt: skip
     """Compare families with others, slot by slot, on the seeds that both and the floor have.
 
     Args:
         samples: columns family, seed, slot, id, score. pairs: by family, the one it is compared with.
         floor: family that tells which slots can be learned. Slots that it leaves at chance do not count.
 
-    Returns:
-        The tables of `compare` below each other, and the summaries by family, with Holm's correction.
+    Returns the tables of `compare` below each other, and the summaries by family, with Holm's correction.
     """
     tables, summaries = [], {}
     for family, other in pairs.items():
         part = samples[samples["family"].isin([family, other, floor])]
         seeds = set.intersection(*(set(group) for _, group in part.groupby("family")["seed"]))
         part = part[part["seed"].isin(seeds)]
-        table, summaries[family] = compare(part, pd.Series(chance), other, family, margin, resamples, 0, floor)
+        table, summaries[family] = compare(part, pd.Series(chance), other, family, margin, resamples, floor)
         tables.append(table)
     correct(summaries)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS), summaries

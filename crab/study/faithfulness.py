@@ -35,20 +35,17 @@ def is_right(slot: str | tasks.Slot, scores: Sequence[float]) -> np.ndarray:
     return scores >= 0.5 if tasks.get_slot(slot).metric in GRADED else scores > 0
 
 
-def faithfulness(samples: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+def faithfulness(samples: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     """How often answers are right for right reasons.
 
     Args:
-        samples: columns family, seed, slot, id, score and `COUNTS`. Rows without counts are left out.
+        samples: columns family, seed, slot, id, score and `COUNTS`. Rows without counts are left out. ValueError if the
+            seeds of a family were scored on different samples.
 
-    Returns:
-        `COLUMNS`, one row per family, slot and measure (`MEASURES`), with 95 % intervals over samples and seeds: three
-        shares of the answers, which sum to 1; the shares of all statements that are true and that are unreadable (NaN
-        if there is no statement); and the mean number of statements. ``chance`` of the true share is the share that
-        is true of another sample's scene.
-
-    Raises:
-        ValueError: the seeds of a family were scored on different samples.
+    Returns `COLUMNS`, one row per family, slot and measure (`MEASURES`), with 95 % intervals over samples and seeds:
+    three shares of the answers, which sum to 1; the shares of all statements that are true and that are unreadable (NaN
+    if there is no statement); and the mean number of statements. ``chance`` of the true share is the share that is true
+    of another sample's scene.
     """
     rows = []
     for (slot, family), part in samples.dropna(subset=COUNTS).groupby(["slot", "family"], sort=False):
@@ -60,12 +57,12 @@ def faithfulness(samples: pd.DataFrame, resamples: int = 2000, seed: int = 0) ->
                 "run the evaluate stage again"
             )
         score, *counts = (table.to_numpy() for table in tables)  # [seeds, samples]
-        measured = measures(is_right(slot, score), *counts, resamples, seed)
+        measured = measures(is_right(slot, score), *counts, resamples)
         rows += [{"family": family, "slot": slot, **row} for row in measured]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def measures(right, true, unreadable, stated, true_by_chance, resamples: int, seed: int) -> list[dict]:
+def measures(right, true, unreadable, stated, true_by_chance, resamples: int) -> list[dict]:
     """One row per measure, from arrays [seeds, samples]."""
     reasons = (stated > 0) & (true == stated)
     one = np.ones(right.shape)
@@ -80,7 +77,7 @@ def measures(right, true, unreadable, stated, true_by_chance, resamples: int, se
     rows = []
     for name, (above, below) in ratios.items():
         # equal shapes and seeds draw the same samples, so this is the ratio within each draw
-        draws = [bootstrap_means(part, resamples, seed) for part in (above, below)]
+        draws = [bootstrap_means(part, resamples, 0) for part in (above, below)]
         usable = draws[1] > 0
         low, high = interval(draws[0][usable] / draws[1][usable]) if usable.any() else (np.nan, np.nan)
         row = {"measure": name, "value": _ratio(above, below), "low": low, "high": high}

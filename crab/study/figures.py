@@ -80,8 +80,7 @@ def nothing(text: str, path: str | Path) -> Image:
 def signed_map(axes, values: pd.DataFrame, clear: pd.DataFrame, reach: float) -> None:
     """Draw a heat map of differences: brown below zero, green above, a frame where ``clear`` is true.
 
-    Args:
-        values: differences; NaN stays grey. clear: bool, same shape. reach: the difference at which colours are full.
+    NaN stays grey. ``reach`` is the difference at which colours are full.
     """
     axes.set_facecolor(VERDICTS["at chance"])
     sns.heatmap(values, cmap="BrBG", vmin=-reach, vmax=reach, annot=True, fmt="+.3f", cbar=False, ax=axes)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from crab import tasks
 from crab.core.files import read_json
 from crab.models import checkpoint
-from crab.models.protocol import AudioVisualModel, Tower, model_of
+from crab.models.protocol import AudioVisualModel, model_of
 from crab.study.train import adapted
 from crab.tasks.registry import MEDIA
 
@@ -30,6 +31,47 @@ SIDE = 224  # of the pictures that a published base sees, pixels
 CONTEXT = 1.5 * GIB  # per process: the CUDA context, communication buffers, and gaps between blocks of memory
 TOWERS = ("language_model", "visual", "audio_tower")
 _BLOCK = re.compile(rf"({'|'.join(TOWERS)})\.(?:model\.)?(?:layers|blocks)\.0\.(.+)\.i?lora_A\.")
+
+
+class Tower(NamedTuple):
+    """A stack of alike blocks. Widths are in numbers per token.
+
+    ``per_token`` is how many tokens the tower reads for each token of a prompt that comes from it. ``weights`` are the
+    parameters of all blocks.
+    """
+
+    layers: int
+    width: int
+    keys: int  # of the keys, and of the values
+    wide: int  # inside the MLP
+    gated: bool  # whether the MLP has a gate
+    per_token: int
+    weights: int
+
+
+def towers_of(model, heard: int) -> dict[str, Tower]:
+    """The towers of a model, by name. ``heard`` is ``SOUND_PER_TOKEN`` of its module."""
+    text, sight, sound = model.config.get_text_config(), model.config.vision_config, model.config.audio_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    merged = getattr(sight, "spatial_merge_size", 2) ** 2
+    sizes = {
+        "language_model": (text.hidden_size, head * text.num_key_value_heads, text.intermediate_size, 1),
+        "visual": (sight.hidden_size, sight.hidden_size, sight.intermediate_size, merged),
+        "audio_tower": (sound.d_model, sound.d_model, sound.encoder_ffn_dim, heard),
+    }
+    towers = {}
+    for name, (width, keys, wide, per_token) in sizes.items():
+        blocks = next(
+            part for path, part in model.named_modules()
+            if isinstance(part, nn.ModuleList) and name in path.split(".") and path.endswith(("layers", "blocks"))
+        )  # fmt: skip
+        gated = any(path.endswith("gate_proj") for path, _ in blocks[0].named_modules())
+        towers[name] = Tower(len(blocks), width, keys, wide, gated, per_token, _count(blocks))
+    return towers
+
+
+def _count(part: nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters())
 
 
 class Adapter(NamedTuple):
@@ -54,26 +96,22 @@ class Base:
         return model_of(self.config)
 
     @cached_property
-    def _counted(self) -> tuple[int, dict[str, Tower]]:
-        """Parameters of the whole model, and its towers."""
+    def _model(self) -> nn.Module:
         with torch.device("meta"):
-            model = self._module.build(self.config)
-        count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
-        towers = self._module.towers(model).items()
-        return count(model), {name: t._replace(weights=count(model.get_submodule(t.path))) for name, t in towers}
+            return self._module.build(self.config)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        return self._counted[0]
+        return _count(self._model)
 
     @property
     def width(self) -> int:
         """Of its features."""
         return self.config.get_text_config().hidden_size
 
-    @property
+    @cached_property
     def towers(self) -> dict[str, Tower]:
-        return self._counted[1]
+        return towers_of(self._model, self._module.SOUND_PER_TOKEN)
 
     def adapter(self, method: str, options: Mapping[str, Any]) -> Adapter:
         """What `crab.study.train.adapted` adds to this base. ValueError on an option that the method does not have."""
@@ -101,8 +139,7 @@ def _adapter(base: Base, method: str, options: str) -> Adapter:
 def read_base(path: str | Path) -> Base:
     """The configuration of a base: a folder, or a checkpoint by its name. Nothing else is read.
 
-    Raises:
-        ValueError: it cannot be read.
+    ValueError if it cannot be read.
     """
     published = checkpoint.resolve(path) or (None if Path(path).is_dir() else str(path))
     try:

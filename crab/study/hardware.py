@@ -23,7 +23,7 @@ MIXED = {"fp32": "no", "bf16": "bf16"}
 
 @dataclass(frozen=True)
 class Hardware:
-    """``shared.hardware`` of params.yaml.
+    """``shared.hardware`` of params.yaml. ValueError, naming the parameter, on what cannot be.
 
     Args:
         workers: jobs side by side: shards to encode, and adapters that one process trains. With GPUs, one for each.
@@ -35,9 +35,6 @@ class Hardware:
         loaders: processes that read and decode samples, for each process that trains.
         checkpointing: compute activations again in the backward pass, which saves memory and takes a third more time.
         save_minutes: between two checkpoints of a training; 0 saves after each pass.
-
-    Raises:
-        ValueError: naming the parameter.
     """
 
     workers: int = 2
@@ -91,14 +88,10 @@ class Hardware:
         return values["distributed_type"], {"DEEPSPEED": zero, "FSDP": 3}.get(values["distributed_type"], 0)
 
     def check(self, batch_size: int, precision: str, cached: bool, gpus: int) -> None:
-        """Check that these processes can train together.
+        """Check that these processes can train together on ``gpus``. ``cached``: features are stored.
 
-        Args:
-            precision: of params.yaml. cached: whether features are stored. gpus: of this machine.
-
-        Raises:
-            ValueError: naming the parameter: a batch that does not divide, too few GPUs, a configuration that
-                contradicts params.yaml, or one that spreads weights of which single processes need all.
+        ValueError, naming the parameter, on a batch that does not divide, too few GPUs, a configuration that
+        contradicts params.yaml, or one that spreads weights of which single processes need all.
         """
         self.micro_batch(batch_size)
         path, values, (kind, stage) = self.configuration(), self._values(), self.shared_out()

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from crab.core.files import atomic_folder, file_digest, write_json
 from crab.ilora import published
 from crab.models.checkpoint import resolve
+from crab.models.protocol import model_of
 from crab.study.answer import WEIGHTS
 from crab.study.train import RECORD
 
@@ -22,17 +22,13 @@ from crab.study.train import RECORD
 def import_published(options: Mapping[str, Any], base: str | Path, folder: str | Path) -> Path:
     """Turn ``options["weights"]``, a published ``finetune_weights.bin``, into the adapter ``<folder>/adapter``.
 
-    Its record is that of an adapter that was trained in no step.
-
-    Raises:
-        ValueError: the file is missing or damaged, does not fit the base, or has another rank or other heads than
-            ``options`` say; naming the file or the option.
+    Its record is that of an adapter that was trained in no step. ValueError, naming the file or the option, if the file
+    is missing or damaged, does not fit the base, or has another rank or other heads than ``options`` say.
     """
     final, path = Path(folder) / "adapter", _existing(options["weights"])
+    module = model_of(base)
     with torch.device("meta"):
-        model = Qwen2_5OmniThinkerForConditionalGeneration(
-            Qwen2_5OmniThinkerConfig.from_pretrained(resolve(base) or base)
-        )
+        model = module.build(module.read_config(str(resolve(base) or base))[0])
     with atomic_folder(final) as temporary:
         config = published.import_published(
             path, model, temporary, lora_alpha=options["lora_alpha"], lora_dropout=options.get("lora_dropout", 0.0)

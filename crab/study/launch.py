@@ -8,12 +8,12 @@ processes, since Accelerate does so for several CPU processes by MPI only.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import deque
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,17 +23,16 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from crab.core.files import read_json, write_json
+from crab.core.files import atomic_file
 from crab.core.watch import when_ended
-from crab.samples.shards import Shards
-from crab.study.hardware import MIXED, Hardware
+from crab.study.hardware import MIXED
 from crab.study.loop import last_checkpoint
 
 if TYPE_CHECKING:
     from crab.study.cells import Cell
     from crab.study.store import Store
 
-JOB, LOG = "job.json", "log.txt"
+JOB, LOG = "job.pickle", "log.txt"
 _PARENT = "CRAB_PARENT"  # environment variable with the number of the process that started the launch
 
 
@@ -42,7 +41,7 @@ def check(store: Store, cell: Cell, processes: int) -> None:
     hardware = store.hardware
     last_checkpoint(store.folder(cell), hardware.note(store.batch_size, processes))
     if processes > 1:
-        cached = all(Shards(Path(store.encoded) / slot / "train").cached for slot in cell.slots)
+        cached = all(map(store.cached, cell.slots))
         hardware.check(store.batch_size, store.precision, cached, torch.cuda.device_count())
 
 
@@ -105,20 +104,13 @@ def _end_with(parent: int) -> None:
 
 def write_job(job: Path, store: Store, cell: Cell) -> None:
     """Write a store and a cell for `read_job`."""
-    write_json(job, json.loads(json.dumps({"store": asdict(store), "cell": asdict(cell)}, default=str)))
+    with atomic_file(job) as path:
+        path.write_bytes(pickle.dumps((replace(store), cell)))  # a new store, which has read no file yet
 
 
 def read_job(job: str | Path) -> tuple[Store, Cell]:
     """The store and the cell that `write_job` wrote to a file."""
-    from crab.study.cells import cell_of
-    from crab.study.store import Store
-
-    content = read_json(job)
-    settings = content["store"]
-    for name in ("encoded", "dataset", "base", "cells", "ledger", "published"):
-        settings[name] = Path(settings[name])
-    settings["hardware"] = Hardware(**settings["hardware"])
-    return Store(**settings), cell_of(content["cell"])
+    return pickle.loads(Path(job).read_bytes())
 
 
 def main(job: str) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -53,48 +54,48 @@ class Ledger:
 def sample_scores(ledger: str | Path, cells: Sequence[Cell], statements: bool = False) -> pd.DataFrame:
     """Primary score of every sample of keyed cells, one row each (`SAMPLE_COLUMNS`), from the ledger alone.
 
-    Args:
-        statements: also the columns of `crab.study.statements.COUNTS`; NaN for bare answers.
+    ``statements`` adds the columns of `crab.study.statements.COUNTS`; NaN for bare answers.
     """
     names = [*SAMPLE_COLUMNS, *(COUNTS if statements else ())]
     frames = []
-    for cell, entry in zip(cells, _entries(ledger, cells), strict=True):
-        for slot, result in entry["slots"].items():
-            head = {"cell": cell.name, "family": cell.family, "seed": cell.seed, "slot": slot}
-            frame = pd.DataFrame({"id": result["ids"], "score": result["scores"]}).assign(**head)
-            if statements and "statements" in result:
-                frame[COUNTS] = result["statements"]
-            frames.append(frame)
+    for head, slot, result in _results(ledger, cells):
+        frame = pd.DataFrame({"id": result["ids"], "score": result["scores"]}).assign(**head, slot=slot)
+        if statements and "statements" in result:
+            frame[COUNTS] = result["statements"]
+        frames.append(frame)
     return pd.concat(frames, ignore_index=True).reindex(columns=names)
 
 
 def metric_table(ledger: str | Path, cells: Sequence[Cell]) -> pd.DataFrame:
     """Every metric of every keyed cell and slot, with the counts of answers: one row each."""
     rows = []
-    for cell, entry in zip(cells, _entries(ledger, cells), strict=True):
-        for slot, result in entry["slots"].items():
-            counts = {name: value for name, value in result.items() if name.startswith("n_")}
-            head = {"cell": cell.name, "family": cell.family, "seed": cell.seed, "slot": slot}
-            primary = tasks.get_slot(slot).metric
-            rows += [
-                {**head, "metric": metric, "primary": metric == primary, "value": value, **counts}
-                for metric, value in result["metrics"].items()
-            ]
+    for head, slot, result in _results(ledger, cells):
+        counts = {name: value for name, value in result.items() if name.startswith("n_")}
+        primary = tasks.get_slot(slot).metric
+        rows += [
+            {**head, "slot": slot, "metric": metric, "primary": metric == primary, "value": value, **counts}
+            for metric, value in result["metrics"].items()
+        ]
     return pd.DataFrame(rows)
 
 
 def cost_table(ledger: str | Path, cells: Sequence[Cell]) -> pd.DataFrame:
     """What each keyed cell trained and what it cost, one row each; ``loss`` is a list of [step, loss]."""
-    rows = []
-    for cell, entry in zip(cells, _entries(ledger, cells), strict=True):
-        head = {"cell": cell.name, "family": cell.family, "seed": cell.seed, "learning_rate": cell.learning_rate}
-        rows.append({**head, **entry["cost"]})
-    return pd.DataFrame(rows)
+    return pd.DataFrame([
+        {**head, "learning_rate": cell.learning_rate, **entry["cost"]} for head, cell, entry in _entries(ledger, cells)
+    ])  # fmt: skip
 
 
-def _entries(ledger: str | Path, cells: Sequence[Cell]) -> list[dict]:
-    """Ledger entries of keyed cells, in order. Raises ValueError if one is not finished."""
+def _entries(ledger: str | Path, cells: Sequence[Cell]) -> list[tuple[dict[str, Any], Cell, dict]]:
+    """Of each keyed cell, the columns that name it, itself, and its entry. ValueError if one is not finished."""
     entries = Ledger(ledger).cells
     if absent := [cell.name for cell in cells if cell.key not in entries]:
         raise ValueError(f"{ledger}: no scores of {absent[0]}; run the stage that trains it")
-    return [entries[cell.key] for cell in cells]
+    return [({"cell": c.name, "family": c.family, "seed": c.seed}, c, entries[c.key]) for c in cells]
+
+
+def _results(ledger: str | Path, cells: Sequence[Cell]) -> Iterator[tuple[dict[str, Any], str, dict]]:
+    """Of each slot of each keyed cell, the columns that name the cell, the slot, and its scores."""
+    for head, _, entry in _entries(ledger, cells):
+        for slot, result in entry["slots"].items():
+            yield head, slot, result

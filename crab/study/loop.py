@@ -20,8 +20,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from crab.core.files import read_json, write_json
-from crab.models.batches import Sample, answer_loss, answer_tokens, batch, instruction_shown
-from crab.models.protocol import IGNORE, model_of
+from crab.models.batches import Sample, adapts_encoders, answer_loss, answer_tokens, batch, instruction_shown
+from crab.models.protocol import IGNORE
 
 WHOLE = "whole.json"  # in a checkpoint, written last: which processes wrote it
 
@@ -34,14 +34,10 @@ def delete_checkpoints(folder: Path, but: str | None = None) -> None:
 
 
 def last_checkpoint(folder: Path, note: Mapping[str, Any]) -> str | None:
-    """The latest checkpoint that was written to its end.
+    """The latest checkpoint that was written to its end. ``note`` is that of `crab.study.hardware.Hardware.note`.
 
-    Args:
-        note: of `crab.study.hardware.Hardware.note`.
-
-    Raises:
-        ValueError: it was written by another number of processes, or in other parts; samples then come in another
-            order, or weights lie in it in another way.
+    ValueError if it was written by another number of processes, or in other parts; samples then come in another order,
+    or weights lie in it in another way.
     """
     whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / WHOLE).exists()]
     if not whole:
@@ -62,7 +58,7 @@ class AnswerTrainer(Trainer):
     def __init__(self, base, tokenizer, lengths: Sequence[int] | None = None, **options: Any) -> None:
         super().__init__(**options, data_collator=partial(_collate, tokenizer))
         self.base, self.tokenizer, self.lengths = base, tokenizer, lengths
-        self.adapted = model_of(base).adapts_encoders(base)
+        self.adapted = adapts_encoders(base)
         self.loss_is_scaled_for_ga = True  # the loss of a part is divided by the answer tokens of the whole batch
 
     def _save(self, output_dir=None, state_dict=None):
@@ -83,7 +79,7 @@ class AnswerTrainer(Trainer):
         model.train()  # adapted encoders have dropout, and checkpoints
         samples, answers = zip(*inputs["pairs"].content, strict=True)
         with self.accelerator.autocast() if self.adapted else nullcontext():
-            inputs = batch(self.base, self.tokenizer, samples, answers, embed=False, adapted=self.adapted)
+            inputs = batch(self.base, self.tokenizer, samples, answers, embed=False)
         with instruction_shown(self.model, inputs):  # also while checkpointed layers are computed again
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -129,14 +125,10 @@ class LengthGrouped(Sampler):
 
 
 class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint each time that ``minutes`` have passed, and marks each once all of it is written.
+    """Asks for a checkpoint each time that ``minutes`` have passed, and marks each once all of it is written."""
 
-    In tests it stops there, as a kill would.
-    """
-
-    def __init__(self, minutes: float, note: Mapping[str, int], stop_at: int | None = None):
-        self.minutes, self.note, self.stop_at = minutes, note, stop_at
-        self.saved = time.monotonic()
+    def __init__(self, minutes: float, note: Mapping[str, int]):
+        self.minutes, self.note, self.saved = minutes, note, time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.minutes:
@@ -149,5 +141,3 @@ class Checkpoints(TrainerCallback):
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             write_json(folder / WHOLE, self.note)
-        if self.stop_at is not None and state.global_step >= self.stop_at:
-            raise KeyboardInterrupt(f"stopped at step {state.global_step}")

@@ -25,7 +25,7 @@ from crab.study.ledger import sample_scores
 from crab.study.prompts import check_conventions
 from crab.study.rates import Grid, choose_rates
 from crab.study.store import Store
-from crab.study.variants import adapter_parameters, family_costs, plain_rank, train_families
+from crab.study.variants import family_costs, plain, plain_rank, train_families
 
 AXES = ("rank", "tasks", "passes", "samples", "conventions")
 OWN, JOINT, RIVAL = "single-task LoRA", "joint LoRA", "joint LoRA of its size"
@@ -50,10 +50,7 @@ class Map:
         cls, name: str, section: Mapping[str, Any], routed: Mapping[str, Mapping[str, Any]], words: Sequence[str]
     ) -> Map:
         """From ``experiments.maps`` of params.yaml: ``slots``, ``seeds``, all of `AXES`, two of them lists, and
-        ``routed``, names of routed methods (None for all).
-
-        Raises:
-            ValueError: naming the map and the field, on anything else.
+        ``routed``, names of routed methods (None for all). ValueError, naming the map and the field, on anything else.
         """
         start = f"experiments.maps: {name}"
         axes = tuple(axis for axis in AXES if isinstance(section[axis], list))
@@ -97,17 +94,9 @@ def groups_of(slots: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def _cells(
-    family: str,
-    method: str,
-    options: Mapping[str, Any],
-    each: Map,
-    point: Mapping[str, Any],
-    words: tuple[str, ...],
-    rate: float,
-    seeds: Sequence[int] | None,
-    held_out: int,
-    passes: int | None,
-) -> list[Cell]:
+    family: str, method: str, options: Mapping[str, Any], each: Map, point: Mapping[str, Any], words: tuple[str, ...],
+    rate: float, seeds: Sequence[int] | None, held_out: int, passes: int | None,
+) -> list[Cell]:  # fmt: skip
     """Cells of one kind of adapter at a point. `OWN` has one adapter per slot and convention."""
     own = family.startswith(f"{each.name}: {OWN} ")
     groups = groups_of(each.slots, 1 if own else point["tasks"])
@@ -123,24 +112,21 @@ def _cells(
 def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: float, resamples: int) -> pd.DataFrame:
     """Train, score and compare at every point of a map.
 
-    Returns:
-        One row per point and pair of methods (``one`` minus ``other``): the axes, the mean difference over the slots
-        that single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of both,
-        and ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
+    Returns one row per point and pair of methods (``one`` minus ``other``): the axes, the mean difference over the
+    slots that single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of
+    both, and ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
     """
-    size = partial(adapter_parameters, store.base)
     families, places = {}, []
     for point in each.points:
         label = ", ".join(f"{axis} {point[axis]}" for axis in AXES)
         used = tuple(words[: point["conventions"]]) if point["conventions"] > 1 else ()
-        plain = {"r": point["rank"], "lora_alpha": 2 * point["rank"]}
-        methods = {OWN: ("lora", plain), JOINT: ("lora", plain)}
+        methods = {OWN: ("lora", plain(point["rank"])), JOINT: ("lora", plain(point["rank"]))}
         pairs = [(JOINT, OWN, OWN)]  # one, other, and what the other is called in the table
         for name, options in each.routed.items():
-            methods[name] = ("ilora", {**plain, **options})
-            rank = plain_rank(size, *methods[name])
+            methods[name] = ("ilora", {**plain(point["rank"]), **options})
+            rank = plain_rank(store.base, *methods[name])
             rival = f"{JOINT} of rank {rank}"
-            methods[rival] = ("lora", {"r": rank, "lora_alpha": 2 * rank})
+            methods[rival] = ("lora", plain(rank))
             pairs += [(name, OWN, OWN), (name, rival, RIVAL)]
         names = {name: f"{each.name}: {name} ({label})" for name in methods}
         for name, family in names.items():
@@ -179,8 +165,7 @@ def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: f
 def by_clip(samples: pd.DataFrame) -> pd.DataFrame:
     """Scores per clip, the mean over its conventions. Drawn one by one, these would count as more clips than there are.
 
-    Args:
-        samples: columns family, seed, slot, id (`crab.study.prompts.renamed` adds the word to the clip's id) and score.
+    The columns are family, seed, slot, id (`crab.study.prompts.renamed` adds the word to the clip's id) and score.
     """
     clips = samples.assign(id=samples["id"].str.rpartition("/")[0])
     return clips.groupby(["family", "seed", "slot", "id"], as_index=False, sort=False)["score"].mean()

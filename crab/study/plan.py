@@ -114,8 +114,7 @@ class Plan:
     def rows(self) -> list[dict[str, Any]]:
         """One row per family and group of slots (``joint``, or one slot): sizes of one cell. Memory is per process.
 
-        Raises:
-            ValueError: naming the parameter: a batch that does not divide, an unknown option or configuration.
+        ValueError, naming the parameter, on a batch that does not divide, an unknown option or configuration.
         """
         counts = {row["slot"]: row["samples"] for row in self.features() if row["split"] == "train"}
         rows = []

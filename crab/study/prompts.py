@@ -33,11 +33,7 @@ LABEL_FAMILIES, LABEL_METRICS = ("emotion recognition", "action recognition"), (
 def instruction_span(ids: torch.Tensor, marks: Marks) -> tuple[int, int, int]:
     """Index of the first media token, of the first instruction token, and of the end of the instruction.
 
-    Args:
-        ids: int [L], a prompt of the model: head, media, instruction, end of turn, tail.
-
-    Raises:
-        ValueError: the prompt has another order.
+    ``ids``, int [L], are a prompt: head, media, instruction, end of turn, tail. ValueError on another order.
     """
     opens, closes, ends = (
         torch.isin(ids, torch.tensor(tokens)).nonzero().flatten()
@@ -49,13 +45,10 @@ def instruction_span(ids: torch.Tensor, marks: Marks) -> tuple[int, int, int]:
 
 
 def instruction_first(sample: Sample, marks: Marks) -> Sample:
-    """The sample with its instruction before its media, and the positions that the model counts in that order.
+    """The sample with its instruction before its media, and the positions [3, L] that the model counts in that order.
 
     Text counts up by one and media keep their layout. So the media move by the length of the instruction, the
     instruction moves by the extent of the media, and the tail stays.
-
-    Args:
-        sample: input_ids [L], position_ids [3, L], features [media, hidden].
     """
     ids, positions = sample["input_ids"], sample["position_ids"]
     media, text, stop = instruction_span(ids, marks)
@@ -83,8 +76,7 @@ def prefixed(sample: Sample, token: int, marks: Marks) -> Sample:
 def permutations(labels: Sequence[str], conventions: int, seed: int = 0) -> list[dict[str, str]]:
     """For each convention, the new name of each label.
 
-    Raises:
-        ValueError: more conventions than labels; two of them would agree somewhere.
+    ValueError on more conventions than labels; two of them would agree somewhere.
     """
     order = sorted(set(labels))
     if not 1 <= conventions <= len(order):

@@ -24,7 +24,7 @@ COLUMNS = ["family", "rate", "score", "low", "high", "behind", "behind_low", "be
 
 @dataclass(frozen=True)
 class Grid:
-    """How learning rates are chosen.
+    """How learning rates are chosen. ValueError, naming the parameter, on what cannot be.
 
     Args:
         tried: rates that every family starts with. A single one is taken as it is, and nothing is trained.
@@ -32,9 +32,6 @@ class Grid:
         seeds: of the cells that decide.
         passes: of these cells; None for as many as are trained afterwards.
         held_out: training samples of each slot that are scored and not trained on.
-
-    Raises:
-        ValueError: naming the parameter.
     """
 
     tried: Sequence[float]
@@ -61,13 +58,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Rates:
-    """The chosen rates.
+    """The chosen learning rate of each family, and the ``points``: one row per family and rate tried (`COLUMNS`).
 
-    Attributes:
-        chosen: learning rate by family.
-        points: one row per family and rate tried (`COLUMNS`): the mean over slots of the primary metric on held-out
-            samples with its 95 % interval, and how far it is behind the chosen rate on the same samples. Empty if
-            nothing was swept.
+    A point has the mean over slots of the primary metric on held-out samples with its 95 % interval, and how far it is
+    behind the chosen rate on the same samples. There are none if nothing was swept.
     """
 
     chosen: dict[str, float]
@@ -85,26 +79,24 @@ class Rates:
         return bool(part["rate"].min() < self.chosen[family] < part["rate"].max()) if len(part) else None
 
 
-def rate_beyond(scores: Mapping[float, float]) -> float | None:
+def rate_beyond(tried: Mapping[float, tuple[float, np.ndarray]]) -> float | None:
     """The rate to try next, beyond the edge at which the best one lies; None if the best lies inside."""
-    best = best_rate(scores)
-    if best == max(scores):
+    best = best_rate(tried)
+    if best == max(tried):
         return float(f"{best * FACTOR:.6g}")
-    return float(f"{best / FACTOR:.6g}") if best == min(scores) else None
+    return float(f"{best / FACTOR:.6g}") if best == min(tried) else None
 
 
-def best_rate(scores: Mapping[float, float]) -> float:
-    """The rate with the highest score; of equal ones the lowest."""
-    return min(scores, key=lambda rate: (-scores[rate], rate))
+def best_rate(tried: Mapping[float, tuple[float, np.ndarray]]) -> float:
+    """The rate with the highest score; of equal ones the lowest. ``tried`` has the `mean_over_slots` of each."""
+    return min(tried, key=lambda rate: (-tried[rate][0], rate))
 
 
 def mean_over_slots(samples: pd.DataFrame, resamples: int) -> tuple[float, np.ndarray]:
     """Mean over slots of the mean score, and its bootstrap draws [resamples] over samples and seeds.
 
-    A slot draws the same samples whatever was trained, so that draws of two rates are paired.
-
-    Args:
-        samples: columns slot, seed, id and score.
+    A slot draws the same samples whatever was trained, so that draws of two rates are paired. ``samples`` has the
+    columns slot, seed, id and score.
     """
     means, draws = [], []
     for slot, part in samples.groupby("slot", sort=False):
@@ -117,18 +109,15 @@ def mean_over_slots(samples: pd.DataFrame, resamples: int) -> tuple[float, np.nd
 def choose_rates(
     families: Mapping[str, Callable[..., list[Cell]]], grid: Grid, store: Store, resamples: int, label: str = "rates"
 ) -> Rates:
-    """Choose the learning rate of each family.
-
-    Args:
-        families: by name, a function ``(rate, seeds, held_out, passes) -> cells`` of that family.
-    """
+    """Choose the learning rate of each family: by name, a function ``(rate, seeds, held_out, passes) -> cells``."""
     if not grid.swept:
         chosen = dict.fromkeys(families, float(grid.tried[0]))
         return Rates(chosen, pd.DataFrame(columns=COLUMNS))
     results: dict[str, dict[float, tuple[float, np.ndarray]]] = {family: {} for family in families}
-    extended = dict.fromkeys(families, 0)
     waiting = {family: sorted(map(float, grid.tried)) for family in families}
-    while waiting:
+    for _ in range(grid.extend + 1):
+        if not waiting:
+            break
         cells = {
             (family, rate): families[family](rate, grid.seeds, grid.held_out, grid.passes)
             for family, rates in waiting.items()
@@ -138,15 +127,11 @@ def choose_rates(
         for (family, rate), group in cells.items():
             scores = sample_scores(store.ledger, [next(keyed) for _ in group])
             results[family][rate] = mean_over_slots(scores, resamples)
-        waiting = {}
-        for family, tried in results.items():
-            beyond = rate_beyond({rate: score for rate, (score, _) in tried.items()})
-            if beyond is not None and extended[family] < grid.extend:
-                waiting[family] = [beyond]
-                extended[family] += 1
+        beyond = {family: rate_beyond(tried) for family, tried in results.items()}
+        waiting = {family: [rate] for family, rate in beyond.items() if rate is not None}
     rows, chosen = [], {}
     for family, tried in results.items():
-        chosen[family] = best_rate({rate: score for rate, (score, _) in tried.items()})
+        chosen[family] = best_rate(tried)
         best, best_draws = tried[chosen[family]]
         for rate, (score, draws) in sorted(tried.items()):
             behind = [best - score, *interval(best_draws - draws)]
@@ -157,13 +142,9 @@ def choose_rates(
 def rates_from_params(
     given: Mapping[str, Mapping[str, float]], families: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Rates that params.yaml gives (``train.given_rates``), by family.
+    """Rates by family that params.yaml gives (``train.given_rates``), for `crab.study.cells.families_of`.
 
-    Args:
-        families: of `crab.study.cells.families_of`.
-
-    Raises:
-        ValueError: a rate is missing, belongs to no family, or is no rate.
+    ValueError if a rate is missing, belongs to no family, or is no rate.
     """
     flat = {f"{run.partition('-')[0]}-{method}-{run.partition('-')[2]}": rate for method, rates in given.items()
             for run, rate in rates.items()}  # fmt: skip

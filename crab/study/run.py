@@ -67,8 +67,7 @@ def run_cell(store: Store, cell: Cell) -> None:
 def training_pairs(store: Store, cell: Cell, slot: str) -> SlotData:
     """Pairs of sample and answer of a slot, without those held out, and at most as many as the cell asks for.
 
-    Raises:
-        ValueError: too few training samples.
+    ValueError if there are too few training samples.
     """
     data, _ = store.data(cell, slot, "train", store.on_problem)
     versions = store.versions(cell)

@@ -26,17 +26,14 @@ def _predicted_mask(segmenter: str, record: Mapping, box, points) -> Any:
 def masks_of(slot: str, segmenter: str) -> dict[str, tasks.Masks]:
     """Keyword arguments that `crab.tasks.score` needs for a slot: ``masks`` for pixel-level slots, else none.
 
-    Args:
-        segmenter: cuts the predicted masks, see `crab.models.segment.segmenter`.
+    ``segmenter`` cuts the predicted masks, see `crab.models.segment.segmenter`.
     """
     return {"masks": tasks.Masks(_true_mask, partial(_predicted_mask, segmenter))} if tasks.get_slot(slot).masks else {}
 
 
 def truths(dataset: str | Path, slot: str, split: str, ids: Sequence[str]) -> list[dict]:
-    """Records of ``ids``, in that order, as the test records that `crab.tasks.score` takes.
-
-    Raises:
-        ValueError: an id has no record.
+    """Records of ``ids``, in that order, as the test records that `crab.tasks.score` takes. ValueError if one is
+    missing.
     """
     by_id = {record["id"]: record for record in records.read(dataset, slot, split)}
     if missing := [name for name in ids if name not in by_id]:
@@ -55,14 +52,10 @@ def score_slot(slot: str, rows: Sequence[Mapping], texts: Mapping[str, str], seg
     """All metrics of a slot, and the primary score of each sample.
 
     Args:
-        rows: every record that was asked. texts: raw answers by sample id.
+        rows: every record that was asked. texts: raw answers by sample id; ValueError if one is missing or spare.
 
-    Returns:
-        ``metrics`` by name; ``ids`` and ``scores``, one per sample; ``n_expected``, ``n_found``, ``n_scored``
-        and ``n_unparsable``. An answer that cannot be read is wrong.
-
-    Raises:
-        ValueError: an answer is missing, or belongs to no record.
+    Returns ``metrics`` by name; ``ids`` and ``scores``, one per sample; ``n_expected``, ``n_found``, ``n_scored`` and
+    ``n_unparsable``. An answer that cannot be read is wrong.
     """
     result = tasks.score(slot, rows, texts, **masks_of(slot, segmenter))
     return {

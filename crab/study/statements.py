@@ -14,15 +14,11 @@ COUNTS = ["true", "unreadable", "stated", "true_by_chance"]
 
 
 def statement_counts(dataset: Path, slot: str, records: Sequence[Mapping], texts: Mapping[str, str]) -> list[list[int]]:
-    """`COUNTS` of the answer to each record; an empty list if no scene graph is known.
+    """`COUNTS` of the answer to each of all test records of a slot; an empty list if no scene graph is known.
 
-    Args:
-        records: all test records of the slot. texts: answer by sample id.
-
-    Raises:
-        RecordError: a record is not what the generator makes today.
+    RecordError on a record that is not what the generator makes today. ``texts`` are answers by sample id.
     """
-    shown = verify.read_evidence(dataset, slot, "test", records) if verify.known(dataset) else []
+    shown = _shown(dataset, slot, records)
     half = len(shown) // 2  # half a turn away no record shares its clip
     rows = []
     for record, scene, other in zip(records, shown, [*shown[half:], *shown[:half]], strict=False):
@@ -35,10 +31,14 @@ def statement_counts(dataset: Path, slot: str, records: Sequence[Mapping], texts
 
 def judged(dataset: Path, slot: str, records: Sequence[Mapping], texts: Mapping[str, str]) -> pd.DataFrame:
     """One row per statement of the answers to the first test records, with its verdict; empty without scene graphs."""
-    shown = verify.read_evidence(dataset, slot, "test", records) if verify.known(dataset) else []
     rows = [
         {"slot": slot, "id": record["id"], "statement": statement, "verdict": verdict}
-        for record, scene in zip(records, shown, strict=False)
+        for record, scene in zip(records, _shown(dataset, slot, records), strict=False)
         for statement, verdict in verify.verify_answer(slot, texts[record["id"]], scene)
     ]
     return pd.DataFrame(rows, columns=["slot", "id", "statement", "verdict"])
+
+
+def _shown(dataset: Path, slot: str, records: Sequence[Mapping]) -> list[verify.Evidence]:
+    """What each record shows and plays; empty without scene graphs."""
+    return verify.read_evidence(dataset, slot, "test", records) if verify.known(dataset) else []

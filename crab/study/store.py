@@ -158,18 +158,19 @@ class Store:
     def run(self, cells: Sequence[Cell], label: str, need: str = "scores") -> list[Cell]:
         """Do whatever is missing of the cells, the longest first, and return them with their keys.
 
+        ValueError, before anything is trained, on what cannot be. RuntimeError, naming the cell that failed.
+
         Args:
             label: stands before the progress bar.
             need: ``scores`` (the ledger is enough), ``answers`` (texts are wanted too) or ``adapter`` (weights are).
-
-        Raises:
-            ValueError: before anything is trained, on an option or slot that cannot be.
-            RuntimeError: naming the cell that failed.
         """
         for cell in cells:
             adapter_config(cell.method, cell.options, model_of(self.base).TARGETS)
-            if adapts_encoders(cell.options):
-                self._check_uncached(cell)
+            if adapts_encoders(cell.options) and (cached := [slot for slot in cell.slots if self.cached(slot)]):
+                raise ValueError(
+                    f"{cell.name}: its adapter changes the encoders, but features of {cached[0]} are cached in "
+                    f"{self.encoded}; set encode.cache to false, and run the encode stage again"
+                )
             if cell.words:
                 prompts.check_conventions(cell.slots, cell.words)
         cells = self.keyed(cells)
@@ -208,13 +209,9 @@ class Store:
         ledger = Ledger(self.ledger)
         return {cell.key: cell for cell in cells if not self._finished(cell, ledger, need)}
 
-    def _check_uncached(self, cell: Cell) -> None:
-        for slot in cell.slots:
-            if Shards(Path(self.encoded) / slot / "train").cached:
-                raise ValueError(
-                    f"{cell.name}: its adapter changes the encoders, but features of {slot} are cached in "
-                    f"{self.encoded}; set encode.cache to false, and run the encode stage again"
-                )
+    def cached(self, slot: str) -> bool:
+        """Whether the features of a slot are stored."""
+        return Shards(Path(self.encoded) / slot / "train").cached
 
     def _local(self, cell: Cell) -> dict | None:
         """The ledger entry of a cell whose scores are on this machine and still hold."""

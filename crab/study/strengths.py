@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from crab.study.compare import judge
 from crab.study.ledger import cost_table, sample_scores
 from crab.study.rates import COLUMNS, Grid, Rates, choose_rates
 from crab.study.store import Store
-from crab.study.variants import adapter_parameters, plain_rank
+from crab.study.variants import plain, plain_rank
 
 SINGLE, JOINT, SIZED, ROUTED = "single-task LoRA", "joint LoRA", "joint LoRA, I-LoRA's size", "I-LoRA"
 LONG = "single-task LoRA, joint LoRA's steps"
@@ -42,10 +41,8 @@ class Point(NamedTuple):
 class Family(NamedTuple):
     """Cells that differ in slots and seed only: a method, with a form of answer, at a point.
 
-    Attributes:
-        form: of its answers.
-        name: for readers: the method, and whether it reasons.
-        cells: makes them, from a learning rate, seeds, held-out samples and passes (None: those of the design).
+    ``name`` is for readers: the method, and whether it reasons. ``cells`` makes them, from a learning rate, seeds,
+    held-out samples and passes (None: those of the design).
     """
 
     method: str
@@ -81,13 +78,11 @@ class Design:
 
     def families(self, point: Point, base: Any) -> list[Family]:
         """All families at a point. ``base`` is the folder of a base, which gives the sizes of adapters."""
-        plain = {"r": point.rank, "lora_alpha": 2 * point.rank}
-        routed = {**plain, "num_heads": self.num_heads}
-        rank = plain_rank(partial(adapter_parameters, base), "ilora", routed)
+        own, routed = plain(point.rank), {**plain(point.rank), "num_heads": self.num_heads}
         methods = {
-            SINGLE: ("single", "lora", plain),
-            JOINT: ("joint", "lora", plain),
-            SIZED: ("joint", "lora", {"r": rank, "lora_alpha": 2 * rank}),
+            SINGLE: ("single", "lora", own),
+            JOINT: ("joint", "lora", own),
+            SIZED: ("joint", "lora", plain(plain_rank(base, "ilora", routed))),
             ROUTED: ("joint", "ilora", routed),
         }
         rows = [
@@ -101,17 +96,14 @@ class Design:
         self, method: str, form: str, point: Point, setting: str, kind: str, options: Mapping[str, Any], times: int = 1
     ) -> Family:
         name = method + (REASONING if form == "explicit" else "")
-        start = f"{name} ({place(point)})", setting, kind, options
-        return Family(method, form, name, partial(self._cells, start, form, point, times))
 
-    def _cells(
-        self, start: tuple, form: str, point: Point, times: int, rate: float, seeds: Sequence[int] | None,
-        held_out: int, passes: int | None,
-    ) -> list[Cell]:  # fmt: skip
-        return cells_of(
-            *start, rate, self.slots, times * (passes or self.passes),
-            range(self.seeds) if seeds is None else seeds, form=form, held_out=held_out, base_steps=point.steps,
-        )  # fmt: skip
+        def cells(rate: float, seeds: Sequence[int] | None, held_out: int, passes: int | None) -> list[Cell]:
+            return cells_of(
+                f"{name} ({place(point)})", setting, kind, options, rate, self.slots, times * (passes or self.passes),
+                range(self.seeds) if seeds is None else seeds, form=form, held_out=held_out, base_steps=point.steps,
+            )  # fmt: skip
+
+        return Family(method, form, name, cells)
 
 
 def place(point: Point) -> str:
@@ -119,19 +111,7 @@ def place(point: Point) -> str:
     return f"base {base_name(point.steps)}, rank {point.rank}"
 
 
-def tune(design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int) -> Rates:
-    """The learning rate of each method at a rank, chosen alike for all on one base with bare answers.
-
-    Args:
-        at: steps of the base that it is chosen on; None for the finished one.
-
-    Returns:
-        By the method's `at_rank`.
-    """
-    return choose_rates(_tuned(design, rank, at, store), grid, store, resamples, f"rates at rank {rank}")
-
-
-def tune_long(
+def _tune_long(
     design: Design, rank: int, at: int | None, grid: Grid, store: Store, resamples: int, rates: Rates
 ) -> Rates:
     """The rate of `LONG`: half of `SINGLE`'s in ``rates``, or that rate, since longer trainings like lower ones."""
@@ -142,6 +122,7 @@ def tune_long(
 
 
 def _tuned(design: Design, rank: int, at: int | None, store: Store) -> dict[str, Callable[..., list[Cell]]]:
+    """The families of a rank whose rates are chosen, alike for all: with bare answers, on the one base."""
     bare = replace(design, forms=["bare"], as_many_steps=[])
     return {at_rank(family.method, rank): family.cells for family in bare.families(Point(at, rank), store.base)}
 
@@ -161,19 +142,19 @@ def train_points(
         at: steps of the base that rates are chosen on; None for the finished one.
         minutes: after this time no further point begins. The next call goes on.
 
-    Returns:
-        One row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and ``cells``, a
-        list of keyed cells, empty where it was not begun. And the rates that were chosen.
+    Returns one row per family, seed and point: ``base`` (its `base_name`), ``rank``, ``family``, ``seed``, and
+    ``cells``, a list of keyed cells, empty where it was not begun. And the rates that were chosen.
     """
     began, rows, rates = time.monotonic(), [], Rates({}, pd.DataFrame(columns=COLUMNS))
-    how = at, grid, store, resamples
     for seed, point, families in tqdm(list(_parts(design, store)), "points", mininterval=5):
         late = minutes is not None and time.monotonic() - began >= 60 * minutes
         first = at_rank(SINGLE, point.rank) not in rates.chosen
         if first and not (late and _untuned(design, point.rank, at, grid, store)):
-            rates = rates.joined(tune(design, point.rank, *how))
+            families_at = _tuned(design, point.rank, at, store)
+            label = f"rates at rank {point.rank}"
+            rates = rates.joined(choose_rates(families_at, grid, store, resamples, label))
         if families[0].method == LONG and at_rank(LONG, point.rank) not in rates.chosen and not late:
-            rates = rates.joined(tune_long(design, point.rank, *how, rates))
+            rates = rates.joined(_tune_long(design, point.rank, at, grid, store, resamples, rates))
         keyed = [[] for _ in families]
         if all(at_rank(family.method, point.rank) in rates.chosen for family in families):
             chosen = [rates.chosen[at_rank(family.method, point.rank)] for family in families]
@@ -210,14 +191,11 @@ def compare_points(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare the methods at each point, on the seeds that are finished for all that is compared.
 
-    Args:
-        trained: the table of `train_points`.
-
-    Returns:
-        Two tables. One row per point and pair (``one`` minus ``other``): seeds, slots that single-task LoRA lifts above
-        chance, ``gain``, ``tie`` and ``loss`` among them, the shares of gains and losses with exact intervals over
-        slots (``gains_low`` ...), and the mean difference with its interval over samples and seeds. And one row per
-        point, pair and slot (`crab.study.compare.COLUMNS`).
+    ``trained`` is the table of `train_points`. Returns two tables. One row per point and pair (``one`` minus
+    ``other``):
+    seeds, slots that single-task LoRA lifts above chance, ``gain``, ``tie`` and ``loss`` among them, the shares of
+    gains and losses with exact intervals over slots (``gains_low`` ...), and the mean difference with its interval over
+    samples and seeds. And one row per point, pair and slot (`crab.study.compare.COLUMNS`).
     """
     chance = {slot: entry["chance"] for slot, entry in store.references(slots).items()} if len(trained) else {}
     rows, tables = [], []

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from crab.core.files import atomic_folder, write_json
 from crab.ilora import ILoraConfig, parameter_groups
-from crab.models.batches import Sample
+from crab.models.batches import Sample, attention
 from crab.models.checkpoint import load_base
 from crab.models.protocol import model_of
 from crab.study.hardware import MIXED, Hardware
@@ -35,16 +35,12 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def adapter_config(method: str, options: Mapping[str, Any], known: Mapping[str, str]):
-    """PEFT config: I-LoRA for ``ilora``, LoRA for ``lora``.
+    """PEFT config: I-LoRA for ``ilora``, LoRA for ``lora``. ``known`` are the ``TARGETS`` of the model's module.
 
     With the option ``targets: published``, adapters are also in both encoders, as in the published run: on q, k and v
     of the audio tower and on the MLPs of the visual one. Otherwise they are in the language model alone.
 
-    Args:
-        known: ``TARGETS`` of the model's module.
-
-    Raises:
-        ValueError: on an option that the method does not have, or on unknown targets.
+    ValueError on an option that the method does not have, or on unknown targets.
     """
     config, targets = {"lora": LoraConfig, "ilora": ILoraConfig}[method], options.get("targets", "language")
     if targets not in known:
@@ -88,24 +84,14 @@ def warn_of_emulation(precision: str) -> None:
 
 
 def train(
-    pairs: Sequence[tuple[Sample, str]],
-    method: str,
-    options: Mapping[str, Any],
-    base: str | Path,
-    folder: str | Path,
-    *,
-    learning_rate: float,
-    passes: int,
-    batch_size: int,
-    seed: int,
-    precision: str = "fp32",
-    lengths: Sequence[int] | None = None,
-    hardware: Hardware | None = None,
-    stop_at: int | None = None,
-) -> Path:
+    pairs: Sequence[tuple[Sample, str]], method: str, options: Mapping[str, Any], base: str | Path, folder: str | Path,
+    *, learning_rate: float, passes: int, batch_size: int, seed: int, precision: str = "fp32",
+    lengths: Sequence[int] | None = None, hardware: Hardware | None = None,
+) -> Path:  # fmt: skip
     """Train one adapter, or finish it, and return its folder, ``<folder>/adapter``.
 
-    Every process that Accelerate started calls this with the same arguments.
+    Every process that Accelerate started calls this with the same arguments. ValueError on an unknown option or
+    precision, a batch that does not divide, or a checkpoint that another number of processes wrote.
 
     Args:
         pairs: samples with their answers, in the order before shuffling. They are read when their turn comes.
@@ -114,11 +100,6 @@ def train(
         passes: over all pairs. batch_size: samples per step, of all processes together.
         precision: ``bf16`` (autocast; weights, optimiser and loss stay in float32) or ``fp32``.
         lengths: of the pairs; batches then hold samples of similar length.
-        stop_at: raise KeyboardInterrupt after the first checkpoint at or past this step (for tests).
-
-    Raises:
-        ValueError: on an unknown option or precision, a batch that does not divide, or a checkpoint that another
-            number of processes wrote.
     """
     folder = Path(folder)
     final = folder / "adapter"
@@ -137,8 +118,7 @@ def train(
     disable_progress_bar()  # a bar for each model loaded would hide the one of the cells
     set_seed(seed)  # before the adapter draws its initial weights
     model, processor = load_base(base)
-    # On CPUs the backward pass of torch's fused attention is slow in bf16; in fp32 it is the faster one.
-    model.set_attn_implementation("eager" if precision == "bf16" and not torch.cuda.is_available() else "sdpa")
+    model.set_attn_implementation(attention(precision, model.device))
     peft_model = adapted(model, method, options)
     steps = -(-len(pairs) // batch_size) * passes
     accumulate = batch_size // micro_batch // state.num_processes
@@ -146,27 +126,14 @@ def train(
     if "router_rate" in options:
         groups = parameter_groups(peft_model, float(learning_rate), float(learning_rate) * options["router_rate"])
         optimizer = torch.optim.AdamW(groups, lr=float(learning_rate), weight_decay=0.0)
+    arguments = _arguments(
+        folder, learning_rate, passes, micro_batch, accumulate, seed, steps, precision, hardware,
+        adapts_encoders(options),
+    )  # fmt: skip
     trainer = AnswerTrainer(
-        model,
-        processor.tokenizer,
-        lengths,
-        model=peft_model,
-        args=_arguments(
-            folder,
-            learning_rate,
-            passes,
-            micro_batch,
-            accumulate,
-            seed,
-            steps,
-            precision,
-            hardware,
-            adapts_encoders(options),
-        ),
-        train_dataset=pairs,
-        optimizers=(optimizer, None),
-        callbacks=[Checkpoints(hardware.save_minutes, note, stop_at)],
-    )
+        model, processor.tokenizer, lengths, model=peft_model, args=arguments, train_dataset=pairs,
+        optimizers=(optimizer, None), callbacks=[Checkpoints(hardware.save_minutes, note)],
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     start = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     began = time.perf_counter()

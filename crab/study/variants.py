@@ -26,12 +26,11 @@ from crab.tasks import BENCHMARKS
 
 #: Fields of a variant that are no options of its adapter.
 _FIELDS = ("method", "passes", "seeds", "setting", "form", "order")
-Size = Callable[[str, Mapping[str, Any]], int]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table.
+    """One row of the table. ValueError, naming the variant and the field, on what cannot be.
 
     Args:
         name: unique.
@@ -40,9 +39,6 @@ class Variant:
         passes: over the training samples of every slot. seeds: how many, counted from 0.
         setting: ``joint``, or ``single``: one adapter per slot, which knows the task (the ceiling of routing).
         form: of the answers. order: ``media`` first, as the base has learned it, or ``instruction`` first.
-
-    Raises:
-        ValueError: naming the variant and the field.
     """
 
     name: str
@@ -84,11 +80,7 @@ class Variant:
 def expand(variants: Mapping[str, Mapping[str, Any]], passes: int, seeds: int) -> list[Variant]:
     """Variants as params.yaml gives them. An option with a list stands for one variant per member; lists are crossed.
 
-    Args:
-        passes, seeds: of variants that do not say.
-
-    Raises:
-        ValueError: on a variant that cannot be, or two of one name.
+    ``passes`` and ``seeds`` are for variants that do not say. ValueError on one that cannot be, or two of one name.
     """
     rows = []
     for name, section in variants.items():
@@ -112,23 +104,25 @@ def adapter_parameters(base: str | Path, method: str, options: Mapping[str, Any]
     return read_base(base).adapter(method, options).parameters
 
 
-def plain_rank(size: Size, method: str, options: Mapping[str, Any]) -> int:
+def plain(rank: int) -> dict[str, int]:
+    """Options of plain LoRA of a rank."""
+    return {"r": rank, "lora_alpha": 2 * rank}
+
+
+def plain_rank(base: str | Path, method: str, options: Mapping[str, Any]) -> int:
     """Rank of the smallest plain LoRA with at least as many parameters: in doubt, the rival is the larger one."""
-    return -(-size(method, options) // size("lora", {"r": 1, "lora_alpha": 2}))
+    return -(-adapter_parameters(base, method, options) // adapter_parameters(base, "lora", plain(1)))
 
 
-def with_rivals(variants: Sequence[Variant], size: Size) -> tuple[list[Variant], dict[str, str]]:
+def with_rivals(variants: Sequence[Variant], base: str | Path) -> tuple[list[Variant], dict[str, str]]:
     """The variants, each followed by its rival unless that is among them; and the rival of each by name.
 
     Plain joint LoRA has none: the others are compared with it.
-
-    Args:
-        size: parameters of an adapter, by method and options.
     """
-    plain = {
+    known = {
         (row.options["r"], row.form, row.passes): row
         for row in variants
-        if row.kind == "plain" and dict(row.options) == {"r": row.options["r"], "lora_alpha": 2 * row.options["r"]}
+        if row.kind == "plain" and dict(row.options) == plain(row.options["r"])
     }
     several = len({row.passes for row in variants}) > 1
     rows: dict[str, Variant] = {}
@@ -137,16 +131,15 @@ def with_rivals(variants: Sequence[Variant], size: Size) -> tuple[list[Variant],
         rows.setdefault(row.name, row)
         if row.kind == "plain":
             continue
-        rank = plain_rank(size, row.method, row.options)
+        rank = plain_rank(base, row.method, row.options)
         key = (rank, row.form, row.passes)
-        if key not in plain:
+        if key not in known:
             more = [row.form] * (row.form != "bare") + [f"passes={row.passes}"] * several
             name = " ".join([f"plain LoRA r={rank}", *more])
-            options = {"r": rank, "lora_alpha": 2 * rank}
-            plain[key] = Variant(name, "lora", options, row.passes, row.seeds, form=row.form)
-        rival = plain[key]
+            known[key] = Variant(name, "lora", plain(rank), row.passes, row.seeds, form=row.form)
+        rival = known[key]
         if rival.name not in rows or rows[rival.name].seeds < row.seeds:
-            plain[key] = rival = replace(rival, seeds=max(rival.seeds, row.seeds))
+            known[key] = rival = replace(rival, seeds=max(rival.seeds, row.seeds))
             rows[rival.name] = rival
         rivals[row.name] = rival.name
     return list(rows.values()), rivals
@@ -198,28 +191,22 @@ class Outcome:
 
 
 def run_variants(
-    variants: Sequence[Variant],
-    baseline: str,
-    slots: Sequence[str],
-    grid: Grid,
-    store: Store,
-    margin: float,
+    variants: Sequence[Variant], baseline: str, slots: Sequence[str], grid: Grid, store: Store, margin: float,
     resamples: int,
-) -> Outcome:
+) -> Outcome:  # fmt: skip
     """Train and score all variants and rivals, each at its own learning rate, and compare them.
+
+    ValueError, before anything is trained, on variants that cannot be.
 
     Args:
         baseline: the variant that all are compared with. It also tells which slots can be learned.
         slots: of the joint cells, with or without a test split.
-
-    Raises:
-        ValueError: before anything is trained, on variants that cannot be.
     """
     if variants and baseline not in [row.name for row in variants]:
         raise ValueError(
             f"experiments.baseline: {baseline!r} is no variant; use one of {', '.join(row.name for row in variants)}"
         )
-    rows, rivals = with_rivals(variants, partial(adapter_parameters, store.base))
+    rows, rivals = with_rivals(variants, store.base)
     families = {row.name: partial(row.cells, slots) for row in rows}
     rates = choose_rates(families, grid, store, resamples, "rates of variants")
     groups = train_families(store, families, rates, "variants")

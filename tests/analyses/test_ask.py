@@ -17,7 +17,8 @@ from crab.data import media, records
 from crab.data.media import MediaError
 from crab.ilora import ILoraConfig, ILoraLayer
 from crab.models import omni
-from crab.models.batches import SEGMENTS, collate, encoded
+from crab.models.batches import SEGMENTS, batch, encoded
+from crab.models.checkpoint import load_base
 from crab.pipeline import params
 from crab.samples.inputs import prompt_of
 from crab.world.generate import build
@@ -56,7 +57,7 @@ def adapter(base, tmp_path_factory):
     """A folder with an I-LoRA adapter whose heads differ."""
     torch.manual_seed(0)
     options = {"r": 2, "lora_alpha": 4, "num_heads": HEADS, "router_init_std": 0.5}
-    model = get_peft_model(omni.load(base)[0], ILoraConfig(target_modules=omni.LANGUAGE_TARGETS, **options))
+    model = get_peft_model(load_base(base)[0], ILoraConfig(target_modules=omni.LANGUAGE_TARGETS, **options))
     folder = tmp_path_factory.mktemp("models") / "adapters/heads"
     model.save_pretrained(folder)
     return folder
@@ -147,7 +148,7 @@ def test_routing_is_the_mean_softmax_of_all_routers_at_each_token(loaded, files)
     record = ask.own([files / "clip.mp4"], "ks")
     reply = ask.ask(model, processor, record, "ks", question="which action ?", max_new_tokens=4)
     (sample,) = encoded(model, [{"prompt": prompt_of(processor, "ks", record, tasks.Prompt("which action ?"))}])
-    inputs = collate(model, processor.tokenizer, [sample], [reply.text])
+    inputs = batch(model, processor.tokenizer, [sample], [reply.text])
     gates = []
 
     def see(layer, args):

@@ -1,6 +1,7 @@
 """Alignment moves the projectors alone, and one that was killed ends at the same weights."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from bridges import write_parts
 
 from crab.models import bridge
-from crab.models.base import align, probes, words
+from crab.models.base import align, curriculum, probes, words
 from crab.models.base.packing import Row
 from crab.models.base.train import keep
 from crab.world.scene import FACE, Scene, Thing, sample_scene
@@ -68,8 +69,9 @@ def test_only_projectors_are_trained_and_a_killed_run_ends_at_the_same_weights(p
     assert changed and all(".projector." in name for name in changed)
     assert [record["step"] for record in history] == [2, 4, 6] and np.isfinite([r["loss"] for r in history]).all()
     file = tmp_path / "unfinished"
-    with pytest.raises(KeyboardInterrupt):
-        trained(parts, banks, unfinished=file, stop_at=5)
+    killed = mock.Mock(wraps=curriculum.probe_accuracy, side_effect=[mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt])
+    with mock.patch.object(curriculum, "probe_accuracy", killed), pytest.raises(KeyboardInterrupt):
+        trained(parts, banks, unfinished=file)
     _, again, resumed = trained(parts, banks, unfinished=file)
     assert resumed == history and all(torch.equal(whole[name], again[name]) for name in whole)
 

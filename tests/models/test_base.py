@@ -276,7 +276,7 @@ def test_a_finished_base_is_not_trained_again(tmp_path, section, capsys):
 
     first, processor, report = make()
     train.keep(tmp_path / "base", first, processor, report)
-    stored, _ = omni.load(tmp_path / "base")  # what the gates measured, to the bit
+    stored, _ = checkpoint.load_base(tmp_path / "base")  # what the gates measured, to the bit
     assert equal(first, stored)
     assert {v.dtype for v in load_file(tmp_path / "base/model.safetensors").values()} == {train.STORED_AS}
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}

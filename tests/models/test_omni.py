@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from crab.models import batches, omni, small
+from crab.models.checkpoint import load_base
 from crab.world import render
 from crab.world.scene import Scene, sample_scene, sample_thing
 
@@ -61,7 +62,7 @@ def test_video_and_sound_of_a_clip_take_turns_of_two_seconds(model, processor):
 
 def test_generation_in_a_left_padded_batch_answers_as_each_alone(model, processor):
     prompts = [prepared(processor, kinds) for kinds in ("va", "is", "avv")]
-    batch = batches.collate(model, processor.tokenizer, omni.encode(model, prompts))
+    batch = batches.batch(model, processor.tokenizer, omni.encode(model, prompts))
     assert (batch["attention_mask"][:, -1] == 1).all() and batch["attention_mask"][1, 0] == 0
     together = omni.generate(model, processor.tokenizer, batch, max_new_tokens=8)
     for text, prompt in zip(together, prompts, strict=True):
@@ -119,7 +120,7 @@ def test_the_tokenizer_keeps_tags_and_numbers_whole(processor):
 
 def test_a_saved_base_is_the_base(model, processor, tmp_path):
     omni.save(tmp_path, model, processor)
-    again, reader = omni.load(tmp_path)
+    again, reader = load_base(tmp_path)
     pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     one, two = (prepared(p, "va") for p in (processor, reader))
@@ -130,6 +131,6 @@ def test_what_does_not_fit_the_model_is_refused(model, processor, tmp_path):
     with pytest.raises(ValueError, match="features are 16 wide, the model 32; run the encode stage"):
         batches.batch(model, processor.tokenizer, [{"features": torch.zeros(1, 16)}])
     with pytest.raises(FileNotFoundError, match="config.json is missing.*dvc repro base"):
-        omni.load(tmp_path)
+        load_base(tmp_path)
     with pytest.raises(ValueError, match=r"\[frames, height, width, 3\]"):
         processor.video_processor([np.zeros((0, 224, 224, 3), np.uint8)])

@@ -5,13 +5,12 @@ python -m torch.distributed.run --nproc-per-node=2 spread_on_cpu.py JOB
 
 import os
 import sys
-from functools import partial
 
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
+from stopping import stop_at
 
-from crab.study import run
 from crab.study.launch import main
 
 begin = PartialState.__init__
@@ -29,7 +28,6 @@ if __name__ == "__main__":
     PartialState.__init__ = on_gpus
     PartialState.set_device = set_device
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
-    if "STOP_AT" in os.environ:
-        run.train = partial(run.train, stop_at=int(os.environ["STOP_AT"]))
-    main(sys.argv[1])
+    with stop_at(int(os.environ.get("STOP_AT", sys.maxsize))):
+        main(sys.argv[1])
     print(f"trained by {AcceleratorState._shared_state['distributed_type']}")

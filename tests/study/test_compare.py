@@ -13,31 +13,23 @@ SINGLE, JOINT = "single-lora-bare", "joint-ilora-bare"
 
 
 def frame(family, slot, scores, seed=0):
-    return pd.DataFrame(
-        {
-            "run": family,
-            "family": family,
-            "seed": seed,
-            "slot": slot,
-            "id": [f"{slot}/{i:03d}" for i in range(len(scores))],
-            "score": scores,
-        }  # fmt: skip
-    )
+    ids = [f"{slot}/{i:03d}" for i in range(len(scores))]
+    return pd.DataFrame({"family": family, "seed": seed, "slot": slot, "id": ids, "score": scores})
 
 
 def ones(n, of=100):
     return np.repeat([1.0, 0.0], [n, of - n])
 
 
-SAMPLES = pd.concat(
-    [
-        frame(SINGLE, "a", ones(50)), frame(JOINT, "a", ones(80)),  # gain of .30
-        frame(SINGLE, "b", ones(60)), frame(JOINT, "b", ones(45)),  # loss of .15
-        frame(SINGLE, "c", ones(50)), frame(JOINT, "c", ones(51)),  # tie
-        frame(SINGLE, "d", ones(21)), frame(JOINT, "d", ones(27)),  # both at chance: no verdict counted
-    ]
-)  # fmt: skip
-CHANCE = pd.Series({"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25})
+def right(seed=0, **slots):
+    """Scores of both families: by slot, how many of 100 samples single-task and joint training get right."""
+    runs = [(slot, family, n) for slot, pair in slots.items() for family, n in zip((SINGLE, JOINT), pair, strict=True)]
+    return pd.concat([frame(family, slot, ones(n), seed) for slot, family, n in runs])
+
+
+#: A gain of .30, a loss of .15, a tie, and a slot where both are at chance: no verdict is counted.
+SAMPLES = right(a=(50, 80), b=(60, 45), c=(50, 51), d=(21, 27))
+CHANCE = pd.Series(dict.fromkeys("abcdef", 0.25))
 
 
 def test_hand_worked():
@@ -62,30 +54,15 @@ def test_paired_interval_agrees_with_the_normal_one():
 
 def test_clear_ones_are_verdicts_whose_interval_leaves_out_zero():
     """Of 100 samples .30 up and .15 down (no sample both ways) are clear; a .03 up and a tie of .02 are not."""
-    more = [
-        frame(SINGLE, "e", ones(50)),
-        frame(JOINT, "e", ones(53)),
-        frame(SINGLE, "f", ones(50)),
-        frame(JOINT, "f", ones(52)),
-    ]
-    _, summary = compare.compare(
-        pd.concat([SAMPLES, *more]), CHANCE.reindex([*"abcdef"], fill_value=0.25), SINGLE, JOINT
-    )
+    samples = pd.concat([SAMPLES, right(e=(50, 53), f=(50, 52))])
+    _, summary = compare.compare(samples, CHANCE, SINGLE, JOINT)
     assert (summary["gain"], summary["loss"], summary["tie"]) == (2, 1, 2)
     assert (summary["clear_gain"], summary["clear_loss"]) == (1, 1)
 
 
 def test_single_training_decides_what_is_at_chance():
     """So that every joint run is judged on the same slots; what only joint training learns is counted apart."""
-    learned = pd.concat(
-        [
-            frame(SINGLE, "d", ones(21)),
-            frame(JOINT, "d", ones(80)),
-            frame(SINGLE, "a", ones(50)),
-            frame(JOINT, "a", ones(20)),
-        ]
-    )
-    table, summary = compare.compare(learned, CHANCE, SINGLE, JOINT)
+    table, summary = compare.compare(right(d=(21, 80), a=(50, 20)), CHANCE, SINGLE, JOINT)
     assert table.set_index("slot")["at_chance"].to_dict() == {"d": True, "a": False}
     assert (summary["slots_counted"], summary["at_chance"], summary["learned_only_jointly"]) == (1, ["d"], ["d"])
     assert (summary["gain"], summary["loss"]) == (0, 1)
@@ -93,8 +70,7 @@ def test_single_training_decides_what_is_at_chance():
 
 def test_pairing_narrows_the_interval():
     """The same scores on the same samples differ by nothing at all, though each run alone is uncertain."""
-    same = pd.concat([frame(SINGLE, "a", ones(50)), frame(JOINT, "a", ones(50))])
-    table, _ = compare.compare(same, CHANCE, SINGLE, JOINT)
+    table, _ = compare.compare(right(a=(50, 50)), CHANCE, SINGLE, JOINT)
     assert table.loc[0, ["difference", "low", "high"]].tolist() == [0, 0, 0]
     assert table.loc[0, "verdict"] == "tie"
 
@@ -137,9 +113,7 @@ def test_rate_by_hand():
 def test_rows_are_corrected_together():
     """Six gains of six: p = 2 / 64. A second row of one gain only: p = 1. Holm doubles the first."""
     slots = [*"abcdef"]
-    parts = [frame(SINGLE, s, ones(50)) for s in slots]
-    parts += [frame(JOINT, s, ones(80)) for s in slots]
-    parts += [frame("other", s, ones(80 if s == "a" else 50)) for s in slots]
+    parts = [right(**dict.fromkeys(slots, (50, 80))), *(frame("other", s, ones(80 if s == "a" else 50)) for s in slots)]
     pairs = {JOINT: SINGLE, "other": SINGLE}
     table, summaries = compare.judge(pd.concat(parts), dict.fromkeys(slots, 0.25), pairs, SINGLE, 0.02, 500)
     assert summaries[JOINT]["sign_test_p"] == pytest.approx(2 / 64)
@@ -159,15 +133,13 @@ def test_relative_change_by_hand():
 
 def test_seeds_are_averaged():
     part = SAMPLES[SAMPLES["slot"] == "a"]
-    two = pd.concat([part, frame(SINGLE, "a", ones(30), 1), frame(JOINT, "a", ones(90), 1)])
+    two = pd.concat([part, right(1, a=(30, 90))])
     table, summary = compare.compare(two, CHANCE, SINGLE, JOINT, resamples=20_000)
     row = table.iloc[0]
     assert (row["seeds"], row["baseline"], row["joint"]) == (2, pytest.approx(0.4), pytest.approx(0.85))
     assert summary["seeds"] == 2
     # the seeds gain .3 and .6: a standard error of .15 and one degree of freedom, +- 12.7 of them
-    assert row["low"] == pytest.approx(0.45 - 12.7 * 0.15, rel=0.15) and row["high"] == pytest.approx(
-        0.45 + 12.7 * 0.15, rel=0.15
-    )
+    assert row[["low", "high"]].tolist() == pytest.approx([0.45 - 12.7 * 0.15, 0.45 + 12.7 * 0.15], rel=0.15)
 
 
 def planted(rng, effect, of_seed, slots=6, seeds=3, samples=40):
@@ -178,12 +150,8 @@ def planted(rng, effect, of_seed, slots=6, seeds=3, samples=40):
         hard = rng.normal(0.5, 0.2, samples)
         for family, gain in ((SINGLE, 0.0), (JOINT, effect)):
             for k in range(seeds):
-                scores = (
-                    hard
-                    + gain
-                    + rng.normal(0, 0.1, samples)
-                    + (joint_seed[k] if family == JOINT else rng.normal(0, of_seed))
-                )
+                scores = hard + gain + rng.normal(0, 0.1, samples)
+                scores = scores + (joint_seed[k] if family == JOINT else rng.normal(0, of_seed))
                 parts.append(frame(family, str(slot), scores, k))
     return pd.concat(parts)
 
@@ -287,9 +255,8 @@ def covered(seeds: int, of_seed: float, of_sample: float, of_both: float, trials
     rng = np.random.default_rng(1)
     hits = 0
     for trial in range(trials):
-        values = (
-            rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, of_sample, (1, 40)) + rng.normal(0, of_both, (seeds, 40))
-        )
+        values = rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, of_sample, (1, 40))
+        values = values + rng.normal(0, of_both, (seeds, 40))
         low, high = interval(bootstrap_means(values, 400, trial))
         hits += low <= 0 <= high
     return hits / trials

@@ -78,10 +78,8 @@ def world(monkeypatch):
     def make(truth):
         made = World(truth)
         for module in (rates, variants, maps):
-            if hasattr(module, "sample_scores"):
-                monkeypatch.setattr(module, "sample_scores", made.scores)
-            if hasattr(module, "adapter_parameters"):
-                monkeypatch.setattr(module, "adapter_parameters", size)
+            monkeypatch.setattr(module, "sample_scores", made.scores)
+        monkeypatch.setattr(variants, "adapter_parameters", size)
         monkeypatch.setattr(variants, "cost_table", made.costs)
         return made
 
@@ -161,7 +159,7 @@ def test_lists_are_crossed_and_alpha_is_twice_the_rank():
     assert expand({"a": {"method": "lora", "r": 2, "lora_alpha": 3}}, 1, 1)[0].options["lora_alpha"] == 3
 
 
-def test_rivals_agree_in_form_passes_and_seeds_and_are_shared():
+def test_rivals_agree_in_form_passes_and_seeds_and_are_shared(monkeypatch):
     section = {
         "a": {"method": "ilora", "r": 4},
         "b": {"method": "ilora", "r": 4, "form": "explicit"},
@@ -169,7 +167,8 @@ def test_rivals_agree_in_form_passes_and_seeds_and_are_shared():
         "d": {"method": "ilora", "r": 4, "seeds": 5},
         "e": {"method": "lora", "r": 9, "lora_alpha": 9},  # its own alpha: no rival of the usual kind
     }
-    rows, rivals = with_rivals(expand(section, 3, 2), lambda method, options: size(None, method, options))
+    monkeypatch.setattr(variants, "adapter_parameters", size)
+    rows, rivals = with_rivals(expand(section, 3, 2), None)
     by_name = {row.name: row for row in rows}
     assert rivals["a"] == rivals["d"] == "plain LoRA r=9 passes=3"
     assert rivals["b"] == "plain LoRA r=9 explicit passes=3" and rivals["c"] == "plain LoRA r=9 passes=6"
@@ -227,7 +226,7 @@ def test_parameters_are_counted_without_weights(base, store, cell):
     assert ranks[1] == 5 * ranks[0]
     count = partial(adapter_parameters, base)
     routed = {"r": 2, "num_heads": 2, "lora_alpha": 4}
-    rank, needed = plain_rank(count, "ilora", routed), count("ilora", routed)
+    rank, needed = plain_rank(base, "ilora", routed), count("ilora", routed)
     assert count("lora", {"r": rank, "lora_alpha": 2}) >= needed > count("lora", {"r": rank - 1, "lora_alpha": 2})
     assert torch.get_default_device() == torch.device("cpu")
 

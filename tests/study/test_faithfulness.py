@@ -137,7 +137,7 @@ def test_what_is_right(slot, scores, right):
 
 def measured(right, true, unreadable, stated, resamples):
     """Rows by measure, from lists [seeds][samples]; chance plays no role."""
-    rows = faith.measures(*map(np.array, (right, true, unreadable, stated, true)), resamples, 0)
+    rows = faith.measures(*map(np.array, (right, true, unreadable, stated, true)), resamples)
     return {row["measure"]: row for row in rows}
 
 

@@ -209,7 +209,7 @@ def test_killed_it_goes_on_to_the_same_adapter(long, tmp_path):
     whole, keyed = long("whole")
     whole.run([keyed], "test", need="answers")
     here, keyed = long("killed")
-    folder, job = here.folder(keyed), tmp_path / "job.json"
+    folder, job = here.folder(keyed), tmp_path / "job.pickle"
     write_job(job, here, keyed)
     for victim, when, later in KILLS:
         before = newest(folder)

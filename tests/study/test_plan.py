@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from encoded_samples import store_samples
+from sizes import SMALL
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from crab.models import omni, small
 from crab.models.batches import answer_loss
+from crab.models.checkpoint import load_base
 from crab.models.omni import PUBLISHED
 from crab.pipeline import __main__ as command
 from crab.study.footprint import Base, flops, memory, read_base
@@ -27,12 +29,8 @@ LAYERS, HEADS, WORDS, ANSWER = 2, 4, 1000, 20
 
 def thinker(hidden):
     """A small thinker with random weights, without encoders to speak of."""
-    size = {
-        "hidden_size": hidden, "intermediate_size": 5 * hidden // 2, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "num_key_value_heads": 2, "rope_theta": 10000.0, "encoder_size": 32,
-        "vision_layers": 1, "audio_layers": 1, "patch_size": 28, "merge_size": 2, "image_size": 224, "mel_bins": 16,
-        "hop_length": 400, "n_fft": 400,
-    }  # fmt: skip
+    size = SMALL | {"hidden_size": hidden, "intermediate_size": 5 * hidden // 2, "num_hidden_layers": LAYERS}
+    size |= {"num_attention_heads": HEADS, "num_key_value_heads": 2}
     processor = small.build_processor([f"w{i}" for i in range(WORDS)], [], size)
     model = small.build_model(processor, size, seed=0).requires_grad_(False)
     model.set_attn_implementation("sdpa")
@@ -156,7 +154,7 @@ def test_adapter_and_its_checkpoint(method, tmp_path):
 
 
 def test_cached_features(base, tmp_path):
-    model, processor = omni.load(base)
+    model, processor = load_base(base)
     media = [
         omni.Media("video", np.zeros((10, 224, 224, 3), np.uint8), fps=1.0),
         omni.Media("audio", np.zeros(10 * omni.SAMPLE_RATE, np.float32)),

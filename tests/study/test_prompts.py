@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from encoded_samples import store_samples
+from sizes import COARSE
 
 from crab import tasks
 from crab.core.files import write_json
@@ -28,11 +29,6 @@ from crab.study.prompts import (
 from crab.study.run import training_pairs
 from crab.study.store import Store
 
-SIZE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "rope_theta": 1e4, "encoder_size": 32, "vision_layers": 1, "audio_layers": 1,
-    "image_size": 112, "patch_size": 14, "merge_size": 4, "mel_bins": 16, "hop_length": 2000, "n_fft": 2048,
-}  # fmt: skip
 LABELS = ["anger", "sad", "happy", "neutral"]
 TRUTHS = {"train": [0, 0, 0, 1, 2, 3], "test": [3, 1, 1, 0]}
 WORDS = ("one", "two", "three")
@@ -42,12 +38,12 @@ KINDS = [("video", "audio"), ("image", "audio"), ("audio", "video", "video"), ("
 @pytest.fixture(scope="module")
 def processor():
     words = sorted({*probes.words(), *LABELS, *WORDS})
-    return small.build_processor(words, ["<answer>", "</answer>"], SIZE)
+    return small.build_processor(words, ["<answer>", "</answer>"], COARSE)
 
 
 @pytest.fixture(scope="module")
 def model(processor):
-    return small.build_model(processor, SIZE, seed=0).eval()
+    return small.build_model(processor, COARSE, seed=0).eval()
 
 
 def clip(kinds):

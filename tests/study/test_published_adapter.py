@@ -10,6 +10,7 @@ import soundfile
 import torch
 import yaml
 from PIL import Image
+from sizes import SMALL
 
 from crab import tasks
 from crab.analyses import ask
@@ -30,11 +31,7 @@ from crab.world import generate
 from crab.world.vocabulary import vocabulary
 
 SLOTS = ["ks", "s4", "a2v", "v2a"]
-SIZE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "rope_theta": 10000.0, "encoder_size": 32, "vision_layers": 2, "audio_layers": 2,
-    "patch_size": 28, "merge_size": 2, "image_size": 224, "mel_bins": 16, "hop_length": 400, "n_fft": 400,
-}  # fmt: skip
+SIZE = SMALL | {"vision_layers": 2, "audio_layers": 2}
 R, N, ALPHA = 2, 3, 6.0
 OPTIONS = {"r": R, "num_heads": N, "lora_alpha": ALPHA, "lora_dropout": 0.1}
 #: As the chat template of Qwen2.5-Omni writes turns; it makes a system turn if none is given.

@@ -152,10 +152,8 @@ def test_lead_of_the_best_rate_is_paired(go):
 
 
 def test_next_rate_by_hand():
-    assert rate_beyond({1e-3: 0.1, 2e-3: 0.3, 4e-3: 0.2}) is None
-    assert rate_beyond({1e-3: 0.1, 2e-3: 0.3}) == 4e-3
-    assert rate_beyond({1e-3: 0.4, 2e-3: 0.3}) == 5e-4
-    assert rate_beyond({1e-3: 0.3, 2e-3: 0.3, 4e-3: 0.3}) == 5e-4
+    for scores, beyond in (((0.1, 0.3, 0.2), None), ((0.1, 0.3), 4e-3), ((0.4, 0.3), 5e-4), ((0.3, 0.3, 0.3), 5e-4)):
+        assert rate_beyond({rate: (score, None) for rate, score in zip(TRIED, scores, strict=False)}) == beyond
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pickle
 from dataclasses import replace
 
 import pytest
+from stopping import stop_at
 
 from crab import tasks
 from crab.core.code import modules_of
@@ -160,14 +161,12 @@ def test_training_key_sees_the_code_that_trains_and_no_other(store, cell, monkey
     assert not {"crab/core/pool.py", "crab/study/score.py"} & names
 
 
-def test_killed_while_training_resumes(store, cell, monkeypatch, tmp_path):
+def test_killed_while_training_resumes(store, cell, tmp_path):
     keyed = replace(store, cells=tmp_path / "whole").run([cell(passes=2)], "test")
     whole = sample_scores(store.ledger, keyed)["score"].tolist()
     fresh = replace(store, ledger=tmp_path / "other.json.xz")
-    with monkeypatch.context() as context:
-        context.setattr("crab.study.run.train", lambda *args, **kwargs: train.train(*args, stop_at=3, **kwargs))
-        with pytest.raises(KeyboardInterrupt):
-            fresh.run([cell(passes=2), cell()], "test")
+    with stop_at(3), pytest.raises(KeyboardInterrupt):
+        fresh.run([cell(passes=2), cell()], "test")
     keyed = fresh.run([cell(passes=2), cell()], "test")
     assert cost_table(fresh.ledger, keyed)["resumed_from"].tolist() == [4, 0]
     assert sample_scores(fresh.ledger, keyed[:1])["score"].tolist() == whole

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from crab.study import rates, strengths
+from crab.study import rates, strengths, variants
 from crab.study.rates import Grid
 from crab.study.strengths import JOINT, LONG, REASONING, ROUTED, SINGLE, SIZED, Design, Point
 from tests.study.test_experiments import World, size
@@ -38,7 +38,7 @@ def world(monkeypatch):
         store = Kept(truth)
         for module in (rates, strengths):
             monkeypatch.setattr(module, "sample_scores", store.scores)
-        monkeypatch.setattr(strengths, "adapter_parameters", size)
+        monkeypatch.setattr(variants, "adapter_parameters", size)
         monkeypatch.setattr(strengths, "cost_table", store.costs)
         store.finished = set(finished)
         return store

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from stopping import stop_at
 
 from crab.data import records
 from crab.models import batches, omni
@@ -57,8 +58,8 @@ def test_same_seed_gives_same_adapter_and_another_seed_does_not(go):
 @pytest.mark.parametrize("precision", module.PRECISIONS)
 def test_killed_run_resumes_to_the_same_adapter(go, precision):
     whole = weights(go("a", passes=3, precision=precision))
-    with pytest.raises(KeyboardInterrupt):
-        go("b", passes=3, precision=precision, stop_at=4)
+    with stop_at(4), pytest.raises(KeyboardInterrupt):
+        go("b", passes=3, precision=precision)
     resumed = go("b", passes=3, precision=precision)
     assert json.loads((resumed / RECORD).read_text(encoding="utf-8"))["resumed_from"] == 4
     assert same(whole, weights(resumed))
@@ -96,8 +97,8 @@ def test_killed_within_a_pass_it_resumes_at_the_step(go, pairs, grouped, fields)
     lengths = [len(sample["input_ids"]) for sample, _ in pairs] if grouped else None
     settings = {"passes": 3, "lengths": lengths, "hardware": Hardware(save_minutes=1e-9, **fields)}
     whole = weights(go("a", **settings))
-    with pytest.raises(KeyboardInterrupt):
-        go("b", **settings, stop_at=6)
+    with stop_at(6), pytest.raises(KeyboardInterrupt):
+        go("b", **settings)
     resumed = go("b", **settings)
     assert json.loads((resumed / RECORD).read_text(encoding="utf-8"))["resumed_from"] == 6
     assert same(whole, weights(resumed))
@@ -164,8 +165,8 @@ def test_several_gpus_never_reach_data_parallel(go, monkeypatch):
 
 
 def test_checkpoint_of_another_layout_is_refused(go, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        go(stop_at=4)
+    with stop_at(4), pytest.raises(KeyboardInterrupt):
+        go()
     with pytest.raises(ValueError, match="micro batch was 8 .* and is 4 now; set shared.hardware back, or delete"):
         go(hardware=Hardware(accumulate=2))
     path = tmp_path / "run" / "checkpoint-4" / WHOLE
@@ -175,8 +176,8 @@ def test_checkpoint_of_another_layout_is_refused(go, tmp_path):
 
 
 def test_half_written_checkpoint_is_not_taken(go, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        go(stop_at=4)
+    with stop_at(4), pytest.raises(KeyboardInterrupt):
+        go()
     (tmp_path / "run" / "checkpoint-4" / WHOLE).unlink()
     assert json.loads((go() / RECORD).read_text(encoding="utf-8"))["resumed_from"] == 0
 

@@ -18,21 +18,21 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crab.core.files import atomic_file, digest_of, read_json
+from crab.core.files import atomic_file, digest_of
 from crab.models import bridge, encoders
 from crab.models.base import curriculum, probes, words
 from crab.models.base.bank import Bank, Clips, round_trip
-from crab.models.base.packing import BLANK, Packer, Row, visible
-from crab.models.base.train import STORED_AS
-from crab.models.batches import media_mask
-from crab.models.checkpoint import RECORD, base_digest
+from crab.models.base.packing import BLANK, Packer, Row
+from crab.models.base.train import kept_report, round_weights
+from crab.models.batches import attention, media_mask
+from crab.models.checkpoint import base_digest
 from crab.models.language import compile_layers
-from crab.models.protocol import IGNORE
 from crab.world import render
 from crab.world.scene import SECONDS, sample_scene
 
 PARTS = ("visual", "audio_tower")
 UNTAUGHT = ("copy", "read")  # the language model reads and copies already
+TAUGHT = {skill: 1.0 for skill in probes.SKILLS if skill not in UNTAUGHT}
 WARM_UP = 0.03  # share of the steps
 BATCH = 16  # scenes that go through the encoders together
 
@@ -85,10 +85,8 @@ class BridgeSampler(curriculum.Sampler):
 class BridgePacker(Packer):
     """A `Packer` for a bridge: its prompts, its plain positions, and features that go through the projectors."""
 
-    def __init__(self, model, processor, precision: str = "fp32"):
-        self.model, self.processor, self.precision = model, processor, precision
-        self.tokenizer, self.templates = processor.tokenizer, {}
-        self.turn = self._ids(bridge.prompt_text(self.tokenizer, [], "\0").split("\0")[1])
+    def _turn(self) -> str:
+        return bridge.prompt_text(self.tokenizer, [], "\0").split("\0")[1]
 
     def template(self, kinds: tuple[str, ...], bank: Bank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The prompt up to its question: ids [L], positions [3, L], and the order of its media, pictures first."""
@@ -108,37 +106,26 @@ class BridgePacker(Packer):
         chosen = [row.media[i] for i in order.tolist()]
         return [(BLANK[kind].kind, bank.tokens[kind][i]) for kind, i in chosen]
 
-    def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As the logits of a `Packer`, with gradients of the projectors."""
-        model, block = self.model, batch["block"]
-        projected = []
+    def features(self, media: list[list[tuple[str, torch.Tensor]]]) -> torch.Tensor:
+        """What the projectors make of the media, with gradients."""
+        model, projected = self.model, []
         for tower, sounds in ((model.visual, False), (model.audio_tower, True)):
-            chosen = [item for row in batch["media"] for kind, item in row if (kind == "audio") == sounds]
+            chosen = [item for row in media for kind, item in row if (kind == "audio") == sounds]
             items = [item.to(model.device, model.dtype) for item in chosen]
             projected.append(iter(tower.projector.items(items) if items else ()))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            features = [next(projected[kind == "audio"]) for row in batch["media"] for kind, _ in row]
-            embeds = model.get_input_embeddings()(batch["ids"])
-            at = media_mask(model.config, batch["ids"])
-            embeds = embeds.index_put((at,), torch.cat(features).to(embeds))
-            hidden = model.language_model.base_model(
-                inputs_embeds=embeds, attention_mask=visible(block), position_ids=batch["position_ids"][0],
-                use_cache=False,
-            ).last_hidden_state  # fmt: skip
-            index = (batch["target"] != IGNORE).flatten().nonzero()[:, 0]
-            logits = model.get_output_embeddings()(hidden.flatten(0, 1)[index]).float()
-        return logits, batch["target"].flatten()[index], index
+        return torch.cat([next(projected[kind == "audio"]) for row in media for kind, _ in row])
+
+    def hidden(self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        core = self.model.language_model.base_model
+        return core(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions[0], use_cache=False
+        ).last_hidden_state
 
 
 def make_bridge(
-    folder: str | Path | None,
-    section: Mapping[str, Any],
-    models: str | Path,
-    *,
-    code: Callable[[str], str],
-    phases: str | Path | None = None,
-    workers: int = 1,
-) -> tuple[Any, Any, dict]:
+    folder: str | Path | None, section: Mapping[str, Any], models: str | Path, *, code: Callable[[str], str],
+    phases: str | Path | None = None, workers: int = 1,
+) -> tuple[Any, Any, dict]:  # fmt: skip
     """The bridge of ``folder``: already there, or with projectors that are trained on generated scenes.
 
     Args:
@@ -146,11 +133,8 @@ def make_bridge(
         models: holds the folders of small bases, which ``vision`` and ``audio`` may name.
         code, phases, workers: see `crab.models.base.train.make_base`.
 
-    Returns:
-        (model, processor, report), as `crab.models.base.train.make_base` does, also for a folder with such a bridge.
-
-    Raises:
-        ValueError: a part cannot be read; naming the parameter.
+    Returns (model, processor, report), as `crab.models.base.train.make_base` does, also for a folder with such a
+    bridge. ValueError, naming the parameter, if a part cannot be read.
     """
     part = section["bridge"]
     folders = {sense: Path(models) / part[sense] for sense in ("vision", "audio")}
@@ -158,12 +142,8 @@ def make_bridge(
     kept = [base_digest(path) for path in folders.values() if (path / "config.json").is_file()]
     decides = [section["seed"], section["scenes"], section["held_out"], part, kept]
     key = digest_of([*decides, code("crab.models.base.align"), code("crab.models.bridge")])
-    record = None if folder is None else Path(folder) / RECORD
-    if record is not None and record.exists():
-        report = read_json(record)
-        if report["key"] == key:
-            return None, None, report
-        print(f"{folder} holds a base of other parameters or code; a new one is trained")
+    if report := kept_report(folder, key):
+        return None, None, report
     began, seed, plan = time.perf_counter(), section["seed"], part["align"]
     model, processor = bridge.assemble(
         part["language"], **sources, projector=part["projector"], picture_tokens=part["picture_tokens"],
@@ -176,12 +156,10 @@ def make_bridge(
     curves, history = train_projectors(
         model, processor, BridgeBank(model, processor, scenes, seed, workers), held_out, plan, seed, unfinished
     )
-    with torch.no_grad():  # the gates measure what is stored
-        for name in PARTS:
-            for weight in model.get_submodule(name).requires_grad_(False).parameters():
-                weight.copy_(weight.to(STORED_AS))
+    for name in PARTS:
+        round_weights(model.get_submodule(name))
     checker = BridgeSampler(held_out, processor, np.random.default_rng(seed + 2))
-    checker.weights = taught()
+    checker.weights = TAUGHT
     packer = BridgePacker(model, processor, plan["precision"])
     report = {
         "key": key,
@@ -195,26 +173,19 @@ def make_bridge(
     return model.eval(), processor, report
 
 
-def taught() -> dict[str, float]:
-    """The weight of each skill that a bridge learns."""
-    return {skill: 1.0 for skill in probes.SKILLS if skill not in UNTAUGHT}
-
-
 def train_projectors(
     model, processor, train: Bank, held_out: Bank, plan: Mapping[str, Any], seed: int, unfinished: Path | None = None,
-    stop_at: int | None = None,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """Train the projectors by AdamW.
-
-    Returns the losses of `crab.models.base.words.fit`, and one record per check: step, stage, loss, and the accuracy of
-    each skill.
 
     Args:
         plan: ``base.bridge.align`` of params.yaml. ``precision`` is fp32 or bf16 (autocast). ``word_steps`` fit the
             projectors to words, before ``steps`` of questions; 0 starts from noise.
         unfinished: a file that keeps the training as it was at the last check. If it exists, training goes on from
             there, to the same weights as without an interruption.
-        stop_at: raise KeyboardInterrupt after this step (for tests).
+
+    Returns the losses of `crab.models.base.words.fit`, and one record per check: step, stage, loss, and the accuracy of
+    each skill.
     """
     projectors = [model.get_submodule(name).projector for name in PARTS]
     parameters = [p for part in projectors for p in part.requires_grad_(True).parameters()]
@@ -227,14 +198,11 @@ def train_projectors(
     sampler, checker = (
         BridgeSampler(bank, processor, np.random.default_rng(seed + n)) for n, bank in enumerate((train, held_out))
     )
-    sampler.weights = checker.weights = taught()
+    sampler.weights = checker.weights = TAUGHT
     packer = BridgePacker(model, processor, plan["precision"])
     if steps and plan["precision"] == "bf16":
-        # The language model learns nothing: its weights are rounded once, not in each step. And torch's fused attention
-        # is slow in bf16 on CPUs when there are gradients.
-        model.language_model.to(torch.bfloat16).set_attn_implementation(
-            "eager" if model.device.type == "cpu" else "sdpa"
-        )
+        # the language model learns nothing: its weights are rounded once, not in each step
+        model.language_model.to(torch.bfloat16).set_attn_implementation(attention("bf16", model.device))
         compile_layers(model.language_model)
     learning: Sequence[Any] = (*projectors, optimizer, schedule)
     state: dict[str, Any] = {"done": 0, "curves": {}, "history": []}
@@ -248,9 +216,7 @@ def train_projectors(
     losses: list[torch.Tensor] = []
     bar = tqdm(range(state["done"], steps), "projectors", initial=state["done"], total=steps, mininterval=5)
     for step in bar:
-        shares = sampler.contexts()
-        kind = str(sampler.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        if rows := sampler.rows(kind, plan["batch_size"]):
+        if rows := sampler.draw(plan["batch_size"]):
             logits, target, _ = packer.logits(packer.pack(rows, train))
             loss = F.cross_entropy(logits, target)
             optimizer.zero_grad()
@@ -269,6 +235,4 @@ def train_projectors(
                 draws = [part.rng.bit_generator.state for part in (sampler, checker)]
                 with atomic_file(unfinished) as path:
                     torch.save((state, [part.state_dict() for part in learning], draws), path)
-        if stop_at is not None and step + 1 >= stop_at:
-            raise KeyboardInterrupt(f"stopped at step {step + 1}")
     return state["curves"], state["history"]

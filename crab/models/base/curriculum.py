@@ -20,6 +20,7 @@ from crab.models.base.bank import Bank
 from crab.models.base.optimize import MuonAdamW, warm_up_then_decay
 from crab.models.base.packing import Packer, Row
 from crab.models.base.probes import SKILLS, STAGES, Probe
+from crab.models.batches import attention
 
 PROBES_PER_ROW = 8
 REPLAY = 0.3  # weight of a skill that has passed its gate
@@ -40,8 +41,7 @@ CONTEXTS = {
 class Sampler:
     """Draws rows of one kind of context from a bank.
 
-    Attributes:
-        weights: by skill, how likely a probe is kept; 0 or missing leaves it out.
+    ``weights`` say by skill how likely a probe is kept; 0 or missing leaves it out.
     """
 
     def __init__(self, bank: Bank, processor, rng: np.random.Generator):
@@ -58,6 +58,12 @@ class Sampler:
             if heaviest > 0:
                 shares[kind] = share * heaviest
         return shares
+
+    def draw(self, count: int) -> list[Row]:
+        """Rows of one kind, which is drawn by its share of the steps."""
+        shares = self.contexts()
+        kind = self.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
+        return self.rows(str(kind), count)
 
     def rows(self, kind: str, count: int) -> list[Row]:
         """Rows of one kind, about as long as ``count`` rows of a clip. Rows without a probe are left out."""
@@ -171,16 +177,9 @@ def probe_accuracy(packer: Packer, sampler: Sampler, contexts: int, batch: int =
 
 
 def train_language_model(
-    model,
-    processor,
-    train: Bank,
-    held_out: Bank,
-    plan: Mapping[str, Any],
-    seed: int,
-    unfinished: Path | None = None,
-    keep: Callable[[int, list[dict]], None] | None = None,
-    until: int | None = None,
-) -> list[dict]:
+    model, processor, train: Bank, held_out: Bank, plan: Mapping[str, Any], seed: int, unfinished: Path | None = None,
+    keep: Callable[[int, list[dict]], None] | None = None, until: int | None = None,
+) -> list[dict]:  # fmt: skip
     """Run the staged curriculum; returns one record per check: step, stage, loss, and the accuracy of each skill.
 
     Args:
@@ -199,9 +198,8 @@ def train_language_model(
     checker = Sampler(held_out, processor, np.random.default_rng(seed + 1))
     packer = Packer(model, processor, plan["precision"])
     core, head = model.model.language_model, model.lm_head
-    attention = core.config._attn_implementation
-    if model.device.type == "cpu" and plan["precision"] == "bf16":
-        core.set_attn_implementation("eager")  # the backward of fused attention is slow in bfloat16
+    usual = core.config._attn_implementation
+    core.set_attn_implementation(attention(plan["precision"], model.device))
     rest = [*core.embed_tokens.parameters(), *core.norm.parameters(), *head.parameters()]
     steps, gate = until or plan["steps"], plan["gate"]
     optimizer = MuonAdamW(core.layers, rest, plan["learning_rate"], warm_up_then_decay(plan["steps"]))
@@ -218,9 +216,7 @@ def train_language_model(
     losses = []
     for step in bar:
         sampler.weights = stage_weights(state["stage"], state["accuracy"], gate)
-        shares = sampler.contexts()
-        kind = str(sampler.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        rows = sampler.rows(kind, plan["batch_size"])
+        rows = sampler.draw(plan["batch_size"])
         if not rows:
             continue
         logits, target, _ = packer.logits(packer.pack(rows, train))
@@ -249,7 +245,7 @@ def train_language_model(
             draws = [part.rng.bit_generator.state for part in (sampler, checker)]
             with atomic_file(unfinished) as path:
                 torch.save((state, [part.state_dict() for part in learning], draws), path)
-    core.set_attn_implementation(attention)
+    core.set_attn_implementation(usual)
     model.eval()
     return state["history"]
 

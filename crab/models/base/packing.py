@@ -43,8 +43,12 @@ class Packer:
     def __init__(self, model, processor, precision: str = "fp32"):
         self.model, self.processor, self.precision = model, processor, precision
         self.tokenizer = processor.tokenizer
-        self.turn = self._ids(f"{omni.END} {omni.START} assistant")
+        self.turn = self._ids(self._turn())
         self.templates: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def _turn(self) -> str:
+        """The text between a question and its answer."""
+        return f"{omni.END} {omni.START} assistant"
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -102,19 +106,26 @@ class Packer:
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits at the answer tokens [M, vocabulary], their targets [M], and their index in the flat batch [M]."""
-        model, block = self.model, batch["block"]
-        embeds = model.get_input_embeddings()(batch["ids"])
+        embeds = self.model.get_input_embeddings()(batch["ids"])
         if batch["media"]:
-            at = media_mask(model.config, batch["ids"].cpu()).to(embeds.device)
-            embeds = embeds.masked_scatter(at[..., None], torch.cat(batch["media"]).to(embeds))
-        mask = visible(block)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            hidden = model.model.language_model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
-            ).last_hidden_state
+            at = media_mask(self.model.config, batch["ids"])
+            embeds = embeds.index_put((at,), self.features(batch["media"]).to(embeds))
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            hidden = self.hidden(embeds, visible(batch["block"]), batch["position_ids"])
             index = (batch["target"] != omni.IGNORE).flatten().nonzero()[:, 0]
-            logits = model.lm_head(hidden.flatten(0, 1)[index]).float()
+            logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[index]).float()
         return logits, batch["target"].flatten()[index], index
+
+    def features(self, media: list) -> torch.Tensor:
+        """Features of all rows, [media, width], in the order of their placeholders."""
+        return torch.cat(media)
+
+    def hidden(self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the last layer, [B, L, width]."""
+        core = self.model.model.language_model
+        return core(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
 
 
 def visible(block: torch.Tensor) -> torch.Tensor:

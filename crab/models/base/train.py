@@ -25,15 +25,9 @@ STORED_AS = torch.float16
 
 
 def make_base(
-    folder: str | Path | None,
-    vocabulary: Mapping[str, list[str]],
-    section: Mapping[str, Any],
-    checkpoint: str | None = None,
-    *,
-    code: Callable[[str], str],
-    phases: str | Path | None = None,
-    workers: int = 1,
-) -> tuple[Any, Any, dict]:
+    folder: str | Path | None, vocabulary: Mapping[str, list[str]], section: Mapping[str, Any],
+    checkpoint: str | None = None, *, code: Callable[[str], str], phases: str | Path | None = None, workers: int = 1,
+) -> tuple[Any, Any, dict]:  # fmt: skip
     """The base of ``folder``: published, already there, or trained on its own scenes.
 
     Args:
@@ -45,11 +39,10 @@ def make_base(
         phases: a folder for finished phases and for the last check. A killed run repeats only what is not there.
         workers: processes that render.
 
-    Returns:
-        (model, processor, report). Model and processor are None if nothing was trained: for a published checkpoint, and
-        for a folder with a base of the same section, vocabulary and code. The report holds ``key``, ``encoders``
-        (losses by step), ``history`` (one record per check), ``gates`` (accuracy, majority, picker and n by skill),
-        ``parameters``, and ``seconds`` by phase. The gates measure the weights as they are stored.
+    Returns (model, processor, report). Model and processor are None if nothing was trained: for a published checkpoint,
+    and for a folder with a base of the same section, vocabulary and code. The report holds ``key``, ``encoders``
+    (losses by step), ``history`` (one record per check), ``gates`` (accuracy, majority, picker and n by skill),
+    ``parameters``, and ``seconds`` by phase. The gates measure the weights as they are stored.
     """
     if checkpoint is not None:
         return None, None, {"key": None, "encoders": {}, "history": [], "gates": {}, "parameters": None, "seconds": {}}
@@ -58,12 +51,8 @@ def make_base(
     decides = [words, tags, seed, scenes, section["size"], encoders]
     encoders_key = digest_of([*decides, code("crab.models.base.perception")])
     key = digest_of([*decides, section["held_out"], language, code("crab.models.base.train")])
-    record = None if folder is None else Path(folder) / RECORD
-    if record is not None and record.exists():
-        report = read_json(record)
-        if report["key"] == key:
-            return None, None, report
-        print(f"{folder} holds a base of other parameters, words or code; a new one is trained")
+    if report := kept_report(folder, key):
+        return None, None, report
     processor = small.build_processor(sorted({*words, *probes.words()}), tags, section["size"])
     model = small.build_model(processor, section["size"], seed)
 
@@ -100,6 +89,17 @@ def make_base(
         "seconds": {"encoders": encoder_seconds, "language model": language_seconds},
     }
     return model.eval(), processor, report
+
+
+def kept_report(folder: str | Path | None, key: str) -> dict | None:
+    """The report of the base that lies in ``folder``, if it has this ``key``."""
+    if folder is None or not (Path(folder) / RECORD).exists():
+        return None
+    report = read_json(Path(folder) / RECORD)
+    if report["key"] == key:
+        return report
+    print(f"{folder} holds a base of other parameters, words or code; a new one is trained")
+    return None
 
 
 def keep(folder: str | Path, model, processor, report: Mapping[str, Any], checkpoint: str | None = None) -> None:

@@ -20,7 +20,7 @@ from crab.models import omni, small
 from crab.models.base import curriculum, perception
 from crab.models.base.bank import Bank
 from crab.models.base.train import STORED_AS, final_gates, round_weights
-from crab.models.checkpoint import RECORD, base_digest, weaker_folder
+from crab.models.checkpoint import RECORD, base_digest, load_base, weaker_folder
 from crab.world.scene import sample_scene
 
 #: The file of a weaker base with the tensors that differ from those of the finished one.
@@ -28,14 +28,9 @@ OWN = "language.safetensors"
 
 
 def make_weaker(
-    base: str | Path,
-    steps: Sequence[int],
-    section: Mapping[str, Any],
-    *,
-    code: Callable[[str], str],
-    phases: str | Path,
-    workers: int = 1,
-) -> dict[int, dict]:
+    base: str | Path, steps: Sequence[int], section: Mapping[str, Any], *, code: Callable[[str], str],
+    phases: str | Path, workers: int = 1,
+) -> dict[int, dict]:  # fmt: skip
     """Bases whose language model has learned for fewer steps, each in its `weaker_folder`.
 
     The language model starts again from the weights that the finished base started from, on the same scenes in the same
@@ -43,17 +38,12 @@ def make_weaker(
     base, so encoded samples serve all of them.
 
     Args:
-        base: folder of the finished base. steps: multiples of ``language.check_every``, below ``language.steps``.
-        section: of params.yaml, as for `crab.models.base.train.make_base`.
-        code: gives the digest of a module and of all that it imports.
-        phases: a folder that keeps the unfinished training.
+        base: folder of the finished base. steps: multiples of ``language.check_every``, below ``language.steps``;
+            ValueError on others, at which nothing can be kept.
+        section, code: as for `crab.models.base.train.make_base`. phases: a folder that keeps the unfinished training.
 
-    Returns:
-        By number of steps, the report: ``key``, ``steps``, ``history`` (one record per check) and ``gates``, which
-        measure the weights as they are stored.
-
-    Raises:
-        ValueError: naming a number of steps at which nothing can be kept.
+    Returns by number of steps the report: ``key``, ``steps``, ``history`` (one record per check) and ``gates``, which
+    measure the weights as they are stored.
     """
     seed, plan = section["seed"], section["language"]
     for number in steps:
@@ -69,7 +59,7 @@ def make_weaker(
     missing = [number for number in steps if kept.get(number, {}).get("key") != keys[number]]
     if not missing:
         return {number: kept[number] for number in steps}
-    finished, processor = omni.load(base)
+    finished, processor = load_base(base)
     model = small.build_model(processor, section["size"], seed)
     model.model.visual.load_state_dict(finished.model.visual.state_dict())
     model.model.audio_tower.load_state_dict(finished.model.audio_tower.state_dict())
