@@ -22,7 +22,11 @@ from crab.world import verify
 
 SIDE = media.SIZE  # pixels of a picture as the model gets it
 SENSES = {"audio": ("♪", "heard"), "visual": ("◉", "seen")}
-MARKS = {True: '<span class="mark ok">✓ {}</span>', False: '<span class="mark no">✗ {}</span>'}
+MARKS = {
+    "right": '<span class="mark ok">✓ {}</span>',
+    "partly right": '<span class="mark part">◐ {}</span>',
+    "wrong": '<span class="mark no">✗ {}</span>',
+}
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,14 @@ def say(slot: tasks.Slot, parsed: Any) -> str:
 
 
 def mark(slot: tasks.Slot, answer: Answer) -> str:
-    """Right or wrong, by sign, word and colour; of a graded answer the score in place of the word."""
-    good = right(slot.name, answer.score)
-    word = f"{answer.score:.2f}" if graded(slot.name) else ("right" if good else "wrong")
-    label = f"{'right' if good else 'wrong'}, {slot.metric} {word}" if graded(slot.name) else word
-    return MARKS[good].format(word).replace("<span ", f'<span title="{label}" ', 1)
+    """Right, partly right or wrong, by sign, word and colour; of a graded answer the score in place of the word."""
+    verdict = "right" if right(slot.name, answer.score) else "wrong"
+    word = label = verdict
+    if graded(slot.name):
+        verdict = "partly right" if 0 < answer.score < 1 else verdict
+        word = f"{answer.score:.2f}"
+        label = f"{verdict}, {slot.metric} {word}"
+    return MARKS[verdict].format(word).replace("<span ", f'<span title="{label}" ', 1)
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -266,7 +273,7 @@ def _why(answer: Answer) -> str:
     count = f": {judged.count(verify.TRUE)} of {len(judged)} statements are true" if judged else ""
     rows = []
     for statement, verdict in answer.statements:
-        sign = {verify.TRUE: MARKS[True].format(""), "": ""}.get(verdict, MARKS[False].format(verdict))
+        sign = {verify.TRUE: MARKS["right"].format(""), "": ""}.get(verdict, MARKS["wrong"].format(verdict))
         rows.append(f"<li>{escape(statement)} {sign}</li>")
     summary = f"<summary>its reasoning{count}</summary>"
     return f'<details class="why">{summary}<ul>{"".join(rows)}</ul></details>'

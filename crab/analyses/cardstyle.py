@@ -37,6 +37,7 @@ STYLE = """<style>
   background: var(--c); box-shadow: 0 0 0 1px color-mix(in srgb, CanvasText 40%, Canvas); }
 .gallery .mark { margin-left: auto; font-weight: 700; white-space: nowrap; }
 .gallery .mark.ok { color: var(--ok); }
+.gallery .mark.part { color: color-mix(in srgb, CanvasText 70%, Canvas); }
 .gallery .mark.no { color: var(--no); }
 .gallery .track { position: relative; margin-top: .25rem; padding: 1px 0; border-radius: 3px; line-height: 1.15rem;
   background: repeating-linear-gradient(90deg, var(--line) 0 1px, transparent 1px calc(100% / var(--n)))

@@ -141,7 +141,7 @@ def conflicts(
         samples, chunk: samples per slot, and how many are taken together. Intervals draw these chunks again.
 
     Returns:
-        Pairs of slots (`PAIRS`, 95 % intervals); where one slot is both, the cosine is its reliability.
+        Pairs of slots (`PAIRS`, 95% intervals); where one slot is both, the cosine is its reliability.
         Means over pairs (`MEANS`). ``negative`` is the share of negative cosines. It lies between the share of those
         negative over their whole interval and that of all but those positive over it. (Draws of the share itself would
         be pulled to a half by the noise they add.) ``reliability`` is the median over slots.

@@ -129,7 +129,7 @@ def layer_costs(points: Sequence[Mapping[str, Any]], dtypes: Sequence[str], seco
 
     Returns:
         One row per point, number format and contender: seconds of forward and backward with quartiles; ``over_lora``
-        and ``over_base``, ratios of times with 95 % intervals; ``kept_bytes`` and ``peak_bytes``.
+        and ``over_base``, ratios of times with 95% intervals; ``kept_bytes`` and ``peak_bytes``.
     """
     rows = []
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:

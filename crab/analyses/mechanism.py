@@ -180,7 +180,7 @@ def causes(
 
 
 def effects(lost: pd.DataFrame, resamples: int) -> pd.DataFrame:
-    """Mean over samples of what is lost, with a 95 % bootstrap interval, one row per slot, change and measure."""
+    """Mean over samples of what is lost, with a 95% bootstrap interval, one row per slot, change and measure."""
     keys = ["slot", "change", "of", "label", "measure"]
     rows = [
         (*key, values.mean(), *interval(bootstrap_means(values, resamples, SEED)), len(values))
@@ -190,7 +190,7 @@ def effects(lost: pd.DataFrame, resamples: int) -> pd.DataFrame:
 
 
 def mean_costs(lost: pd.DataFrame, resamples: int) -> pd.DataFrame:
-    """Mean over slots of the cost of each change, with a 95 % interval over samples, and the slot that loses most.
+    """Mean over slots of the cost of each change, with a 95% interval over samples, and the slot that loses most.
 
     A slot's cost of another slot's routing is the mean over all other slots.
     """
@@ -232,7 +232,7 @@ def head_similarity(adapter: Path, base: Path) -> pd.DataFrame:
 def mantel(one: np.ndarray, other: np.ndarray, permutations: int, seed: int) -> dict:
     """Do two distances [things, things] group the same things alike? Mantel's (1967) test with rank correlation.
 
-    Gives ``correlation`` (Spearman); ``low`` and ``high``, which hold 95 % of random relabellings; two-sided ``p``.
+    Gives ``correlation`` (Spearman); ``low`` and ``high``, which hold 95% of random relabellings; two-sided ``p``.
     """
     pairs = np.triu_indices(len(one), 1)
     ranks, ranked = rankdata(one[pairs]), squareform(rankdata(other[pairs]))

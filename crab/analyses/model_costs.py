@@ -37,7 +37,7 @@ def model_costs(
 
     Returns:
         One row per number format and part (forward, backward, optimizer, decoding, and training step): seconds of both
-        methods, and their ratio with its 95 % interval.
+        methods, and their ratio with its 95% interval.
     """
     model, processor = load_base(base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,7 +138,7 @@ def data_costs(
 
     Returns:
         Costs: one row per kind of clip, part and number of workers, seconds of one sample with quartiles; and ratios
-        with 95 % intervals.
+        with 95% intervals.
 
     Raises:
         ValueError: the slot has too few samples.

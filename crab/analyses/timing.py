@@ -76,7 +76,7 @@ def quartiles(seconds: np.ndarray) -> dict[str, float]:
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
-    """Median of the ratios of paired times, with its 95 % bootstrap interval over repetitions."""
+    """Median of the ratios of paired times, with its 95% bootstrap interval over repetitions."""
     ratios = above / below
     draws = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975], method="inverted_cdf")

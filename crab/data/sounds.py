@@ -41,7 +41,7 @@ def read_audio(path: str | os.PathLike, start: float | None = None, end: float |
     """Sound between ``start`` and ``end`` seconds (by default all of it): float32 [samples], mono, 16 kHz, in [-1, 1].
 
     Channels are averaged. Files of floats may go beyond 1: they are scaled down as a whole, to a peak of 1. What lossy
-    decoders and filters add beyond 1 is clipped; only a lossy file of 16 kHz may keep up to 3 % of it. Other rates are
+    decoders and filters add beyond 1 is clipped; only a lossy file of 16 kHz may keep up to 3% of it. Other rates are
     resampled by a polyphase filter. A window past the end is cut there. Sound in a container is placed by its time
     stamps: before it begins, and in holes, there is silence. MediaError if the file is missing, empty, truncated or
     undecodable, or if the window lies outside the sound.

@@ -94,6 +94,7 @@ class ILoraLayer(BaseTunerLayer):
         self.routing_observers: dict[str, list[Callable]] = {}
         self.fixed_routing: dict[str, torch.Tensor] = {}
         self.instruction: Any = None  # set by `crab.ilora.instruction_tokens`
+        self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
 
@@ -205,7 +206,7 @@ class Linear(nn.Module, ILoraLayer):
             return None
         dtype = autocast_dtype(x.device.type)
         if dtype is None:
-            if x.dtype != weight.dtype or A.dtype != x.dtype and not getattr(self, "cast_input_dtype_enabled", True):
+            if x.dtype != weight.dtype or A.dtype != x.dtype and not self.cast_input_dtype_enabled:
                 return None
             setting = Setting(router, self.scaling[name], rate, A.dtype, A.dtype, self._kernels(router, x, A.dtype))
             return x, None, weight, bias, A, R, B, setting

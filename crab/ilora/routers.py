@@ -12,7 +12,7 @@ class TokenRouter(nn.Linear):
     """A softmax over the (k largest) logits of each token: x [..., in_features] -> [..., num_heads], without a bias.
 
     The softmax runs in float32 or wider, and so do the logits under autocast: in bfloat16 a logit near 8 is wrong by up
-    to 1/32, and its weight by 3 %.
+    to 1/32, and its weight by 3%.
     """
 
     def __init__(self, in_features: int, num_heads: int, temperature: float, top_k: int | None = None):

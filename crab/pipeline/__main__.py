@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     accept = commands.add_parser("accept", help="let changed code count as older code, whose results it gives")
     accept.add_argument("revision", help="of git, e.g. HEAD: the code that made the results")
     accept.add_argument("why", help="how you know that the results are the same")
+    kinds = ("base", "encode", "train", "answer", "score")
+    accept.add_argument("--only", nargs="+", choices=kinds, default=(), help="the results that are; by default all")
     plan = commands.add_parser("plan", help="print what training takes; fail if it does not fit")
     plan.add_argument("--profile")
     for name, unit in MACHINE.items():
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
             case "accept":
                 from crab.pipeline.accept import accept
 
-                changed = accept(folder, options.revision, options.why)
+                changed = accept(folder, options.revision, options.why, options.only)
                 print(
                     f"count as the code of {options.revision}:",
                     *(changed or ["nothing; no result would be stale"]),

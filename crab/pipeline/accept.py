@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,20 +24,25 @@ from crab.study.store import ANSWERING, PROMPTS, REASONING, SCORING, TRAINING
 BASES = ("perception", "train", "weaker", "align")
 
 
-def keyed_modules() -> list[tuple[str, ...]]:
-    """Each set of modules whose digest is part of a key."""
-    with_model = (ENCODING, TRAINING, (*TRAINING, *PROMPTS), ANSWERING)
-    sets = [(*names, entry.module) for entry in MODELS for names in with_model]
-    bases = [(f"crab.models.base.{name}",) for name in BASES]
-    return [*sets, SCORING, (*SCORING, *REASONING), *bases, ("crab.models.bridge",)]
+def keyed_modules() -> dict[str, list[tuple[str, ...]]]:
+    """By the result that they decide, the sets of modules whose digest is part of a key."""
+    models = [entry.module for entry in MODELS]
+    return {
+        "base": [*((f"crab.models.base.{name}",) for name in BASES), ("crab.models.bridge",)],
+        "encode": [(*ENCODING, model) for model in models],
+        "train": [(*names, model) for model in models for names in (TRAINING, (*TRAINING, *PROMPTS))],
+        "answer": [(*ANSWERING, model) for model in models],
+        "score": [SCORING, (*SCORING, *REASONING)],
+    }
 
 
-def accept(folder: Path, revision: str, why: str) -> list[str]:
+def accept(folder: Path, revision: str, why: str, only: Sequence[str] = ()) -> list[str]:
     """Let the code in ``folder`` count as that of a git ``revision``, and return the sets of modules that changed.
 
-    Raises:
-        ValueError: git does not know the revision, or no reason is given.
+    ``only`` are the results that stay the same (keys of `keyed_modules`); by default all. ValueError if git does not
+    know the revision, or no reason is given.
     """
+    kinds = keyed_modules()
     if not why.strip():
         raise ValueError("accept: say why the results are the same, e.g. 'names only; two cells trained by both agree'")
     archive = subprocess.run(["git", "archive", revision, "crab"], cwd=folder, capture_output=True)
@@ -44,11 +50,12 @@ def accept(folder: Path, revision: str, why: str) -> list[str]:
         raise ValueError(f"accept: git has no code of '{revision}' ({archive.stderr.decode().strip()}); see `git log`")
     path = folder / ACCEPTED
     known, changed = read_json(path) if path.is_file() else {}, []
-    accepted = {}  # of the code as it is now; git keeps the older statements
+    current = {own_digest(folder, names) for sets in kinds.values() for names in sets}
+    accepted = {now: entry for now, entry in known.items() if now in current}  # git keeps the older statements
     with TemporaryDirectory() as older:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
             files.extractall(older, filter="data")
-        for names in keyed_modules():
+        for names in (names for kind in only or kinds for names in kinds[kind]):
             now = own_digest(folder, names)
             try:
                 then = digest_in(Path(older), names)
@@ -57,7 +64,5 @@ def accept(folder: Path, revision: str, why: str) -> list[str]:
             if then != digest_in(folder, names):
                 changed.append(" ".join(names))
                 accepted[now] = {"modules": " ".join(names), "counts_as": then, "why": why.strip()}
-            elif now in known:
-                accepted[now] = known[now]
     write_json(path, accepted)
     return changed

@@ -77,7 +77,8 @@ def _study(reports: Path, models: Path) -> Card:
 
 def _method(reports: Path, models: Path) -> Card:
     row = read_json(reports / "transfer" / "metrics.json")["against_rival"]["joint-ilora-bare"]
-    text = "mean score of I-LoRA minus plain LoRA with as many parameters."
+    low, high = row["mean_difference_interval"]
+    text = f"({low:+.3f} to {high:+.3f}) mean score of I-LoRA minus plain LoRA of its size, with its 95% interval."
     alt = "Routing weight of each head, by slot and layer"
     return Card("Method", "routing", f"{row['mean_difference']:+.3f}", text, "routing/figures/heads.png", alt)
 

@@ -52,7 +52,7 @@ class _Meter(threading.Thread):
                 except psutil.Error:
                     continue  # it has ended meanwhile
             self.peak = max(self.peak, total / 2**30)
-            # the system walks through all pages of large processes: take 2 % of a core at most
+            # the system walks through all pages of large processes: take 2% of a core at most
             pause = max(0.5, 50 * (time.thread_time() - begin))
 
 

@@ -53,7 +53,7 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int, stream: str |
 
 
 def interval(means: Sequence[float]) -> tuple[float, float]:
-    """Percentile interval that holds 95 % of the resampled ``means``."""
+    """Percentile interval that holds 95% of the resampled ``means``."""
     low, high = np.quantile(np.asarray(means, float), [0.025, 0.975])
     return float(low), float(high)
 
@@ -81,7 +81,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def rate(count: int, of: int) -> tuple[float, float, float]:
-    """A share and its exact 95 % interval (Clopper and Pearson, 1934), the slots taken as drawn from all such tasks."""
+    """A share and its exact 95% interval (Clopper and Pearson, 1934), the slots taken as drawn from all such tasks."""
     bounds = binomtest(count, of).proportion_ci(0.95, "exact")
     return count / of, float(bounds.low), float(bounds.high)
 
@@ -145,7 +145,7 @@ def compare(
         margin: differences up to this size, in score, are ties.
         floor: family that tells whether a slot can be learned; the baseline unless given.
 
-    Returns the table (`COLUMNS`), and the summary over slots. A slot on which the 95 % interval of ``floor`` does not
+    Returns the table (`COLUMNS`), and the summary over slots. A slot on which the 95% interval of ``floor`` does not
     lie above chance is flagged ``at_chance``: it counts neither for nor against. The joint run has no say in that, so
     that every joint run is judged on the same slots.
     """
@@ -233,7 +233,7 @@ def judge(
 
 
 def mean_scores(samples: pd.DataFrame, resamples: int) -> pd.DataFrame:
-    """Mean score of each family on each slot, with its 95 % interval over samples and seeds: one row each."""
+    """Mean score of each family on each slot, with its 95% interval over samples and seeds: one row each."""
     rows = []
     for (family, slot), part in samples.groupby(["family", "slot"], sort=False):
         scores = part.pivot(index="seed", columns="id", values="score").to_numpy()

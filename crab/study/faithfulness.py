@@ -42,7 +42,7 @@ def faithfulness(samples: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
         samples: columns family, seed, slot, id, score and `COUNTS`. Rows without counts are left out. ValueError if the
             seeds of a family were scored on different samples.
 
-    Returns `COLUMNS`, one row per family, slot and measure (`MEASURES`), with 95 % intervals over samples and seeds:
+    Returns `COLUMNS`, one row per family, slot and measure (`MEASURES`), with 95% intervals over samples and seeds:
     three shares of the answers, which sum to 1; the shares of all statements that are true and that are unreadable (NaN
     if there is no statement); and the mean number of statements. ``chance`` of the true share is the share that is true
     of another sample's scene.

@@ -113,7 +113,7 @@ def run_map(each: Map, words: Sequence[str], grid: Grid, store: Store, margin: f
     """Train, score and compare at every point of a map.
 
     Returns one row per point and pair of methods (``one`` minus ``other``): the axes, the mean difference over the
-    slots that single-task LoRA lifts above chance with its 95 % interval, gains, ties and losses, the parameters of
+    slots that single-task LoRA lifts above chance with its 95% interval, gains, ties and losses, the parameters of
     both, and ``not_inside``: which of the two has its best learning rate at the edge of the grid, or was not swept.
     """
     families, places = {}, []

@@ -60,7 +60,7 @@ class Grid:
 class Rates:
     """The chosen learning rate of each family, and the ``points``: one row per family and rate tried (`COLUMNS`).
 
-    A point has the mean over slots of the primary metric on held-out samples with its 95 % interval, and how far it is
+    A point has the mean over slots of the primary metric on held-out samples with its 95% interval, and how far it is
     behind the chosen rate on the same samples. There are none if nothing was swept.
     """
 

@@ -192,10 +192,9 @@ def compare_points(
     """Compare the methods at each point, on the seeds that are finished for all that is compared.
 
     ``trained`` is the table of `train_points`. Returns two tables. One row per point and pair (``one`` minus
-    ``other``):
-    seeds, slots that single-task LoRA lifts above chance, ``gain``, ``tie`` and ``loss`` among them, the shares of
-    gains and losses with exact intervals over slots (``gains_low`` ...), and the mean difference with its interval over
-    samples and seeds. And one row per point, pair and slot (`crab.study.compare.COLUMNS`).
+    ``other``): seeds, slots that single-task LoRA lifts above chance, ``gain``, ``tie`` and ``loss`` among them, the
+    shares of gains and losses with exact intervals over slots (``gains_low`` ...), and the mean difference with its
+    interval over samples and seeds. And one row per point, pair and slot (`crab.study.compare.COLUMNS`).
     """
     chance = {slot: entry["chance"] for slot, entry in store.references(slots).items()} if len(trained) else {}
     rows, tables = [], []

@@ -5,10 +5,12 @@ A run works in a folder of its own and resumes there from its last whole checkpo
 
 from __future__ import annotations
 
+import difflib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,13 @@ def adapter_config(method: str, options: Mapping[str, Any], known: Mapping[str, 
     if adapts_encoders(options) and options.get("router_input", "token") != "token":
         raise ValueError(f"{method}: routers in the encoders see no instruction; set router_input to token")
     own = ("router_rate", "targets", "weights")
-    try:
-        return config(target_modules=known[targets], **{k: v for k, v in options.items() if k not in own})
-    except TypeError as error:
-        raise ValueError(f"{method}: {error}; see {config.__name__} for the options it has") from None
+    names = {*own, *(field.name for field in fields(config))}
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            fix = f"did you mean {near[0]!r}?" if near else f"see {config.__name__} for the options it has"
+            raise ValueError(f"{method}: option {name!r} is unknown; {fix}")
+    return config(target_modules=known[targets], **{k: v for k, v in options.items() if k not in own})
 
 
 def adapts_encoders(options: Mapping[str, Any]) -> bool:

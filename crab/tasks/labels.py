@@ -78,6 +78,10 @@ class Label(Kind):
     def measure(self, slot: Slot, records: Sequence[Record], answers: Answers, masks=None) -> Scores:
         truths = [self.compared(self.truth(slot, record)) for record in records]
         answers = [self.compared(answer) for answer in answers]
+        for name in slot.metrics.split():
+            if name not in METRICS:
+                fault = f"slot {slot.name} in crab/tasks/registry.py has the metric {name!r}, which there is not"
+                raise ValueError(f"{fault}; use one of {', '.join(METRICS)}, or add it to crab/tasks/labels.py")
         scores = {name: METRICS[name](truths, answers) for name in slot.metrics.split()}
         members: dict[str, list[float]] = {}
         for record, hit in zip(records, hits(truths, answers), strict=True):

@@ -138,11 +138,11 @@ def test_answers_in_words(slot, text, words):
 
 def test_a_mark_is_a_sign_a_word_and_a_colour_and_of_graded_answers_the_score():
     of = {(slot, score): cards.mark(tasks.get_slot(slot), Answer("x", "red", "", None, score))
-          for slot, score in (("ks", 1.0), ("ks", 0.0), ("s4", 0.5), ("s4", 0.49))}  # fmt: skip
-    assert [re.search('class="mark (..)">(.*?)<', text).groups() for text in of.values()] == [
-        ("ok", "✓ right"), ("no", "✗ wrong"), ("ok", "✓ 0.50"), ("no", "✗ 0.49"),
+          for slot, score in (("ks", 1.0), ("ks", 0.0), ("s4", 1.0), ("s4", 0.49), ("s4", 0.0))}  # fmt: skip
+    assert [re.search('class="mark (.*?)">(.*?)<', text).groups() for text in of.values()] == [
+        ("ok", "✓ right"), ("no", "✗ wrong"), ("ok", "✓ 1.00"), ("part", "◐ 0.49"), ("no", "✗ 0.00"),
     ]  # fmt: skip
-    assert 'title="wrong, J 0.49"' in of["s4", 0.49]
+    assert 'title="partly right, J 0.49"' in of["s4", 0.49]
 
 
 def test_a_sample_that_fits_no_rule_says_so(built, tmp_path):

@@ -15,8 +15,8 @@ from crab.core.files import read_json
 from crab.pipeline.accept import accept, keyed_modules
 
 LAYER = "crab/ilora/layer.py"
-TRAINING = next(names for names in keyed_modules() if "crab.study.train" in names)
-SCORING = next(names for names in keyed_modules() if names[0] == "crab.study.score")
+SETS = [names for sets in keyed_modules().values() for names in sets]
+TRAINING, SCORING = (keyed_modules()[kind][0] for kind in ("train", "score"))
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def edit(folder: Path, line: str) -> None:
 
 
 def test_changed_code_counts_as_the_old_and_only_where_it_changed(checkout):
-    before = {names: digest_in(checkout, names) for names in keyed_modules()}
+    before = {names: digest_in(checkout, names) for names in SETS}
     edit(checkout, "\nSAME = 1\n")
     assert digest_in(checkout, TRAINING) != before[TRAINING]
     changed = accept(checkout, "HEAD", "one constant that nothing reads")
     assert " ".join(TRAINING) in changed and " ".join(SCORING) not in changed
-    assert {names: digest_in(checkout, names) for names in keyed_modules()} == before
+    assert {names: digest_in(checkout, names) for names in SETS} == before
     entry = read_json(checkout / ACCEPTED)[own_digest(checkout, TRAINING)]
     assert entry == {
         "modules": " ".join(TRAINING),
@@ -70,6 +70,17 @@ def test_statements_add_up_and_end_with_what_they_were_about(checkout):
     assert own_digest(checkout, TRAINING) not in read_json(checkout / ACCEPTED)
 
 
+def test_only_the_results_that_are_named_stay(checkout):
+    before = {names: digest_in(checkout, names) for names in SETS}
+    path = checkout / "crab/tasks/labels.py"
+    path.write_text(
+        path.read_text(encoding="utf-8") + "\nMETRICS['error'] = lambda *pair: [1 - h for h in hits(*pair)]\n"
+    )
+    accept(checkout, "HEAD", "a metric more; prompts and answers are the same", only=["encode", "train"])
+    same = [kind for kind, sets in keyed_modules().items() if all(digest_in(checkout, n) == before[n] for n in sets)]
+    assert same == ["base", "encode", "train", "answer"]
+
+
 def test_a_statement_needs_a_reason_and_a_revision(checkout):
     with pytest.raises(ValueError, match="accept: say why"):
         accept(checkout, "HEAD", " ")
@@ -84,7 +95,7 @@ def test_every_digest_of_code_that_is_part_of_a_key_can_be_accepted():
         if path.name not in ("code.py", "accept.py"):
             text = path.read_text(encoding="utf-8")
             taken |= set(re.findall(r"\bcode(?:_digest)?\((.*?)\)", text)) - {""}
-    sets = {" ".join(names) for names in keyed_modules()}
+    sets = {" ".join(names) for names in SETS}
     named = {module for name in taken for module in re.findall(r'"(crab[\w.]+)"', name)}
     assert named and named <= sets
     assert "__name__" in taken and "crab.models.base.weaker" in sets

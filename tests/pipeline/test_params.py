@@ -96,6 +96,40 @@ WRONG = [
     ("benchmark.shapes", [[1, 2, 3]], "benchmark.shapes.0 is [1, 2, 3]"),
     ("routing", None, "routing is None"),
     ("strength.as_many_steps", [{"steps": None, "rank": 9}], "which is no point of strength.steps and strength.ranks"),
+    ("strength.others", {"x": "stdy"}, "strength.others.x is 'stdy', which is no profile; did you mean 'study'?"),
+    (
+        "transfer.rival",
+        "lora_mached",
+        "transfer.rival is 'lora_mached', which is not run; did you mean 'lora_matched'?",
+    ),
+    ("transfer.baseline", "single-ilora-bare", "transfer.baseline is 'single-ilora-bare', which is not run"),
+    ("train.given_rates.lora", {"single-bare": 0.1}, "train.given_rates.lora has no rate of joint-bare; add it, or"),
+    (
+        "train.given_rates.lora.joint-explicit",
+        0.1,
+        "lora.joint-explicit is the rate of a run that train.methods has not",
+    ),
+    ("train.methods.dora", {"r": 1, "lora_alpha": 2, "runs": ["joint-bare"]}, "train.methods.dora unknown method"),
+    ("experiments.variants.ilora.method", "lra", "experiments.variants.ilora.method is 'lra'; did you mean 'lora'?"),
+    ("experiments.variants.ilora.method", ..., "experiments.variants.ilora.method is missing; give lora or ilora"),
+    ("experiments.variants.ilora.form", ["bare", "short"], "experiments.variants.ilora.form is 'short'; known: bare"),
+    ("experiments.baseline", "owm", "experiments.baseline is 'owm', which is no variant; did you mean 'own'?"),
+    ("extra", {"a": 1}, "extra is unknown; known: base, benchmark"),
+]
+#: Options of adapters, which PEFT knows.
+OPTIONS = [
+    (
+        "train.methods.ilora.routr",
+        "uniform",
+        "train.methods.ilora: ilora: option 'routr' is unknown; did you mean 'router'?",
+    ),
+    ("train.methods.ilora.num_heads", 0, "train.methods.ilora: ILoraConfig: `num_heads` must be a whole number"),
+    (
+        "experiments.variants.ilora.gian",
+        2,
+        "experiments.variants.ilora: ilora: option 'gian' is unknown; see ILoraConfig",
+    ),
+    ("experiments.routed.new", {"shared_a": False}, "experiments.routed.new: ilora: option 'shared_a' is unknown"),
 ]
 
 
@@ -118,6 +152,26 @@ def test_a_misspelt_name_is_told_with_the_nearest(loaded, old, new):
         resolve()
     with pytest.raises(ValueError, match="profile 'tinny' is unknown; did you mean 'tiny'"):
         resolve("tinny")
+
+
+@pytest.mark.parametrize(("place", "value", "message"), OPTIONS)
+def test_wrong_options_of_adapters_are_refused_before_anything_runs(loaded, place, value, message):
+    change(loaded, place, value)
+    (line,) = set(stages._wrong_options(resolve()))  # of each run of a method
+    assert line.startswith("params.yaml, profile tiny: ") and message in line
+
+
+def test_the_options_of_all_profiles_are_known(loaded):
+    assert not [line for name in loaded["profiles"] for line in stages._wrong_options(resolve(name))]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "my profile"])
+def test_a_profile_has_the_name_of_a_folder(loaded, name):
+    loaded["profiles"][name] = {}
+    with pytest.raises(
+        ValueError, match=f"params.yaml: profiles: '{re.escape(name)}' is no name of a folder; use letters"
+    ):
+        resolve()
 
 
 def test_an_empty_profile_is_the_default(loaded):

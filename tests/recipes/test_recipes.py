@@ -43,7 +43,7 @@ def follow(folder: Path, script: str, **variables: str) -> str:
 
 def test_no_recipe_is_long():
     names = re.findall(r"^### (.+)", RECIPES, re.MULTILINE)
-    assert len(names) == 10
+    assert len(names) == 11
     for name in names:
         assert sum(len(source.splitlines()) for _, source in blocks(name)) <= 12, name
 
@@ -80,22 +80,39 @@ def insert(path: Path, anchor: str, block: str, after: bool = False) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+KEYS = """
+import pathlib, sys
+from crab.core.code import digest_in
+from crab.pipeline.accept import keyed_modules
+print(*(digest_in(pathlib.Path(sys.argv[1]), names) for sets in keyed_modules().values() for names in sets))
+"""
+
+
+def keys(folder: Path) -> str:
+    """What the code of a clone puts into the keys of results."""
+    return sh(folder, "python", "-c", KEYS, str(folder))
+
+
 def test_a_data_set_is_added(tmp_path):
     folder = clone(tmp_path)
+    before = keys(folder)
     (_, entry), (_, question), (_, check) = blocks("Add a data set")
     insert(folder / "crab/tasks/registry.py", 'Slot("avcap"', entry)
     with (folder / "crab/tasks/prompts.yaml").open("a", encoding="utf-8") as file:
         file.write(question)
-    assert follow(folder, check) == "('video_path', 'audio_path', 'action', 'label') accuracy\n"
+    assert follow(folder, check).endswith("('video_path', 'audio_path', 'action', 'label') accuracy\n")
+    assert keys(folder) == before
 
 
 def test_an_option_of_the_adapter_is_added(tmp_path):
     folder = clone(tmp_path)
+    before = keys(folder)
     (_, option), (_, use), (_, variant), (_, check) = blocks("Add an option of the adapter")
     insert(folder / "crab/ilora/config.py", "num_heads: int = _option(", option)
     insert(folder / "crab/ilora/layer.py", "self.scaling[adapter_name] =", use, after=True)
     insert(folder / "params.yaml", "instruction_first: {method: lora, r: 4", variant)
     follow(folder, check)
+    assert keys(folder) == before  # so that what was trained without the option still counts
     assert '"gain": 2.0' in (folder / ".stage/experiments.json").read_text(encoding="utf-8")
     doubled = (
         "import torch; from torch import nn; from peft import get_peft_model; from crab.ilora import ILoraConfig\n"
@@ -108,13 +125,23 @@ def test_an_option_of_the_adapter_is_added(tmp_path):
 
 def test_code_is_tidied(tmp_path):
     folder = clone(tmp_path)
-    digest = "from crab.core.code import code_digest; print(code_digest('crab.models.base.train'))"
-    before = sh(folder, "python", "-c", digest)
+    before = keys(folder)
     with (folder / "crab/models/omni.py").open("a", encoding="utf-8") as file:
         file.write("\n\nNOTHING_READS_THIS = 1\n")
-    changed = sh(folder, "python", "-c", digest)
+    changed = keys(folder)
     assert "crab.models.base.train" in follow(folder, bash("Tidy code without training again"))
-    assert changed != before == sh(folder, "python", "-c", digest)
+    assert changed != keys(folder) == before
+
+
+def test_a_parameter_is_added(tmp_path):
+    folder = clone(tmp_path)
+    (_, kind), (_, value), (_, check) = blocks("Add a parameter")
+    for name, old, new in (("crab/pipeline/schema.py", '    "routing": {', kind), ("params.yaml", "routing: {", value)):
+        text = (folder / name).read_text(encoding="utf-8")
+        (line,) = [line for line in text.splitlines(keepends=True) if line.startswith(old)]
+        (folder / name).write_text(text.replace(line, new), encoding="utf-8")
+    assert "09_routing.ipynb" in follow(folder, check)
+    assert '"tokens": 16' in (folder / ".stage/routing.json").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
