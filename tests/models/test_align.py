@@ -76,6 +76,15 @@ def test_only_projectors_are_trained_and_a_killed_run_ends_at_the_same_weights(p
     assert resumed == history and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_in_bf16_the_language_model_is_rounded_and_the_projectors_are_not(parts, banks, monkeypatch):
+    monkeypatch.setattr(align, "compile_layers", lambda model: None)  # which takes minutes
+    model, processor = bridge.assemble(**parts)
+    _, history = align.train_projectors(model, processor, *banks, {**PLAN, "precision": "bf16"}, 5)
+    assert np.isfinite([record["loss"] for record in history]).all()
+    kinds = {name.split(".")[0]: value.dtype for name, value in model.state_dict().items() if ".tower." not in name}
+    assert kinds == {"language_model": torch.bfloat16, "visual": torch.float32, "audio_tower": torch.float32}
+
+
 def test_a_bridge_is_made_once(parts, tmp_path):
     part = {**parts, "projector": "mlp", "picture_tokens": 4, "sound_tokens": 2, "words": 1, "scenes": 16}
     part["align"] = {**PLAN, "steps": 2, "gate_contexts": 2}

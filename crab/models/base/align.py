@@ -111,7 +111,8 @@ class BridgePacker(Packer):
         model, projected = self.model, []
         for tower, sounds in ((model.visual, False), (model.audio_tower, True)):
             chosen = [item for row in media for kind, item in row if (kind == "audio") == sounds]
-            items = [item.to(model.device, model.dtype) for item in chosen]
+            learned = next(tower.projector.parameters())  # in float32, also where the language model is rounded
+            items = [item.to(learned) for item in chosen]
             projected.append(iter(tower.projector.items(items) if items else ()))
         return torch.cat([next(projected[kind == "audio"]) for row in media for kind, _ in row])
 
