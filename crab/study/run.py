@@ -9,6 +9,7 @@ from accelerate import PartialState
 from torch.utils.data import ConcatDataset
 
 from crab.core.files import read_json, write_json
+from crab.core.pool import give_back_memory
 from crab.models.checkpoint import load_base
 from crab.samples.slots import SlotData
 from crab.study.answer import answer_slot, answered_slot, load_adapter
@@ -35,6 +36,7 @@ def run_cell(store: Store, cell: Cell) -> None:
             learning_rate=cell.learning_rate, passes=cell.passes, batch_size=store.batch_size, seed=cell.seed,
             precision=store.precision, lengths=lengths, hardware=store.hardware,
         )  # fmt: skip
+        give_back_memory()
     texts, key, size = store.kept_answers(cell), store.answer_key(cell), store.answer["batch_size"]
     if texts is None:
         model, processor = load_base(store.base_of(cell))

@@ -57,6 +57,27 @@ def test_results_are_in_the_order_of_the_jobs():
     assert list(run_pool([("slow", partial(time.sleep, 1.0)), ("quick", os.getpid)], 2, "count")) == ["slow", "quick"]
 
 
+def fill_and_free():
+    """Take and free 300 MB below a block that stays, as a training does; the memory in use while it is taken."""
+    global _stays
+    blocks = [bytearray(100_000) for _ in range(3000)]
+    _stays = bytearray(100_000)
+    blocks.clear()
+    return psutil.Process().memory_info().rss
+
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux keeps memory")
+def test_a_worker_gives_back_what_its_jobs_have_freed():
+    jobs = [("fill", fill_and_free), ("fill too", fill_and_free)]  # one for each worker
+    before = run_pool(jobs, 2, "memory")
+    after = run_pool([("a", resident), ("b", resident)], 2, "memory")
+    assert max(after.values()) < max(before.values()) - 200e6
+
+
 def test_a_failing_job_is_named():
     with pytest.raises(RuntimeError, match="count bad failed: .*zero"):
         run_pool([("good", partial(divmod, 1, 1)), ("bad", partial(divmod, 1, 0))], 2, "count")
