@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import PIL.Image
+
 from crab.core.files import atomic_file, read_json
 from crab.pipeline.stages import TEMPLATES
 
@@ -52,7 +54,10 @@ def _data(reports: Path, models: Path) -> Card:
     records = read_json(reports / "build" / "metrics.json")["records"]
     text = "samples in the layout of AV-UIE v2. Each one, and each media file, is checked."
     alt = "Frames of one clip, in which things of two colours come and go"
-    return Card("Data", "build", f"{records:,}", text, "build/figures/samples.png", alt, (0.023, 0.0625, 0.464, 0.0923))
+    figure = "build/figures/samples.png"
+    with PIL.Image.open(reports / figure) as whole:
+        inches = 14 * whole.height / whole.width  # the second row lies equally far from the top, however many there are
+    return Card("Data", "build", f"{records:,}", text, figure, alt, (0.023, 3.68 / inches, 0.464, 5.44 / inches))
 
 
 def _model(reports: Path, models: Path) -> Card:
@@ -98,12 +103,10 @@ def _cards(reports: Path, models: Path) -> list[Card]:
 
 def _thumbnail(card: Card, reports: Path) -> tuple[str, int, int]:
     """Write a card's picture, small; returns its path from the report's folder, its width and its height."""
-    from PIL import Image
-
-    with Image.open(reports / card.picture) as whole:
+    with PIL.Image.open(reports / card.picture) as whole:
         part = [round(share * side) for share, side in zip(card.part, 2 * whole.size, strict=True)]
         picture = whole.convert("RGB").crop(part)
-    picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    picture.thumbnail((WIDTH, WIDTH), PIL.Image.Resampling.LANCZOS)
     path = reports / "pages" / f"card-{card.name.lower()}.png"
     with atomic_file(path) as temporary:
         picture.quantize(128).save(temporary, format="PNG", optimize=True)
