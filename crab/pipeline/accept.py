@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import subprocess
-import tarfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,7 +45,7 @@ def accept(folder: Path, revision: str, why: str, only: Sequence[str] = ()) -> l
     kinds = keyed_modules()
     if not why.strip():
         raise ValueError("accept: say why the results are the same, e.g. 'names only; two cells trained by both agree'")
-    archive = subprocess.run(["git", "archive", revision, "crab"], cwd=folder, capture_output=True)
+    archive = subprocess.run(["git", "archive", "--format=zip", revision, "crab"], cwd=folder, capture_output=True)
     if archive.returncode:
         raise ValueError(f"accept: git has no code of '{revision}' ({archive.stderr.decode().strip()}); see `git log`")
     path = folder / ACCEPTED
@@ -53,8 +53,7 @@ def accept(folder: Path, revision: str, why: str, only: Sequence[str] = ()) -> l
     current = {own_digest(folder, names) for sets in kinds.values() for names in sets}
     accepted = {now: entry for now, entry in known.items() if now in current}  # git keeps the older statements
     with TemporaryDirectory() as older:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-            files.extractall(older, filter="data")
+        zipfile.ZipFile(io.BytesIO(archive.stdout)).extractall(older)
         for names in (names for kind in only or kinds for names in kinds[kind]):
             now = own_digest(folder, names)
             try:
