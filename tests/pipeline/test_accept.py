@@ -73,9 +73,8 @@ def test_statements_add_up_and_end_with_what_they_were_about(checkout):
 def test_only_the_results_that_are_named_stay(checkout):
     before = {names: digest_in(checkout, names) for names in SETS}
     path = checkout / "crab/tasks/labels.py"
-    path.write_text(
-        path.read_text(encoding="utf-8") + "\nMETRICS['error'] = lambda *pair: [1 - h for h in hits(*pair)]\n"
-    )
+    metric = "\nMETRICS['error'] = lambda *pair: [1 - hit for hit in hits(*pair)]\n"
+    path.write_text(path.read_text(encoding="utf-8") + metric, encoding="utf-8")
     accept(checkout, "HEAD", "a metric more; prompts and answers are the same", only=["encode", "train"])
     same = [kind for kind, sets in keyed_modules().items() if all(digest_in(checkout, n) == before[n] for n in sets)]
     assert same == ["base", "encode", "train", "answer"]
