@@ -9,13 +9,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
-import json
 import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import crab
+from crab.core.files import read_json
 
 PACKAGE = "crab"
 #: The list of code that counts as older code: digests, and why. Relative to the folder of the package.
@@ -149,10 +149,14 @@ def code_digest(*names: str) -> str:
 
 def digest_in(folder: Path, names: Iterable[str]) -> str:
     """`code_digest` of the package in ``folder``, by the accepted code that is listed there."""
-    digest = own_digest(folder, names)
-    listed = folder / ACCEPTED
-    known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
+    digest, known = own_digest(folder, names), accepted(folder)
     return known[digest]["counts_as"] if digest in known else digest
+
+
+def accepted(folder: Path) -> dict[str, dict[str, str]]:
+    """What is accepted of the package in ``folder``, by digest: what it ``counts_as``, ``why``, and its ``modules``."""
+    path = folder / ACCEPTED
+    return read_json(path) if path.is_file() else {}
 
 
 def own_digest(folder: Path, names: Iterable[str]) -> str:

@@ -21,8 +21,9 @@ TRAINING, SCORING = (keyed_modules()[kind][0] for kind in ("train", "score"))
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The package in a git repository of its own, committed."""
+    """The package in a git repository of its own, committed, before anything was accepted."""
     shutil.copytree(REPOSITORY / "crab", tmp_path / "crab", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / ACCEPTED).unlink()
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         git(tmp_path, *command)
     return tmp_path
@@ -83,6 +84,8 @@ def test_only_the_results_that_are_named_stay(checkout):
 def test_a_statement_needs_a_reason_and_a_revision(checkout):
     with pytest.raises(ValueError, match="accept: say why"):
         accept(checkout, "HEAD", " ")
+    with pytest.raises(ValueError, match="--only training is unknown; use base, encode, train, answer, score"):
+        accept(checkout, "HEAD", "equal", only=["encode", "training"])
     with pytest.raises(ValueError, match="git has no code of 'HEAD~9'.*git log"):
         accept(checkout, "HEAD~9", "equal")
 
