@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
@@ -50,8 +52,15 @@ class Card:
     part: tuple[float, float, float, float] = (0, 0, 1, 1)
 
 
+def _read(path: Path) -> Any:
+    """`read_json`, with an error of its own for a file that is not there."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return read_json(path)
+
+
 def _data(reports: Path, models: Path) -> Card:
-    records = read_json(reports / "build" / "metrics.json")["records"]
+    records = _read(reports / "build" / "metrics.json")["records"]
     text = "samples in the layout of AV-UIE v2. Each one, and each media file, is checked."
     alt = "Frames of one clip, in which things of two colours come and go"
     figure = "build/figures/samples.png"
@@ -62,9 +71,9 @@ def _data(reports: Path, models: Path) -> Card:
 
 def _model(reports: Path, models: Path) -> Card:
     pointer = models / reports.name / "base.json"
-    base = pointer.parent / read_json(pointer)["folder"]
-    number = f"{read_json(base / 'training.json')['parameters'] / 1e6:.1f} M"
-    if read_json(base / "config.json")["model_type"] == "crab_bridge":
+    base = pointer.parent / _read(pointer)["folder"]
+    number = f"{_read(base / 'training.json')['parameters'] / 1e6:.1f} M"
+    if _read(base / "config.json")["model_type"] == "crab_bridge":
         text = "parameters: a frozen language model that sees and hears through projectors."
         return Card("Model", "base", number, text, "base/figures/encoders.png", "How near projectors come to words")
     text = "parameters of the frozen base, a Qwen2.5-Omni trained from random weights."
@@ -73,7 +82,7 @@ def _model(reports: Path, models: Path) -> Card:
 
 
 def _study(reports: Path, models: Path) -> Card:
-    cells = read_json(reports / "train" / "cells.json")
+    cells = _read(reports / "train" / "cells.json")
     seeds, slots = len({cell["seed"] for cell in cells}), len({slot for cell in cells for slot in cell["slots"]})
     text = f"adapters: single-task and joint ones, {slots} slots, {seeds} seed{'s' * (seeds > 1)}."
     alt = "Scores of each method by slot"
@@ -81,7 +90,7 @@ def _study(reports: Path, models: Path) -> Card:
 
 
 def _method(reports: Path, models: Path) -> Card:
-    row = read_json(reports / "transfer" / "metrics.json")["against_rival"]["joint-ilora-bare"]
+    row = _read(reports / "transfer" / "metrics.json")["against_rival"]["joint-ilora-bare"]
     low, high = row["mean_difference_interval"]
     text = f"({low:+.3f} to {high:+.3f}) mean score of I-LoRA minus plain LoRA of its size, with its 95% interval."
     alt = "Routing weight of each head, by slot and layer"
@@ -89,16 +98,12 @@ def _method(reports: Path, models: Path) -> Card:
 
 
 def _cards(reports: Path, models: Path) -> list[Card]:
-    """The cards whose stages have run."""
+    """The cards whose stages have run. ValueError on a damaged file."""
     cards = []
     for make in (_data, _model, _study, _method):
-        try:
-            card = make(reports, models)
-        except (OSError, KeyError, TypeError, ValueError):
-            continue  # a profile need not have run every stage, nor every method
-        if (reports / card.picture).is_file():
-            cards.append(card)
-    return cards
+        with suppress(FileNotFoundError, KeyError, TypeError):  # a profile need not have all stages and methods
+            cards.append(make(reports, models))
+    return [card for card in cards if (reports / card.picture).is_file()]
 
 
 def _thumbnail(card: Card, reports: Path) -> tuple[str, int, int]:

@@ -117,6 +117,9 @@ def test_a_card_has_a_number_of_a_metrics_file_and_a_small_picture(written):
     assert html.count('class="card"') == 2
     with Image.open(written / "pages/card-data.png") as picture:
         assert max(picture.size) <= front.WIDTH
+    (written / "build/metrics.json").write_text('{"records": 12', encoding="utf-8")
+    with pytest.raises(ValueError, match="build/metrics.json: malformed JSON at line 1"):
+        report.write(written.parents[1], "tiny")
 
 
 @pytest.mark.parametrize(
