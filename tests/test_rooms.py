@@ -51,7 +51,7 @@ def test_a_room_says_what_it_is_for(room):
 def by_locale(text: str) -> list[str]:
     """Calls that read or write text in the encoding of the user's locale."""
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    found = []
+    without = []
     for call in calls:
         words = {word.arg for word in call.keywords}
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
@@ -60,8 +60,8 @@ def by_locale(text: str) -> list[str]:
         opens = isinstance(call.func, ast.Name) and name == "open" and "b" not in "".join(map(str, mode))
         runs = name in ("run", "Popen", "check_output") and words & {"text", "universal_newlines"}
         if (opens or runs or name in ("read_text", "write_text")) and "encoding" not in words:
-            found.append(ast.unparse(call))
-    return found
+            without.append(ast.unparse(call))
+    return without
 
 
 @pytest.mark.parametrize(("text", "count"), [

@@ -70,11 +70,11 @@ def answer(
     name, parsed, mask = figures.display_name(family), tasks.parse(slot, text, record), None
     if slot.masks and parsed not in (None, tasks.NULL):
         mask = masks_of(slot.name, segmenter)["masks"].segment(record, *parsed)
-    said: Sequence[tuple[str, str]] = ()
+    statements: Sequence[tuple[str, str]] = ()
     if family.endswith("-explicit"):
         bare = [(part, "") for part in verify.statements(verify.chain(slot, text))]
-        said = verify.verify_answer(slot, text, shown) if shown else bare
-    return Answer(name, figures.COLOURS.get(name, "#767676"), text, parsed, score, mask, said)
+        statements = verify.verify_answer(slot, text, shown) if shown else bare
+    return Answer(name, figures.COLOURS.get(name, "#767676"), text, parsed, score, mask, statements)
 
 
 def say(slot: tasks.Slot, parsed: Any) -> str:

@@ -151,7 +151,7 @@ def packets(container, *streams) -> list[Packet]:
     """
     alone = len(container.streams) == 1 and container.format.name.startswith(("mov", "avi"))
     with nullcontext(container) if alone else av.open(container.name, **_OPEN) as other:
-        found = [
+        all_packets = [
             Packet(
                 packet.stream_index,
                 packet.dts if packet.pts is None else packet.pts,
@@ -162,9 +162,9 @@ def packets(container, *streams) -> list[Packet]:
             for packet in other.demux([other.streams[stream.index] for stream in streams])
             if packet.size
         ]
-    if alone and found:
+    if alone and all_packets:
         container.seek(0)
-    return found
+    return all_packets
 
 
 def _skipped(packet) -> int:

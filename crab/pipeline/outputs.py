@@ -36,7 +36,7 @@ def table(html: str, label: str) -> str:
         while (plain := _MARKS.sub(r"\1", html)) != html:
             html = plain
         html = re.sub(r'(<table\b[^>]*?) id="[^"]*"', r"\1", html)
-    head, found, body = html.partition("</thead>")
+    head, end, body = html.partition("</thead>")
     words = [not _NUMBER.fullmatch(text.strip()) for _, text in _CELL.findall(body.partition("</tr>")[0])]
     above, names = head.rpartition("<tr")[::2]
     columns = iter(words if len(_CELL.findall(names)) == len(words) else ())
@@ -49,7 +49,7 @@ def table(html: str, label: str) -> str:
     head = head.replace('<th scope="col"ead', "<thead")
     wide = " wide" * (len(words) > 14)
     box = f'<div class="table{wide}" tabindex="0" role="region" aria-label="Table: {escape(label)}">'
-    return f"{box}{head}{found}{body}</div>"
+    return f"{box}{head}{end}{body}</div>"
 
 
 def picture(source: str, label: str, size: Mapping[str, int]) -> str:

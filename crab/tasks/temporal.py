@@ -48,10 +48,10 @@ class OneEvent(Kind):
         return f"<event>{event}</event> <range>{start},{end}</range>"
 
     def parse(self, text: str, record: Record | None = None) -> EventRange | None:
-        said = {(piece.tag, same(piece.inside)): piece for piece in spans(text, self.tags) or ()}
-        if sorted(tag for tag, _ in said) != sorted(self.tags):
+        pieces = {(piece.tag, same(piece.inside)): piece for piece in spans(text, self.tags) or ()}
+        if sorted(tag for tag, _ in pieces) != sorted(self.tags):
             return None
-        inside = {piece.tag: piece.inside for piece in said.values()}
+        inside = {piece.tag: piece.inside for piece in pieces.values()}
         event, (start, end) = clean(inside["event"]), map(whole, seconds(inside["range"]) or (-1, -1))
         return EventRange(event, start, end) if event and 0 <= start < end <= SEGMENTS else None
 
@@ -157,8 +157,8 @@ class Parsing(Kind):
     def parse(self, text: str, record: Record | None = None) -> tuple[ModalEvent, ...] | None:
         pieces = spans(text, self.tags)
         if pieces == []:
-            said = {part.strip() for part in re.split(r"[.,;]|\band\b", clean(text))} - {""}
-            return () if said and said <= {*NOTHING} else None
+            words = {part.strip() for part in re.split(r"[.,;]|\band\b", clean(text))} - {""}
+            return () if words and words <= {*NOTHING} else None
         events = [self._events(piece.tag, piece.inside) for piece in pieces or ()]
         return tuple(event for part in events for event in part) if events and None not in events else None
 

@@ -128,11 +128,11 @@ def _make(folder: Path, seed: int, job: Job) -> Part:
 def _finish(folder: Path, seed: int, parts: Iterable[tuple[Job, Part]]) -> dict:
     table: dict[str, dict[str, dict]] = {}
     for (slot, split), group in groupby(parts, key=lambda pair: pair[0][:2]):
-        made, sizes = (sum(column, []) for column in zip(*(part for _, part in group), strict=True))
-        vocabulary.check(slot, made)
-        records.write(folder, slot, split, made)
-        scenes = {number for record in made for number in np.atleast_1d(record["scene"]).tolist()}
-        row = {"records": len(made), "scenes": len(scenes), "files": len(sizes), "bytes": sum(sizes)}
+        new_records, sizes = (sum(column, []) for column in zip(*(part for _, part in group), strict=True))
+        vocabulary.check(slot, new_records)
+        records.write(folder, slot, split, new_records)
+        scenes = {number for record in new_records for number in np.atleast_1d(record["scene"]).tolist()}
+        row = {"records": len(new_records), "scenes": len(scenes), "files": len(sizes), "bytes": sum(sizes)}
         table.setdefault(slot, {})[split] = row
     write_json(folder / VOCABULARY, vocabulary.vocabulary())
     rows = [row for splits in table.values() for row in splits.values()]

@@ -144,12 +144,12 @@ def statements(text: str) -> list[str]:
 
 def verify(text: str, shown: Evidence) -> list[Verdict]:
     """The verdict on each statement of a chain, in order. The text may be any text."""
-    said = statements(text)
+    texts = statements(text)
     claims: list[_Claim | None] = []
-    for statement in said:
+    for statement in texts:
         claims.append(_judge(statement, shown, claims[-2:]) if len(text) <= LONGEST else None)
     verdicts = (UNREADABLE if claim is None else TRUE if claim.holds else FALSE for claim in claims)
-    return list(map(Verdict, said, verdicts))
+    return list(map(Verdict, texts, verdicts))
 
 
 def verify_answer(slot: str | tasks.Slot, text: str, shown: Evidence) -> list[Verdict]:
@@ -198,22 +198,22 @@ def _judge(statement: str, shown: Evidence, before: Sequence[_Claim | None]) -> 
     kind, match = next((pair for pair in matches if pair[1]), (None, None))
     if match is None:
         return None
-    said, sights, sounds = _said(match), shown.sights, shown.sounds
+    words, sights, sounds = _words_of(match), shown.sights, shown.sounds
     match kind:
         case "see":
-            return _listed(said["sights"], _SIGHT, sights)
+            return _listed(words["sights"], _SIGHT, sights)
         case "hear":
-            return _listed(said["sounds"], _SOUND, sounds)
+            return _listed(words["sounds"], _SOUND, sounds)
         case "video":
-            return _listed(said["sights"], _SIGHT, _of_medium(sights, len(shown.seen), said["which"]))
+            return _listed(words["sights"], _SIGHT, _of_medium(sights, len(shown.seen), words["which"]))
         case "sound":
-            return _listed(said["sounds"], _SOUND, _of_medium(sounds, len(shown.heard), said["which"]))
+            return _listed(words["sounds"], _SOUND, _of_medium(sounds, len(shown.heard), words["which"]))
         case "see no" | "source":
-            return _Claim(_all_there([said], sights) == (kind == "source"))
+            return _Claim(_all_there([words], sights) == (kind == "source"))
         case "hear no":
-            return _Claim(not _all_there([said], sounds))
+            return _Claim(not _all_there([words], sounds))
         case "first":
-            starts = [(_interval(s["times"])[0], s["source"] == said["source"]) for s in sounds]
+            starts = [(_interval(s["times"])[0], s["source"] == words["source"]) for s in sounds]
             own, other = ([start for start, its in starts if its is wanted] for wanted in (True, False))
             return _Claim(bool(own) and all(min(own) < start for start in other))
         case "both":
@@ -221,16 +221,16 @@ def _judge(statement: str, shown: Evidence, before: Sequence[_Claim | None]) -> 
                 return None
             starts, ends = zip(*(claim.intervals[0] for claim in before), strict=True)
             overlap = max(starts), min(ends)
-            holds = overlap[0] < overlap[1] and overlap == _interval(said["times"])
+            holds = overlap[0] < overlap[1] and overlap == _interval(words["times"])
             return _Claim(holds and all(claim.holds for claim in before))
         case _:
             both = sum(s["state"] == chains.SOUNDS for s in sights)
             counts = {"seen": len(sights), "heard": len(sounds), "seen and heard": both}
-            numbers = {said["what"]: said["number"]} if kind == "count" else said
+            numbers = {words["what"]: words["number"]} if kind == "count" else words
             return _Claim(all(counts[what] == NUMBERS.index(number) for what, number in numbers.items()))
 
 
-def _said(match: re.Match) -> Words:
+def _words_of(match: re.Match) -> Words:
     return {blank: words for blank, words in match.groupdict().items() if words is not None}
 
 
@@ -250,12 +250,12 @@ def _listed(text: str, pattern: re.Pattern, things: list[Words] | None) -> _Clai
     matches = [pattern.fullmatch(part) for part in text.split(" and ")] if text != chains.NOTHING else []
     if things is None or None in matches:
         return None
-    said = [_said(match) for match in matches]
-    holds = _all_there(said, things) if said else not things
-    return _Claim(holds, tuple(_interval(s["times"]) for s in said if "times" in s))
+    listed = [_words_of(match) for match in matches]
+    holds = _all_there(listed, things) if listed else not things
+    return _Claim(holds, tuple(_interval(s["times"]) for s in listed if "times" in s))
 
 
-def _all_there(said: list[Words], things: list[Words]) -> bool:
-    """Whether each thing that is said fits its own one of those there, of which there are few."""
-    orders = permutations(things, len(said))
-    return any(all(one.items() <= thing.items() for one, thing in zip(said, order, strict=True)) for order in orders)
+def _all_there(wanted: list[Words], things: list[Words]) -> bool:
+    """Whether each of ``wanted`` fits its own one of those there, of which there are few."""
+    orders = permutations(things, len(wanted))
+    return any(all(one.items() <= thing.items() for one, thing in zip(wanted, order, strict=True)) for order in orders)

@@ -55,14 +55,14 @@ def test_half_of_a_graded_score_is_right_and_any_of_a_label(slot, score, verdict
 def test_rules_against_a_plain_search(scores, count):
     order = sorted(scores, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     tests = [lambda s: True, lambda s: min(s) >= 0.5, lambda s: (s[0] >= 0.5) != (s[1] >= 0.5)]
-    got, taken = choose("ave", scores, count), []
-    for pick, test in zip(got, tests + [tests[0]] * 3, strict=False):
+    picks, taken = choose("ave", scores, count), []
+    for pick, test in zip(picks, tests + [tests[0]] * 3, strict=False):
         left = [name for name in order if name not in taken]
         fitting = [name for name in left if test(scores[name])]
         assert pick.id == (fitting or left)[0] and pick.fits == bool(fitting)
         assert (pick.matching, pick.total) == (sum(map(test, scores.values())), len(scores))
         taken.append(pick.id)
-    assert len(got) == min(count, len(scores))
+    assert len(picks) == min(count, len(scores))
 
 
 def test_shown_are_the_known_families_in_order_and_the_lowest_seed_of_each(cell):

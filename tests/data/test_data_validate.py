@@ -348,8 +348,8 @@ def spoil_media(root):
         "ucf/train": {0: "truncated", 2: "name"},
         "s4/train": {1: "no such second"},
     }
-    found = {(problem, part, i) for part in problems for i, problem in problems[part].items()}
-    return found | {("other frame", "s4/train", 1)}
+    places = {(problem, part, i) for part in problems for i, problem in problems[part].items()}
+    return places | {("other frame", "s4/train", 1)}
 
 
 def test_bad_media_are_named_and_left_out(copy, probed_apart):

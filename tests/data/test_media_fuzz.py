@@ -185,8 +185,8 @@ def make_picture(draw, folder, number):
 
 def check_picture(path, shown, mask):
     assert np.abs(agreed(path, "image").astype(int) - shown).mean() < (6 if path.suffix == ".jpg" else 0.6)
-    found = agreed(path, "mask")
-    assert mask is None or (found == mask).all()
+    pixels = agreed(path, "mask")
+    assert mask is None or (pixels == mask).all()
 
 
 MAKERS = {"clips": (make_clip, check_clip, 120), "sounds": (make_sound, check_sound, 60),

@@ -133,10 +133,10 @@ def test_the_words_of_a_token_are_those_of_its_place_and_its_second():
 
 def test_a_projector_learns_to_give_the_embedding_of_the_word_that_its_token_holds(parts, banks):
     model, processor = bridge.assemble(**parts, picture_tokens=12, sound_tokens=6, words=3)
-    told, generator = words.words_of(model, banks[0]), torch.Generator().manual_seed(0)
+    targets, generator = words.words_of(model, banks[0]), torch.Generator().manual_seed(0)
     bank = SimpleNamespace(scenes=banks[0].scenes, seconds=banks[0].seconds, tokens={})
     codes = {}  # encoders that tell all
-    for kind, shares in told.items():
+    for kind, shares in targets.items():
         width = banks[0].tokens[kind].shape[-1]
         if width not in codes:
             codes[width] = torch.randn(3 * shares.shape[-1], width, generator=generator)
@@ -148,5 +148,5 @@ def test_a_projector_learns_to_give_the_embedding_of_the_word_that_its_token_hol
     ids = [processor.tokenizer.convert_tokens_to_ids(word) for word in words.VOCABULARY]
     for kind, part in (("video", model.visual), ("audio", model.audio_tower)):
         given = part.projector(bank.tokens[kind].flatten(0, 1)) - weight.mean(0)
-        wanted = told[kind].flatten(0, 1) @ (weight[ids] - weight.mean(0))
+        wanted = targets[kind].flatten(0, 1) @ (weight[ids] - weight.mean(0))
         assert torch.cosine_similarity(given, wanted, -1).mean() > 0.9

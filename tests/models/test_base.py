@@ -119,17 +119,17 @@ def test_all_sentences_are_true_hold_the_answers_and_use_known_words(processor, 
     r, scene, other = rng(number), sample_scene(number), sample_scene(number + 1)
     second = int(r.integers(SECONDS))
     now, pair = verify.moment(scene, second), verify.Evidence((scene, other), (scene, other))
-    told = [(p, verify.Evidence((scene,), (scene,))) for p in probes.clip_told(scene, r)]
-    told += [
+    texts = [(p, verify.Evidence((scene,), (scene,))) for p in probes.clip_told(scene, r)]
+    texts += [
         (p, verify.Evidence((now,), (now,))) for p in probes.still_told(scene, second, r) if p.skill != "boxes told"
     ]
-    told += [(probes.pair_told(scene, other, what, r), pair) for what in ("video", "sound")]
+    texts += [(probes.pair_told(scene, other, what, r), pair) for what in ("video", "sound")]
     text, asked = probes.reading(scene, r)
-    told.append((probes.Probe("read", "", text), verify.Evidence((scene,), (scene,))))
-    assert {v.verdict for p, evidence in told for v in verify.verify(p.answer, evidence)} == {verify.TRUE}
+    texts.append((probes.Probe("read", "", text), verify.Evidence((scene,), (scene,))))
+    assert {v.verdict for p, evidence in texts for v in verify.verify(p.answer, evidence)} == {verify.TRUE}
     closed = ("yes", "no", "nothing", FACE, *chains.NUMBERS)
     assert asked and all(p.answer in closed or p.answer in text for p in asked), asked
-    asked += [*probes.clip_probes(scene, r), *probes.still_probes(scene, second, r), *(p for p, _ in told)]
+    asked += [*probes.clip_probes(scene, r), *probes.still_probes(scene, second, r), *(p for p, _ in texts)]
     for p in asked:
         assert small.UNKNOWN not in processor.tokenizer.tokenize(f"{p.question} {p.answer}"), p
 

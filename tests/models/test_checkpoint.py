@@ -16,9 +16,9 @@ from crab.models.base import train
 def test_a_folder_that_names_a_checkpoint_loads_it(model, processor, tmp_path):
     name = str(tmp_path / "downloaded")
     omni.save(name, model, processor)
-    made = train.make_base(tmp_path / "base", {}, {}, name, code=str)
-    train.keep(tmp_path / "base", *made, name)
-    assert made[2]["gates"] == {} and [p.name for p in (tmp_path / "base").iterdir()] == [checkpoint.POINTER]
+    parts = train.make_base(tmp_path / "base", {}, {}, name, code=str)
+    train.keep(tmp_path / "base", *parts, name)
+    assert parts[2]["gates"] == {} and [p.name for p in (tmp_path / "base").iterdir()] == [checkpoint.POINTER]
     loaded, reader = checkpoint.load_base(tmp_path / "base")
     pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     assert all(torch.equal(a, b.cpu()) for a, b in pairs)

@@ -152,9 +152,9 @@ def test_data_beside_a_module_count_without_their_comments(package):
 
 def test_training_depends_on_no_task():
     """A metric, a parser or a slot's words can change, and nothing is trained again."""
-    found = set(modules_of(["crab.study.train", "crab.samples.shards", "crab.samples.slots"]))
-    assert {"crab/study/train.py", "crab/ilora/layer.py"} <= found
-    assert not [name for name in found if name.startswith(("crab/tasks", "crab/world"))]
+    names = set(modules_of(["crab.study.train", "crab.samples.shards", "crab.samples.slots"]))
+    assert {"crab/study/train.py", "crab/ilora/layer.py"} <= names
+    assert not [name for name in names if name.startswith(("crab/tasks", "crab/world"))]
 
 
 LOADED = """

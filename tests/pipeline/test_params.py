@@ -221,8 +221,8 @@ def test_choose_changes_one_word(repository, monkeypatch):
 def test_a_cell_gets_its_section_and_the_shared_values_it_names(repository):
     values = resolve("smoke")
     path = write_notebook(repository, "routing", {"answer": 0, "profile": "", "samples": 0})
-    got = params.parameters(path, params.read_notebook(path), "routing", values)
-    assert list(got.items()) == [("answer", values["shared"]["answer"]), ("profile", "smoke"), ("samples", 8)]
+    cell_values = params.parameters(path, params.read_notebook(path), "routing", values)
+    assert list(cell_values.items()) == [("answer", values["shared"]["answer"]), ("profile", "smoke"), ("samples", 8)]
     # of two values of one name, the section's
     path = write_notebook(repository, "benchmark", dict.fromkeys(["profile", *values["benchmark"]], 0))
     assert params.parameters(path, params.read_notebook(path), "benchmark", values)["batch_size"] == 2
@@ -255,8 +255,8 @@ def test_defaults_are_written_into_the_cell(repository, monkeypatch, capsys):
     main(["defaults"])
     assert capsys.readouterr().out == "changed: 11_benchmark.ipynb\n"
     values = params.resolve(repository, "tiny")
-    target, got = params.cell(path, params.read_notebook(path))
-    assert got == {"profile": "tiny", "resamples": values["shared"]["resamples"], **values["benchmark"]}
+    target, cell_values = params.cell(path, params.read_notebook(path))
+    assert cell_values == {"profile": "tiny", "resamples": values["shared"]["resamples"], **values["benchmark"]}
     assert max(map(len, target.source.splitlines())) <= 120 and "'" not in target.source
     assert params.write_defaults(repository) == []
 

@@ -136,7 +136,7 @@ def test_metrics_and_plots_mean_something(settled):
 
 
 def test_a_wrong_parameter_stops_everything_before_anything_is_cleared_away(settled):
-    made = {p: p.read_bytes() for name in ("models", "reports") for p in (settled / name).rglob("*") if p.is_file()}
+    contents = {p: p.read_bytes() for name in ("models", "reports") for p in (settled / name).rglob("*") if p.is_file()}
     path = settled / "params.yaml"
     text = path.read_text(encoding="utf-8")
     for old, new, message in [
@@ -145,7 +145,7 @@ def test_a_wrong_parameter_stops_everything_before_anything_is_cleared_away(sett
     ]:
         path.write_text(text.replace(old, new, 1), encoding="utf-8")
         assert message in sh(settled, "dvc", "repro", fails=True)
-        assert {path: path.read_bytes() for path in made} == made
+        assert {path: path.read_bytes() for path in contents} == contents
     path.write_text(text, encoding="utf-8")
     assert ran(sh(settled, "dvc", "repro")) == []
 

@@ -89,11 +89,11 @@ def eight_bits(tmp_path):
     """The environment of an 8-bit locale. Minimal systems have none, but most can make one."""
     locale = tmp_path / "locale/de_DE.ISO-8859-1"
     locale.parent.mkdir()
-    made = shutil.which("localedef") and subprocess.run(
+    process = shutil.which("localedef") and subprocess.run(
         ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", locale], stderr=subprocess.DEVNULL
     )
     if not locale.exists():
-        pytest.skip(f"no 8-bit locale can be made here ({made})")
+        pytest.skip(f"no 8-bit locale can be made here ({process})")
     return {"LOCPATH": str(locale.parent), "LC_ALL": locale.name, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 

@@ -21,8 +21,8 @@ RECIPES = (REPOSITORY / "notebooks/README.md").read_text(encoding="utf-8")
 
 def blocks(heading: str, text: str = RECIPES) -> list[tuple[str, str]]:
     """(language, code) of each block of a recipe."""
-    _, found, rest = text.partition(f"# {heading}\n")
-    assert found, f"no recipe {heading}"
+    _, heading_line, rest = text.partition(f"# {heading}\n")
+    assert heading_line, f"no recipe {heading}"
     return re.findall(r"```(\w+)\n(.*?)```", re.split(r"\n#+ ", rest)[0], re.DOTALL)
 
 
@@ -116,9 +116,9 @@ def test_an_option_of_the_adapter_is_added(tmp_path):
     assert '"gain": 2.0' in (folder / ".stage/experiments.json").read_text(encoding="utf-8")
     doubled = (
         "import torch; from torch import nn; from peft import get_peft_model; from crab.ilora import ILoraConfig\n"
-        "made = [get_peft_model(nn.Sequential(nn.Linear(2, 2)), ILoraConfig(r=1, lora_alpha=1, target_modules=['0'], "
+        "models = [get_peft_model(nn.Sequential(nn.Linear(2, 2)), ILoraConfig(r=1, lora_alpha=1, target_modules=['0'], "
         "gain=g)) for g in (1.0, 2.0)]\n"
-        "print([m.base_model.model[0].scaling['default'] for m in made])"
+        "print([m.base_model.model[0].scaling['default'] for m in models])"
     )
     assert sh(folder, "python", "-c", doubled) == "[1.0, 2.0]\n"
 

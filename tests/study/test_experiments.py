@@ -76,12 +76,12 @@ def world(monkeypatch):
     """Makes a world and puts it in the place of real training."""
 
     def make(truth):
-        made = World(truth)
+        planted = World(truth)
         for module in (rates, variants, maps):
-            monkeypatch.setattr(module, "sample_scores", made.scores)
+            monkeypatch.setattr(module, "sample_scores", planted.scores)
         monkeypatch.setattr(variants, "adapter_parameters", size)
-        monkeypatch.setattr(variants, "cost_table", made.costs)
-        return made
+        monkeypatch.setattr(variants, "cost_table", planted.costs)
+        return planted
 
     return make
 

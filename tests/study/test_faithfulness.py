@@ -78,15 +78,15 @@ def test_hand_worked(root):
     samples = frame(root, mixed, ["ave"])
     assert samples[COUNTS[:3]].to_numpy().tolist() == [[3, 0, 3], [0, 0, 0], [1, 0, 2], [3, 0, 3], [0, 1, 1], [3, 0, 3]]
     table = faith.faithfulness(samples, resamples=200)
-    got = values(table)
+    shares_of = values(table)
     # the fourth answer is graded by its background seconds alone
     background = [10 - r["end_time"] + r["start_time"] for r in records.read(root, "ave", "test")][3]
     right = 1 + (background >= 5)
     shares = {faith.RIGHT: right / 6, faith.LUCKY: 3 / 6, faith.WRONG: 1 - right / 6 - 3 / 6}
     of_statements = {faith.COUNT: 12 / 6, faith.TRUE: 10 / 12, faith.UNREADABLE: 1 / 12}
-    assert got.to_dict() == pytest.approx(shares | of_statements)
+    assert shares_of.to_dict() == pytest.approx(shares | of_statements)
     low, high = values(table, column="low"), values(table, column="high")
-    assert (low <= got).all() and (got <= high).all() and low[faith.TRUE] < high[faith.TRUE]
+    assert (low <= shares_of).all() and (shares_of <= high).all() and low[faith.TRUE] < high[faith.TRUE]
     chance = values(table, column="chance")
     assert chance[faith.TRUE] == samples["true_by_chance"].sum() / 12 and chance.drop(faith.TRUE).isna().all()
 
@@ -144,11 +144,11 @@ def measured(right, true, unreadable, stated, resamples):
 @given(st.lists(st.tuples(st.booleans(), *3 * [st.integers(0, 3)]), min_size=1, max_size=8))
 def test_shares_add_up(rows):
     right, true, unreadable, false = map(np.array, zip(*rows, strict=True))
-    got = measured([right], [true], [unreadable], [true + unreadable + false], 50)
-    assert sum(got[s]["value"] for s in faith.SHARES) == pytest.approx(1)
-    assert got[faith.RIGHT]["value"] == pytest.approx(np.mean([r and u == f == 0 < t for r, t, u, f in rows]))
-    assert got[faith.WRONG]["value"] == pytest.approx(np.mean(~right))
-    for row in got.values():
+    table = measured([right], [true], [unreadable], [true + unreadable + false], 50)
+    assert sum(table[s]["value"] for s in faith.SHARES) == pytest.approx(1)
+    assert table[faith.RIGHT]["value"] == pytest.approx(np.mean([r and u == f == 0 < t for r, t, u, f in rows]))
+    assert table[faith.WRONG]["value"] == pytest.approx(np.mean(~right))
+    for row in table.values():
         assert np.isnan(row["value"]) or row["low"] - 1e-9 <= row["high"]
 
 

@@ -119,9 +119,9 @@ def test_published_sounds_are_cut_by_an_assumed_length():
 
 @pytest.mark.parametrize("share", [16_000, 1_601])
 def test_published_sounds_of_music_are_ten_pieces_around_every_sixth_share(share):
-    found = pieces("avqa", 60 * share + 7).reshape(10, 2 * share)
+    rows = pieces("avqa", 60 * share + 7).reshape(10, 2 * share)
     half = -(-share // 2)  # an odd share begins its piece a sample early
-    for row, place in zip(found, range(0, 60, 6), strict=True):
+    for row, place in zip(rows, range(0, 60, 6), strict=True):
         wanted = np.arange(place * share - half + 1, (place + 2) * share - half + 1)
         np.testing.assert_array_equal(row, np.maximum(wanted, 0))
 

@@ -86,15 +86,15 @@ def test_every_statement_is_true_and_one_changed_word_is_caught(slot):
     caught = 0
     for _, index, one in samples(slot, 60):
         shown, answer = evidence(slot, one), one.record[tasks.get_slot(slot).answer_field]
-        said = verify.statements(verify.chain(slot, answer))
-        assert said and verify.verify_answer(slot, answer, shown) == [(statement, TRUE) for statement in said], one
+        texts = verify.statements(verify.chain(slot, answer))
+        assert texts and verify.verify_answer(slot, answer, shown) == [(statement, TRUE) for statement in texts], one
         true = sayable(*shown_by(slot, index, one)) if index < 12 else ()
-        for place, statement in enumerate(said if true else ()):
+        for place, statement in enumerate(texts if true else ()):
             both = statement.startswith("both hold")  # the one overlap of what stands before it: no other is true
             assert both or statement in true
             for changed in mutations(statement):
                 expected = not both and changed in true
-                verdict = verdicts(" . ".join((*said[:place], changed)), shown)[-1]
+                verdict = verdicts(" . ".join((*texts[:place], changed)), shown)[-1]
                 assert (verdict == TRUE) == expected, (index, changed, one.scenes)
                 caught += not expected
     assert caught > 100
@@ -128,9 +128,9 @@ HAND_WORKED = {
 
 @pytest.mark.parametrize("verdict", HAND_WORKED)
 def test_hand_worked(verdict):
-    said = verify.statements(HAND_WORKED[verdict])
-    assert verify.verify(HAND_WORKED[verdict], SHOWN) == [(statement, verdict) for statement in said]
-    assert [verdicts(statement, SHOWN) for statement in said] == [[verdict]] * len(said)
+    texts = verify.statements(HAND_WORKED[verdict])
+    assert verify.verify(HAND_WORKED[verdict], SHOWN) == [(statement, verdict) for statement in texts]
+    assert [verdicts(statement, SHOWN) for statement in texts] == [[verdict]] * len(texts)
 
 
 HEARD, SEEN = "i hear a bell from 0 to 6", "i see a red bell at top left from 2 to 8"
@@ -154,18 +154,18 @@ def test_both_hold_refers_to_the_two_statements_before(first, second, times, exp
 
 def test_two_videos_and_a_still():
     two = Evidence((ONE, Scene(8, 0, (BLUE,))), (Scene(8, 0, (replace(BLUE, sounding=(0, 3)),)),))
-    said = "video one shows a red bell at top left . video two shows a red bell at top left . i hear a drum . "
-    assert verdicts(said + "video zero shows a bell .", two) == [TRUE, FALSE, TRUE, UNREADABLE]
+    text = "video one shows a red bell at top left . video two shows a red bell at top left . i hear a drum . "
+    assert verdicts(text + "video zero shows a bell .", two) == [TRUE, FALSE, TRUE, UNREADABLE]
     at_nine = moment(ONE, 9)
-    said = "i see a red bell . i hear a bell . i hear a voice showing fear . the orange face sounds . "
+    text = "i see a red bell . i hear a bell . i hear a voice showing fear . the orange face sounds . "
     shown = Evidence((at_nine,), (at_nine,))
-    assert verdicts(said + "the blue drum is silent .", shown) == [FALSE, FALSE, TRUE, TRUE, TRUE]
+    assert verdicts(text + "the blue drum is silent .", shown) == [FALSE, FALSE, TRUE, TRUE, TRUE]
 
 
 def test_a_sound_from_the_place_of_a_silent_thing_is_not_its_sound():
     scene = Scene(7, 0, (BLUE, replace(HORN, centre=BLUE.centre)))
-    said = "the blue drum is silent . the blue drum sounds . zero seen and heard ."
-    assert verdicts(said, Evidence((scene,), (scene,))) == [TRUE, FALSE, TRUE]
+    text = "the blue drum is silent . the blue drum sounds . zero seen and heard ."
+    assert verdicts(text, Evidence((scene,), (scene,))) == [TRUE, FALSE, TRUE]
 
 
 def test_the_chain_ends_where_the_answer_begins():

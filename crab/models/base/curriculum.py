@@ -133,8 +133,8 @@ class Sampler:
         scenes = self.bank.scenes[a], self.bank.scenes[b]
         single, double, what = ("audio", "video", "video") if self.rng.random() < 0.5 else ("video", "audio", "sound")
         which = probes.probe(f"which {what}", self.rng, answer)
-        told = [probes.pair_told(*scenes, what, self.rng)] if self.rng.random() < 0.5 else []  # long beside the others
-        asked = [which, *probes.pair_probes(*scenes, what, self.rng), *told]
+        long = [probes.pair_told(*scenes, what, self.rng)] if self.rng.random() < 0.5 else []  # beside the others
+        asked = [which, *probes.pair_probes(*scenes, what, self.rng), *long]
         return Row([(single, a if answer == "first" else b), (double, a), (double, b)], self._keep(asked))
 
 

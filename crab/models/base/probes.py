@@ -276,24 +276,24 @@ def reading(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Probe]]:
     """Sentences about a clip in random order, and those questions about the clip that they answer."""
     motions, times, apart = rng.random(3) < 0.5
     parts = lambda things: [[t] for t in things] or [[]] if apart else [things]  # noqa: E731
-    told = [chains.see(things, motions, times) for things in parts(scene.visible)]
-    told += [chains.hear(things, times) for things in parts(scene.sounding)]
-    told += [chains.sounds(t) if t.sounding else chains.silent(t) for t in scene.visible if rng.random() < 0.5]
+    sentences = [chains.see(things, motions, times) for things in parts(scene.visible)]
+    sentences += [chains.hear(things, times) for things in parts(scene.sounding)]
+    sentences += [chains.sounds(t) if t.sounding else chains.silent(t) for t in scene.visible if rng.random() < 0.5]
     unsaid = {"box"} if rng.random() < 0.5 else {"box", "visible", "heard"}  # yes and no are learned first
     unsaid |= set() if motions else {"motion"}
     unsaid |= set() if times else {"time seen", "time heard", "seen at", "heard at", "order"}
     asked = [p for p in clip_probes(scene, rng) if p.skill not in unsaid]
     asked = [p for p in asked if p.skill != "motion" or FACE not in p.question]  # no sentence tells it
-    return " ".join(rng.permutation(told)), [replace(p, skill="read") for p in asked]
+    return " ".join(rng.permutation(sentences)), [replace(p, skill="read") for p in asked]
 
 
 def pair_reading(first: Scene, second: Scene, which: str, what: str, rng) -> tuple[str, list[Probe]]:
     """Sentences about two videos, or two sounds, and about what matches the one called ``which``; with questions."""
     one = first if which == "first" else second
     other = chains.hear(one.sounding, times=False) if what == "video" else chains.see(one.visible)
-    told = pair_told(first, second, what, rng)
+    pair = pair_told(first, second, what, rng)
     asked = [probe(f"which {what}", rng, which), *pair_probes(first, second, what, rng)]
-    return f"{other} {told.answer}", [replace(p, skill="read") for p in asked]
+    return f"{other} {pair.answer}", [replace(p, skill="read") for p in asked]
 
 
 def copy_probe(vocabulary: Sequence[str], rng: np.random.Generator) -> Probe:

@@ -32,9 +32,9 @@ def picture_words(scene: Scene, seconds: tuple[int, int], parts: int, words: int
     parts, such as queries, share the quadrants in order.
     """
     at = visual_targets(scene, seconds)
-    told = lambda key, i: WORDS[key][at[key][i]] if at[key][i] != IGNORE else None  # noqa: E731
+    word = lambda key, i: WORDS[key][at[key][i]] if at[key][i] != IGNORE else None  # noqa: E731
     cells = torch.stack([
-        _shares([[told("colour", i)], [told("emotion", i) or told("motion", i)], [told("name", i)]], words)
+        _shares([[word("colour", i)], [word("emotion", i) or word("motion", i)], [word("name", i)]], words)
         for i in range(len(QUADRANTS))
     ])  # fmt: skip
     side, flat = math.isqrt(parts), cells.flatten(1).T
@@ -100,13 +100,13 @@ def fit(model, tokenizer, bank, steps: int, seed: int) -> dict[str, dict[str, li
     senses = {"visual": (model.visual, ("video", "image")), "audio": (model.audio_tower, ("audio", "second"))}
     for name, (part, kinds) in senses.items():
         units = torch.cat([bank.tokens[kind].flatten(0, 1) for kind in kinds])
-        told = torch.cat([shares[kind].flatten(0, 1) for kind in kinds]).to(words)
+        targets = torch.cat([shares[kind].flatten(0, 1) for kind in kinds]).to(words)
         optimizer = torch.optim.AdamW(part.projector.requires_grad_(True).parameters(), lr=RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
         generator, losses = torch.Generator().manual_seed(seed), []
         for _ in range(steps):
             chosen = torch.randint(len(units), (BATCH,), generator=generator)
-            loss = (part.projector(units[chosen].to(words)) - centre - told[chosen] @ words).pow(2).mean() / size
+            loss = (part.projector(units[chosen].to(words)) - centre - targets[chosen] @ words).pow(2).mean() / size
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -126,13 +126,13 @@ def accuracy(model, tokenizer, bank) -> dict[str, dict[str, float | None]]:
     (centre, words), shares, gates = table(model, tokenizer), words_of(model, bank), {}
     senses = {"words seen": (model.visual, "video"), "words heard": (model.audio_tower, "audio")}
     for name, (part, kind) in senses.items():
-        given = part.projector(bank.tokens[kind].flatten(0, 1).to(words)).flatten(0, 1) - centre
-        told = shares[kind].flatten(0, 2)
-        asked = (told.max(1).values == 1) & (told[:, VOCABULARY.index(NOTHING)] == 0)
+        projected = part.projector(bank.tokens[kind].flatten(0, 1).to(words)).flatten(0, 1) - centre
+        targets = shares[kind].flatten(0, 2)
+        asked = (targets.max(1).values == 1) & (targets[:, VOCABULARY.index(NOTHING)] == 0)
         if not asked.any():
             continue
-        truth = told[asked].argmax(1)
-        nearest = (F.normalize(given[asked], dim=1) @ F.normalize(words, dim=1).T).argmax(1).cpu()
+        truth = targets[asked].argmax(1)
+        nearest = (F.normalize(projected[asked], dim=1) @ F.normalize(words, dim=1).T).argmax(1).cpu()
         right, most = (nearest == truth).float().mean().item(), truth.bincount().max().item() / len(truth)
         gates[name] = {"accuracy": right, "majority": most, "picker": None, "n": len(truth)}
     return gates
