@@ -123,9 +123,9 @@ def test_shares_and_mechanism_in_the_findings():
     assert "{} (LoRA), {} (LoRA of I-LoRA's size) and {} (I-LoRA)".format(*half) in text
 
 
-def test_rank_one_on_bases_of_four_strengths():
+def test_bases_of_four_strengths_at_rank_1_and_one_at_rank_32():
     rows = rows_of(REPORTS / "strength/strength/points.csv")
-    rows = [row for row in rows if row["rank"] == "1" and row["other"] == "single-task LoRA"]
+    rows = [row for row in rows if row["other"] == "single-task LoRA"]
     front, findings = text_of("README.md"), text_of("reports/README.md")
     for one, name, verb in (
         ("joint LoRA", "joint LoRA", "joint LoRA loses on {}"),
@@ -133,12 +133,14 @@ def test_rank_one_on_bases_of_four_strengths():
         ("joint LoRA, I-LoRA's size", "LoRA of I-LoRA's size", "plain LoRA with at least as many parameters on {}"),
     ):
         part = [row for row in rows if row["one"] == one]
-        losses = [float(row["losses"]) for row in part]
+        losses = [float(row["losses"]) for row in part if row["rank"] == "1"]
         span = f"{min(losses):.0%} to {max(losses):.0%}"
-        assert len(part) == 4 and verb.format(span) in front and span in findings
+        assert [row["rank"] for row in part] == ["1"] * 4 + ["32"] and verb.format(span) in front and span in findings
         counts = [f"{row['gain']} / {row['tie']} / {row['loss']}" for row in part]
         assert f"| {name}: gain / tie / loss | {' | '.join(counts)} |" in findings
         assert {row["seeds"] for row in part} == {"3"}, "README and findings say three seeds"
+        wide = part[-1]
+        assert one != "joint LoRA" or f"on {wide['loss']} and {wide['gain']} of {wide['slots']} [at rank" in front
 
 
 def test_the_pretrained_language_model():
