@@ -1,11 +1,10 @@
-"""`dvc repro` from a fresh clone: with toy notebooks, what reruns and what does not; then the real smoke study."""
+"""`dvc repro` from a fresh clone, with toy notebooks: what reruns and what does not."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -15,7 +14,6 @@ from nbformat.v4 import new_markdown_cell, new_output
 from toys import clone, code, commit, environment, ran, sh, toy_clone
 
 from crab.core.files import read_json, write_json
-from crab.pipeline import params
 from crab.pipeline.params import STAGES
 from crab.world.vocabulary import vocabulary
 
@@ -233,27 +231,3 @@ def test_make_report_needs_only_what_is_in_git(toy, tmp_path):
     page.unlink()
     sh(folder, "python", "-m", "crab.pipeline", "report")
     assert page.read_bytes() == before and b'src="../transfer/figures/pixel.png"' in before
-
-
-def test_the_smoke_study_runs_twice_and_its_notebooks_reproduce_themselves(tmp_path):
-    """The real thing: every stage, then nothing, then each executed notebook again by nbval with equal metrics."""
-    folder = clone(tmp_path / "smoke")
-    choose(folder, "smoke")
-    begin = time.monotonic()
-    stages = ran(sh(folder, "dvc", "repro", seconds=1800))  # minutes, but not on a busy machine
-    print(f"smoke study: {time.monotonic() - begin:.0f} s")
-    assert {f"{stage}@smoke" for stage in STAGES} <= set(stages)
-    assert ran(sh(folder, "dvc", "repro")) == []
-    reports = folder / "reports/smoke"
-    assert "&lt;" in (reports / "pages/evaluate.html").read_text(encoding="utf-8")  # answers are shown with their tags
-
-    def metrics() -> dict[str, str]:
-        paths = sorted(p for p in reports.rglob("*.json") if p.parent.name != "benchmark")  # times differ
-        return {str(path): path.read_text(encoding="utf-8") for path in paths}
-
-    before = metrics()
-    assert before
-    notebooks = [f"reports/smoke/{stage}/notebook.ipynb" for stage in params.notebooks(folder)]
-    nbval = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-kernel-name", "python3"]
-    sh(folder, *nbval, *notebooks, seconds=1800)
-    assert metrics() == before
