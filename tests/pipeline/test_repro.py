@@ -11,7 +11,7 @@ import nbformat
 import psutil
 import pytest
 from nbformat.v4 import new_markdown_cell, new_output
-from toys import clone, code, commit, environment, ran, sh, toy_clone
+from toys import choose, clone, code, commit, environment, ran, sh, toy_clone
 
 from crab.core.files import read_json, write_json
 from crab.pipeline.params import STAGES
@@ -24,10 +24,6 @@ def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
-
-
-def choose(folder: Path, profile: str) -> None:
-    sh(folder, "python", "-m", "crab.pipeline", "choose", profile)
 
 
 @pytest.fixture(scope="module")

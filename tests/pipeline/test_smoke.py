@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from toys import clone, ran, sh
+from toys import choose, clone, ran, sh
 
 from crab.pipeline import params
 from crab.pipeline.params import STAGES
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 def test_the_smoke_study_runs_twice_and_its_notebooks_reproduce_themselves(tmp_path):
     """The real thing: every stage, then nothing, then each executed notebook again by nbval with equal metrics."""
     folder = clone(tmp_path / "smoke")
-    sh(folder, "python", "-m", "crab.pipeline", "choose", "smoke")
+    choose(folder, "smoke")
     begin = time.monotonic()
     stages = ran(sh(folder, "dvc", "repro", seconds=1800))  # minutes, but not on a busy machine
     print(f"smoke study: {time.monotonic() - begin:.0f} s")

@@ -117,6 +117,10 @@ def sh(folder: Path, *command: str, fails: bool = False, seconds: float = 900) -
     return done.stdout
 
 
+def choose(folder: Path, profile: str) -> None:
+    sh(folder, "python", "-m", "crab.pipeline", "choose", profile)
+
+
 def ran(output: str) -> list[str]:
     """Stages that `dvc repro` ran, from its output."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pipeline"))
 
-from toys import REPOSITORY, clone, code, commit, environment, ran, sh, toy_clone
+from toys import REPOSITORY, choose, clone, code, commit, environment, ran, sh, toy_clone
 
 from crab.world.generate import build
 
@@ -204,7 +204,7 @@ def test_a_real_tree_is_read(tmp_path):
     build(tree, 7, train=2, test=2, caption=2, workers=1, slots=["ave", "ks"], progress=False)
     (tmp_path / "clone").mkdir()
     folder = clone(tmp_path / "clone")
-    sh(folder, "python", "-m", "crab.pipeline", "choose", "smoke")
+    choose(folder, "smoke")
     commit(folder)
     assert "build@smoke" in ran(follow(folder, bash("Point it at a real tree"), TREE=str(tree)))
     page = (folder / "reports/smoke/build/notebook.ipynb").read_text(encoding="utf-8")
