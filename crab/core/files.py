@@ -33,6 +33,10 @@ class DiskFullError(OSError):
         return type(self), (self.filename,)
 
 
+class MissingFileError(FileNotFoundError, ValueError):
+    """A file that a stage writes is not there. Like other files that cannot be used, it is a ValueError, too."""
+
+
 @contextmanager
 def check_space(path: str | Path) -> Iterator[None]:
     """Raise a `DiskFullError` that names ``path`` in place of any error that comes of a full disk.
@@ -134,12 +138,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON. A missing or malformed file is a ValueError that names the file and how to fix it."""
+    """Read JSON. A malformed file is a ValueError that says how to fix it, a missing one a `MissingFileError`."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; run the stage that writes it (dvc repro)") from None
+        raise MissingFileError(f"{path}: no such file; run the stage that writes it (dvc repro)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: malformed JSON at line {error.lineno}; delete it and run its stage again") from None
 

@@ -18,14 +18,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BatchFeature
 
-from crab.models import encoders
+from crab.models import encoders, small
 from crab.models import language as languages
 from crab.models.batches import adapts_encoders, bare, logits_at
 from crab.models.bridge_model import Bridge, BridgeConfig, BridgeProcessor
 from crab.models.protocol import LANGUAGE_TARGETS, Marks, Media
 
 TARGETS = {"language": LANGUAGE_TARGETS}
-SOUND_PER_TOKEN = 4  # tokens of the audio encoder for each that a projector gives, about
 #: The placeholder of each token of media.
 PLACEHOLDER = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
 
@@ -232,8 +231,29 @@ def marks(tokenizer) -> Marks:
 
 def media_tokens(config: BridgeConfig, side: int, kinds: Sequence[str], frames: int, seconds: float) -> tuple[int, int]:
     """Tokens of the pictures and of the sounds of a sample, with both ends of each. ``side`` changes nothing here."""
+    visual = _units(config, kinds, frames) * config.picture_tokens + 2 * sum(kind != "audio" for kind in kinds)
+    return visual, kinds.count("audio") * (max(1, math.ceil(seconds)) * config.sound_tokens + 2)
+
+
+def _units(config: BridgeConfig, kinds: Sequence[str], frames: int) -> int:
+    """Units of all pictures and videos of a prompt."""
     paired = config.vision_config.model_type == encoders.PAIRED
-    units = -(-frames // 2) if paired else frames
-    images, videos, sounds = (kinds.count(kind) for kind in ("image", "video", "audio"))
-    visual = images * (config.picture_tokens + 2) + videos * (units * config.picture_tokens + 2)
-    return visual, sounds * (max(1, math.ceil(seconds)) * config.sound_tokens + 2)
+    return kinds.count("image") + kinds.count("video") * (-(-frames // 2) if paired else frames)
+
+
+def encoder_tokens(
+    config: BridgeConfig, side: int, kinds: Sequence[str], frames: int, seconds: float
+) -> tuple[int, int]:
+    """Tokens that the layers of both encoders read.
+
+    CLIP and SigLIP see pictures of a size of their own, and Whisper reads its whole window, however short a sound is.
+    """
+    seen, heard = config.vision_config, config.audio_config
+    if seen.model_type == encoders.PAIRED:
+        patches = (side // seen.patch_size) ** 2
+    else:
+        patches = (seen.image_size // seen.patch_size) ** 2 + (seen.model_type == "clip_vision_model")
+    window = heard.max_source_positions
+    if heard.model_type == encoders.OWN_EAR:  # of a small base: the spectrogram of a clip, which its layers read halved
+        window = round(seconds * window / 2 / small.CLIP_SECONDS)
+    return _units(config, kinds, frames) * patches, kinds.count("audio") * window

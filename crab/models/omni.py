@@ -28,7 +28,6 @@ from crab.models.protocol import CLIP, IGNORE, LANGUAGE_TARGETS, Marks, Media  #
 from crab.models.small import CHUNK_SECONDS, END, SAMPLE_RATE, SPECIAL, START, tokens_per_second
 
 TARGETS = {"language": LANGUAGE_TARGETS, "published": PUBLISHED_TARGETS}
-SOUND_PER_TOKEN = 2  # frames of a spectrogram in the layers of the audio encoder, for each token that it gives
 PUBLISHED = "Qwen/Qwen2.5-Omni-7B"
 
 #: What stands for one item of a prompt before the processor expands it, by kind of media.
@@ -222,3 +221,11 @@ def media_tokens(
     pairs = -(-frames // seen.temporal_patch_size)
     visual = grid * (kinds.count("image") + pairs * kinds.count("video"))
     return visual, round(seconds * config.position_id_per_seconds) * kinds.count("audio")
+
+
+def encoder_tokens(
+    config: Qwen2_5OmniThinkerConfig, side: int, kinds: Sequence[str], frames: int, seconds: float
+) -> tuple[int, int]:
+    """Tokens that the layers of both encoders read: they are merged, or averaged in pairs, behind these."""
+    visual, sound = media_tokens(config, side, kinds, frames, seconds)
+    return visual * config.vision_config.spatial_merge_size**2, 2 * sound

@@ -63,8 +63,6 @@ class AudioVisualModel(Protocol):
     #: Where adapters go, by the value of the option ``targets``: regular expressions over names of modules.
     #: ``language`` is the language model alone; ``published``, if there is one, what a published run adapted.
     TARGETS: Mapping[str, str]
-    #: Tokens in the layers of the audio encoder for each placeholder of a sound, about.
-    SOUND_PER_TOKEN: int
 
     def read_config(self, path: str) -> tuple[Any, str]:
         """The configuration of a base, and a note if it is assumed. OSError if it cannot be read."""
@@ -115,6 +113,11 @@ class AudioVisualModel(Protocol):
         Args:
             side: of pictures, pixels. kinds: of its media. frames: of each video. seconds: of each sound.
         """
+
+    def encoder_tokens(
+        self, config, side: int, kinds: Sequence[str], frames: int, seconds: float
+    ) -> tuple[int, int]:  # fmt: skip
+        """Tokens that the layers of both encoders read for such a prompt. Arguments are those of `media_tokens`."""
 
 
 class Entry(NamedTuple):

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 
@@ -52,15 +51,8 @@ class Card:
     part: tuple[float, float, float, float] = (0, 0, 1, 1)
 
 
-def _read(path: Path) -> Any:
-    """`read_json`, with an error of its own for a file that is not there."""
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    return read_json(path)
-
-
 def _data(reports: Path, models: Path) -> Card:
-    records = _read(reports / "build" / "metrics.json")["records"]
+    records = read_json(reports / "build" / "metrics.json")["records"]
     text = "samples in the layout of AV-UIE v2. Each one, and each media file, is checked."
     alt = "Frames of one clip, in which things of two colours come and go"
     figure = "build/figures/samples.png"
@@ -71,9 +63,9 @@ def _data(reports: Path, models: Path) -> Card:
 
 def _model(reports: Path, models: Path) -> Card:
     pointer = models / reports.name / "base.json"
-    base = pointer.parent / _read(pointer)["folder"]
-    number = f"{_read(base / 'training.json')['parameters'] / 1e6:.1f} M"
-    if _read(base / "config.json")["model_type"] == "crab_bridge":
+    base = pointer.parent / read_json(pointer)["folder"]
+    number = f"{read_json(base / 'training.json')['parameters'] / 1e6:.1f} M"
+    if read_json(base / "config.json")["model_type"] == "crab_bridge":
         text = "parameters: a frozen language model that sees and hears through projectors."
         return Card("Model", "base", number, text, "base/figures/encoders.png", "How near projectors come to words")
     text = "parameters of the frozen base, a Qwen2.5-Omni trained from random weights."
@@ -82,7 +74,7 @@ def _model(reports: Path, models: Path) -> Card:
 
 
 def _study(reports: Path, models: Path) -> Card:
-    cells = _read(reports / "train" / "cells.json")
+    cells = read_json(reports / "train" / "cells.json")
     seeds, slots = len({cell["seed"] for cell in cells}), len({slot for cell in cells for slot in cell["slots"]})
     text = f"adapters: single-task and joint ones, {slots} slots, {seeds} seed{'s' * (seeds > 1)}."
     alt = "Scores of each method by slot"
@@ -90,7 +82,7 @@ def _study(reports: Path, models: Path) -> Card:
 
 
 def _method(reports: Path, models: Path) -> Card:
-    row = _read(reports / "transfer" / "metrics.json")["against_rival"]["joint-ilora-bare"]
+    row = read_json(reports / "transfer" / "metrics.json")["against_rival"]["joint-ilora-bare"]
     low, high = row["mean_difference_interval"]
     text = f"({low:+.3f} to {high:+.3f}) mean score of I-LoRA minus plain LoRA of its size, with its 95% interval."
     alt = "Routing weight of each head, by slot and layer"

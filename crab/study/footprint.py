@@ -34,39 +34,33 @@ _BLOCK = re.compile(rf"({'|'.join(TOWERS)})\.(?:model\.)?(?:layers|blocks)\.0\.(
 
 
 class Tower(NamedTuple):
-    """A stack of alike blocks. Widths are in numbers per token.
-
-    ``per_token`` is how many tokens the tower reads for each token of a prompt that comes from it. ``weights`` are the
-    parameters of all blocks.
-    """
+    """A stack of alike blocks. Widths are in numbers per token. ``weights`` are the parameters of all blocks."""
 
     layers: int
     width: int
     keys: int  # of the keys, and of the values
     wide: int  # inside the MLP
     gated: bool  # whether the MLP has a gate
-    per_token: int
     weights: int
 
 
-def towers_of(model, heard: int) -> dict[str, Tower]:
-    """The towers of a model, by name. ``heard`` is ``SOUND_PER_TOKEN`` of its module."""
+def towers_of(model) -> dict[str, Tower]:
+    """The towers of a model, by name."""
     text, sight, sound = model.config.get_text_config(), model.config.vision_config, model.config.audio_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    merged = getattr(sight, "spatial_merge_size", 2) ** 2
     sizes = {
-        "language_model": (text.hidden_size, head * text.num_key_value_heads, text.intermediate_size, 1),
-        "visual": (sight.hidden_size, sight.hidden_size, sight.intermediate_size, merged),
-        "audio_tower": (sound.d_model, sound.d_model, sound.encoder_ffn_dim, heard),
+        "language_model": (text.hidden_size, head * text.num_key_value_heads, text.intermediate_size),
+        "visual": (sight.hidden_size, sight.hidden_size, sight.intermediate_size),
+        "audio_tower": (sound.d_model, sound.d_model, sound.encoder_ffn_dim),
     }
     towers = {}
-    for name, (width, keys, wide, per_token) in sizes.items():
+    for name, (width, keys, wide) in sizes.items():
         blocks = next(
             part for path, part in model.named_modules()
             if isinstance(part, nn.ModuleList) and name in path.split(".") and path.endswith(("layers", "blocks"))
         )  # fmt: skip
         gated = any(path.endswith("gate_proj") for path, _ in blocks[0].named_modules())
-        towers[name] = Tower(len(blocks), width, keys, wide, gated, per_token, _count(blocks))
+        towers[name] = Tower(len(blocks), width, keys, wide, gated, _count(blocks))
     return towers
 
 
@@ -111,17 +105,25 @@ class Base:
 
     @cached_property
     def towers(self) -> dict[str, Tower]:
-        return towers_of(self._model, self._module.SOUND_PER_TOKEN)
+        return towers_of(self._model)
 
     def adapter(self, method: str, options: Mapping[str, Any]) -> Adapter:
         """What `crab.study.train.adapted` adds to this base. ValueError on an option that the method does not have."""
         return _adapter(self, method, json.dumps(options, sort_keys=True))
 
     def media_tokens(self, slot: str, seconds: float) -> tuple[int, int]:
-        """Tokens of the pictures and of the sounds of a sample; ``seconds`` are those of one sound."""
-        entry = tasks.get_slot(slot)
-        kinds = [kind for kind, _ in MEDIA[entry.media]]
-        return self._module.media_tokens(self.config, self.side, kinds, entry.frames, seconds)
+        """Tokens of the pictures and of the sounds in the prompt of a sample; ``seconds`` are those of one sound."""
+        return self._module.media_tokens(self.config, self.side, *_media(slot), seconds)
+
+    def encoder_tokens(self, slot: str, seconds: float) -> tuple[int, int]:
+        """Tokens that the layers of the visual and of the audio encoder read for a sample."""
+        return self._module.encoder_tokens(self.config, self.side, *_media(slot), seconds)
+
+
+def _media(slot: str) -> tuple[list[str], int]:
+    """The kinds of the media of a sample, and how many frames a video has."""
+    entry = tasks.get_slot(slot)
+    return [kind for kind, _ in MEDIA[entry.media]], entry.frames
 
 
 @cache
@@ -152,8 +154,9 @@ def read_base(path: str | Path) -> Base:
         ) from None
     if note:
         return Base(config, SIDE, 2, note)
-    pictures = Path(published or path) / "preprocessor_config.json"
-    largest = read_json(pictures).get("size", {}).get("longest_edge") if pictures.is_file() else None
+    folders = Path(published or path), Path(path) / "pictures"  # a bridge has a folder for them
+    files = (each for folder in folders if (each := folder / "preprocessor_config.json").is_file())
+    largest = next((read_json(file).get("size", {}).get("longest_edge") for file in files), None)
     return Base(config, min(SIDE, math.isqrt(largest or SIDE**2)), 2 if published else 4)
 
 
@@ -187,22 +190,21 @@ def block_bytes(tower: Tower, adapter: Adapter, name: str, samples: int, length:
 
 
 def memory(
-    base: Base, adapter: Adapter, samples: int, length: int, answer: int, media: tuple[int, int] = (0, 0), *,
+    base: Base, adapter: Adapter, samples: int, length: int, answer: int, encoded: tuple[int, int] = (0, 0), *,
     precision: str, checkpointing: bool, processes: int = 1, stage: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """GPU memory of one process in training at its peak, in bytes, by what takes it.
 
     Args:
         samples: that a process takes at once. length: tokens of the longest one, ``answer`` of its answer, and
-            ``media`` of its pictures and sounds (`Base.media_tokens`), which count if the encoders are adapted.
+            ``encoded`` those that the encoders read (`Base.encoder_tokens`), which count if these are adapted.
         precision, checkpointing: of params.yaml. processes: that train together. stage: what ZeRO spreads over
             them: with 1 the moments of AdamW, with 2 gradients too, with 3 (and FSDP) weights too; 0 for DDP.
     """
     text, vocabulary = base.towers["language_model"], base.config.get_text_config().vocab_size
     b = 2 if precision == "bf16" else base.size
-    patches, frames = _read(base, media)
     kept, again = 4.0 * samples * length * text.width, 0.0  # the input of the last norm
-    for (name, tower), tokens in zip(base.towers.items(), (length, patches, frames), strict=True):
+    for (name, tower), tokens in zip(base.towers.items(), (length, *encoded), strict=True):
         if adapter.inputs[name]:
             block = block_bytes(tower, adapter, name, samples, tokens, b, base.size, processes > 1 and stage == 3)
             # in backward: gradients of two tensors inside the MLP, or the float32 ones of a norm
@@ -233,10 +235,10 @@ def memory(
 
 
 def flops(
-    base: Base, adapter: Adapter, length: float, answer: float, media: tuple[float, float] = (0, 0), *,
+    base: Base, adapter: Adapter, length: float, answer: float, encoded: tuple[float, float] = (0, 0), *,
     checkpointing: bool,
 ) -> float:  # fmt: skip
-    """Operations of one training sample. The arguments are those of `memory`; ``media`` if the encoders run.
+    """Operations of one training sample. The arguments are those of `memory`; ``encoded`` if the encoders run.
 
     A frozen weight takes 4 per token (forward, gradient of its input), a trained one 6; checkpointing adds 2.
     """
@@ -246,10 +248,4 @@ def flops(
     total = length * ((4 + again) * text.weights + (6 + again) * adapter.parameters + attention)
     total += 4 * answer * text.width * base.config.get_text_config().vocab_size
     seen, heard = ((4 if adapter.inputs[name] else 2) * base.towers[name].weights for name in TOWERS[1:])
-    patches, frames = _read(base, media)
-    return total + seen * patches + heard * frames
-
-
-def _read(base: Base, media: tuple[float, float]) -> tuple[float, float]:
-    """Tokens that the encoders read for these tokens of pictures and sounds."""
-    return media[0] * base.towers["visual"].per_token, media[1] * base.towers["audio_tower"].per_token
+    return total + seen * encoded[0] + heard * encoded[1]

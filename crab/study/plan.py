@@ -93,12 +93,12 @@ class Plan:
     compatibility: str = "none"
     real: bool = True
 
-    def media(self, slot: str) -> tuple[int, int]:
-        """Tokens of pictures and of sounds of a sample."""
+    def _seconds(self, slot: str) -> float:
+        """Of one sound of a sample."""
         entry = tasks.get_slot(slot)
         kind = "image" if entry.media == "image_audio" else entry.family.split()[0]
         seconds = SECONDS[self.compatibility] if self.real else {"image": 1.0}
-        return self.base.media_tokens(slot, seconds.get(slot, seconds.get(kind, 10.0)))
+        return seconds.get(slot, seconds.get(kind, 10.0))
 
     def features(self) -> list[dict[str, Any]]:
         """One row per slot and split: samples, media tokens of each, and GB if features are stored in 16 bit."""
@@ -106,7 +106,7 @@ class Plan:
         for key, count in self.counts.items():
             slot, _, split = key.partition("/")
             if self.slots is None or slot in self.slots:
-                tokens = sum(self.media(slot))
+                tokens = sum(self.base.media_tokens(slot, self._seconds(slot)))
                 size = 2 * tokens * self.base.width + 16 * (tokens + TEXT)  # a token and its positions take 16 bytes
                 rows.append({"slot": slot, "split": split, "samples": count, "tokens": tokens, "gb": count * size / GB})
         return rows
@@ -131,9 +131,10 @@ class Plan:
         processes = 1 if entry["setting"] == "single" else hardware.processes  # single-task cells take one GPU each
         mean, longest = ANSWER[entry["form"]]
         longest = int(min(self.answer["max_new_tokens"], longest))
-        media = {slot: self.media(slot) for slot in counts}
-        largest, micro_batch = max(media.values(), key=sum), hardware.micro_batch(self.batch_size)
-        sizes = (micro_batch, sum(largest) + TEXT + longest, longest, largest)
+        media = {slot: sum(self.base.media_tokens(slot, self._seconds(slot))) for slot in counts}
+        encoded = {slot: self.base.encoder_tokens(slot, self._seconds(slot)) for slot in counts}
+        largest, micro_batch = max(media, key=media.__getitem__), hardware.micro_batch(self.batch_size)
+        sizes = (micro_batch, media[largest] + TEXT + longest, longest, encoded[largest])
         off, on = (
             memory(
                 self.base, adapter, *sizes, precision=self.precision, checkpointing=checkpointing,
@@ -143,7 +144,7 @@ class Plan:
         )  # fmt: skip
         work = sum(
             count * flops(
-                self.base, adapter, sum(media[slot]) + TEXT + mean, mean, (0, 0) if self.cache else media[slot],
+                self.base, adapter, media[slot] + TEXT + mean, mean, (0, 0) if self.cache else encoded[slot],
                 checkpointing=hardware.checkpointing,
             )
             for slot, count in counts.items()

@@ -92,3 +92,12 @@ def test_other_errors_stay_as_they_are(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "a"), atomic_file(tmp_path / "a" / "b"):
         print(1 / 0)
     assert left(tmp_path) == []
+
+
+def test_json_that_is_missing_or_damaged_is_told_apart_and_is_a_value_error_either_way(tmp_path):
+    (tmp_path / "damaged.json").write_text('{"a": 1,\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="missing.json: no such file; run the stage") as missing:
+        files.read_json(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match="damaged.json: malformed JSON at line 2; delete it") as damaged:
+        files.read_json(tmp_path / "damaged.json")
+    assert [isinstance(each.value, files.MissingFileError) for each in (missing, damaged)] == [True, False]

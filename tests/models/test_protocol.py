@@ -2,15 +2,20 @@
 
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from bridges import write_parts
+from sizes import COARSE, SMALL
 from transformers import BertConfig
 
 from crab.core.code import modules_of
-from crab.models import checkpoint, omni, protocol
+from crab.models import bridge, checkpoint, omni, protocol, small
 from crab.samples.encode import ENCODING
+from crab.study.footprint import read_base
 from crab.study.store import ANSWERING, SCORING, TRAINING
 
 NAMES = {name for name in vars(protocol.AudioVisualModel) if not name.startswith("_")}
@@ -42,7 +47,36 @@ def test_a_model_module_has_all_names_of_the_protocol(entry):
             inspect.signature(getattr(part, name)).parameters for part in (protocol.AudioVisualModel, module)
         )
         assert list(own)[: len(wanted) - 1] == list(wanted)[1:], name
-    assert "language" in module.TARGETS and module.SOUND_PER_TOKEN
+    assert "language" in module.TARGETS
+
+
+@pytest.mark.parametrize("size", [SMALL, COARSE])
+@pytest.mark.parametrize("kind", ["omni", "bridge", "bridge with the encoders of an omni"])
+def test_the_plan_counts_the_tokens_that_go_into_the_encoders(kind, size, tmp_path):
+    words = ["what", "is", "seen", "?"]
+    processor = small.build_processor(words, [], size)
+    omni.save(tmp_path / "omni", small.build_model(processor, size, seed=0), processor)
+    if kind != "omni":
+        parts = write_parts(tmp_path, words)
+        parts |= dict.fromkeys(("vision", "audio"), str(tmp_path / "omni")) if "omni" in kind else {}
+        bridge.save(tmp_path / "bridge", *bridge.assemble(**parts))
+    base = read_base(tmp_path / kind.split()[0])
+    model, processor = checkpoint.load_base(tmp_path / kind.split()[0])
+    module, read = protocol.model_of(model), dict.fromkeys(("visual", "audio_tower"), 0)
+
+    def count(tower, block, args, options):
+        tokens = args[0] if args else options["hidden_states"]
+        read[tower] += tokens.numel() // tokens.shape[-1]
+
+    for name, part in model.named_modules():
+        for tower in set(read) & set(name.split(".")):
+            if name.endswith(("layers.0", "blocks.0")) and "projector" not in name:
+                part.register_forward_pre_hook(partial(count, tower), with_kwargs=True)
+    frames, wave = np.zeros((3, 224, 224, 3), np.uint8), np.zeros(2 * 16_000, np.float32)
+    media = [protocol.Media("video", frames), protocol.Media("image", frames[0]), protocol.Media("audio", wave)]
+    module.encode(model, [module.prepare(processor, media, "what is seen ?")])
+    kinds = [each.kind for each in media]
+    assert module.encoder_tokens(base.config, base.side, kinds, 3, 2.0) == tuple(read.values())
 
 
 @pytest.mark.parametrize("names", [TRAINING, ANSWERING, SCORING, ENCODING])

@@ -195,7 +195,7 @@ def test_published_adapters(published, monkeypatch):
         "language_model": 7, "visual": 3, "audio_tower": 3,
     }  # fmt: skip
     sizes = {"precision": "bf16", "checkpointing": False}
-    with_encoders = memory(published, wide, 1, 620, 50, (320, 250), **sizes)["activations"]
+    with_encoders = memory(published, wide, 1, 620, 50, (1280, 500), **sizes)["activations"]
     assert with_encoders > 1.5 * memory(published, wide, 1, 620, 50, **sizes)["activations"]
 
 
