@@ -123,7 +123,12 @@ def test_shares_and_mechanism_in_the_findings():
     assert "{} (LoRA), {} (LoRA of I-LoRA's size) and {} (I-LoRA)".format(*half) in text
 
 
-def test_bases_of_four_strengths_at_rank_1_and_one_at_rank_32():
+def span(rows, column):
+    shares = [float(row[column]) for row in rows]
+    return f"{min(shares):.0%} to {max(shares):.0%}"
+
+
+def test_bases_of_four_strengths_at_ranks_1_and_32():
     rows = rows_of(REPORTS / "strength/strength/points.csv")
     rows = [row for row in rows if row["other"] == "single-task LoRA"]
     front, findings = text_of("README.md"), text_of("reports/README.md")
@@ -133,15 +138,17 @@ def test_bases_of_four_strengths_at_rank_1_and_one_at_rank_32():
         ("joint LoRA, I-LoRA's size", "LoRA of I-LoRA's size", "plain LoRA with at least as many parameters on {}"),
     ):
         part = [row for row in rows if row["one"] == one]
-        losses = [float(row["losses"]) for row in part if row["rank"] == "1"]
-        span = f"{min(losses):.0%} to {max(losses):.0%}"
-        assert [row["rank"] for row in part] == ["1"] * 4 + ["32"] and verb.format(span) in front and span in findings
-        counts = [f"{row['gain']} / {row['tie']} / {row['loss']}" for row in part]
-        assert f"| {name}: gain / tie / loss | {' | '.join(counts)} |" in findings
+        assert [row["rank"] for row in part] == ["1"] * 4 + ["32"] * 4
         assert {row["seeds"] for row in part} == {"3"}, "README and findings say three seeds"
-        row = part[-1]
-        words = f"it loses on {row['loss']} of {row['slots']} and gains on {row['gain']} (three seeds, one base)"
-        assert one != "joint LoRA" or words in front
+        weak, wide = part[:4], part[4:]
+        assert verb.format(span(weak, "losses")) in front and span(weak, "losses") in findings
+        for bases in (weak, wide):
+            counts = " | ".join(f"{row['gain']} / {row['tie']} / {row['loss']}" for row in bases)
+            assert f"| {name}: gain / tie / loss | {counts} |" in findings
+        if one == "joint LoRA":
+            losses, gains = span(wide, "losses"), span(wide, "gains")
+            assert f"it loses on {losses} and gains on {gains} (three seeds, four bases)" in front
+            assert f"joint LoRA loses on {losses} and gains on {gains}" in findings
 
 
 def test_the_pretrained_language_model():
