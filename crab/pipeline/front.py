@@ -51,6 +51,14 @@ class Card:
     part: tuple[float, float, float, float] = (0, 0, 1, 1)
 
 
+def _drawn(figure: Path) -> bool:
+    """Whether a figure is there and is more than the line of text that `crab.study.figures.nothing` gives."""
+    if not figure.is_file():
+        return False
+    with PIL.Image.open(figure) as whole:
+        return whole.width < 10 * whole.height
+
+
 def _data(reports: Path, models: Path) -> Card:
     records = read_json(reports / "build" / "metrics.json")["records"]
     text = "samples in the layout of AV-UIE v2. Each one, and each media file, is checked."
@@ -69,6 +77,9 @@ def _model(reports: Path, models: Path) -> Card:
         text = "parameters: a frozen language model that sees and hears through projectors."
         return Card("Model", "base", number, text, "base/figures/encoders.png", "How near projectors come to words")
     text = "parameters of the frozen base, a Qwen2.5-Omni trained from random weights."
+    if not _drawn(reports / "base/figures/stages.png"):  # the base was there already
+        alt = "Accuracy of the base on its first skills, beside simple baselines"
+        return Card("Model", "base", number, text, "base/figures/gates.png", alt, (0, 0.05, 0.8, 0.354))
     alt = "Accuracy of the base on nine skills of space and time, growing over its training"
     return Card("Model", "base", number, text, "base/figures/stages.png", alt, (0.537, 0.344, 1, 0.637))
 
@@ -95,7 +106,7 @@ def _cards(reports: Path, models: Path) -> list[Card]:
     for make in (_data, _model, _study, _method):
         with suppress(FileNotFoundError, KeyError, TypeError):  # a profile need not have all stages and methods
             cards.append(make(reports, models))
-    return [card for card in cards if (reports / card.picture).is_file()]
+    return [card for card in cards if _drawn(reports / card.picture)]
 
 
 def _thumbnail(card: Card, reports: Path) -> tuple[str, int, int]:

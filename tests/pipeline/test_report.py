@@ -117,6 +117,8 @@ def test_a_card_has_a_number_of_a_metrics_file_and_a_small_picture(written):
     assert html.count('class="card"') == 2
     with Image.open(written / "pages/card-data.png") as picture:
         assert max(picture.size) <= front.WIDTH
+    Image.new("RGB", (1760, 176), "red").save(written / "evaluate/figures/scores.png")  # that there is nothing to draw
+    assert report.write(written.parents[1], "tiny").read_text(encoding="utf-8").count('class="card"') == 1
     (written / "build/metrics.json").write_text('{"records": 12', encoding="utf-8")
     with pytest.raises(ValueError, match="build/metrics.json: malformed JSON at line 1"):
         report.write(written.parents[1], "tiny")
