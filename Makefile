@@ -66,7 +66,7 @@ report: $(READY) ## render the pages from executed notebooks and figures; runs n
 
 test: $(READY) lint ## all tests: quick ones on two processes, then the smoke study in a temporary clone
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: $(READY) ## check format and style
 	$(BIN)/ruff format --check

@@ -26,6 +26,11 @@ COUNTS = {"train": 16, "test": 8}
 PROBE_ALL = probe.probe_all
 
 
+def pytest_collection_modifyitems(items):
+    """The smoke study first: it takes as long as all other slow tests, which run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
